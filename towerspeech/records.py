@@ -1,0 +1,146 @@
+"""JSONL, the original's JSON lists and sharded units Parquet, in and out; bad rows are named by file and line."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from towerspeech import units as dsu
+from towerspeech.stage import UserError, check_exists, publish
+
+UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
+
+
+# --- JSONL ----------------------------------------------------------------------------------------
+def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict]:
+    """Read a JSONL file, or a JSON list as the original TowerSpeech's prompt files are.
+
+    Args:
+        path: The file, in UTF-8.
+        required: Fields that every row must have.
+
+    Raises:
+        UserError: The file is missing, empty or malformed, or a row lacks a field; names file and line.
+    """
+    path = Path(path)
+    check_exists(path, "check the path, or run the stage that makes it")
+    with open(path, encoding="utf-8") as file:
+        try:
+            is_list = file.read(1) == "["
+            file.seek(0)
+            rows = []
+            if is_list:
+                rows = [(f"{path}, item {i}", row) for i, row in enumerate(json.load(file), 1)]
+            else:
+                for number, line in enumerate(file, 1):
+                    where = f"{path}:{number}"
+                    rows.append((where, json.loads(line)))
+        except json.JSONDecodeError as error:
+            where = f"{path}:{error.lineno if is_list else number}"
+            raise UserError(f"{where}: not JSON ({error.msg})", "mend or remove the line") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 (byte {error.start})", "convert the file to UTF-8") from None
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
+        missing = [name for name in required if name not in row]
+        if missing:
+            raise UserError(f"{where}: field {missing[0]!r} is missing", f"every row needs: {', '.join(required)}")
+    return [row for _, row in rows]
+
+
+def dumps(row: dict) -> str:
+    """One JSONL line, without its newline."""
+    return json.dumps(row, ensure_ascii=False)
+
+
+def write_jsonl(target: Path, rows: Iterable[dict]) -> int:
+    """Write rows as JSONL, atomically; returns their number."""
+    count = 0
+    with publish(target) as path, open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(dumps(row) + "\n")
+            count += 1
+    return count
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a plain text file, one sentence a line; only \\n ends a line, as in sacreBLEU."""
+    check_exists(path, "check the path")
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start})", "convert the file to UTF-8") from None
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+# --- Units Parquet --------------------------------------------------------------------------------
+def shard_name(shard: int, num_shards: int) -> str:
+    """units-00003-of-00008, without the ending."""
+    return f"units-{shard:05d}-of-{num_shards:05d}"
+
+
+def write_units(path: Path, rows: list[dict]) -> None:
+    """Write one shard of units rows (``UNIT_COLUMNS``) to ``path``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = (pa.string(), pa.string(), pa.string(), pa.float64(), pa.list_(pa.uint16()), pa.string())
+    schema = pa.schema(list(zip(UNIT_COLUMNS, types, strict=True)))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+
+
+def unit_shards(folder: Path) -> list[Path]:
+    """The shards of a units folder, in order.
+
+    Raises:
+        UserError: There are none, or some of the ``-of-N`` are not there (yet).
+    """
+    made_by = "run speech_units/label_audio.py"
+    check_exists(Path(folder), made_by)
+    shards = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("units-*-of-*.parquet"))
+    if not shards:
+        raise UserError(f"{folder} holds no units-*-of-*.parquet", made_by)
+    if Path(folder).is_file():
+        return shards
+    totals = {int(re.search(r"-of-(\d+)\.parquet$", shard.name)[1]) for shard in shards}
+    wanted = {f"{shard_name(i, max(totals))}.parquet" for i in range(max(totals))}
+    if len(totals) > 1 or wanted != {shard.name for shard in shards}:
+        raise UserError(
+            f"{folder} holds {len(shards)} of {max(totals)} shards"
+            + (f", of sets of different sizes {sorted(totals)}" if len(totals) > 1 else ""),
+            f"{made_by} for the missing shards, and keep one set a folder",
+        )
+    return shards
+
+
+def read_units(folder: Path, num_units: int | None = None) -> Iterator[dict]:
+    """Stream the rows of a units folder (or one file): id, audio, language, duration_s, units, text.
+
+    Args:
+        folder: Folder of shards, or one Parquet file.
+        num_units: If given, every id must lie below it.
+
+    Raises:
+        UserError: Incomplete shards, a file that is no units Parquet, or an id out of range; names file and row.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for shard in unit_shards(folder):
+        try:
+            file = pq.ParquetFile(shard)
+            missing = set(UNIT_COLUMNS) - set(file.schema_arrow.names)
+        except pa.ArrowInvalid:
+            missing = set(UNIT_COLUMNS)
+        if missing:
+            raise UserError(
+                f"{shard} is no units Parquet: it lacks {', '.join(sorted(missing))}", "run label_audio.py"
+            )
+        row_number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=list(UNIT_COLUMNS)):
+            for row in batch.to_pylist():
+                row_number += 1
+                if num_units is not None:
+                    dsu.check_range(row["units"], num_units, f"{shard}, row {row_number} (id {row['id']})")
+                yield row
