@@ -12,11 +12,11 @@ UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
 
 
 # --- JSONL ----------------------------------------------------------------------------------------
-def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict]:
-    """Read a JSONL file, or a JSON list as the original TowerSpeech's prompt files are.
+def iter_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[str, dict]]:
+    """Stream the rows of a JSONL file, each with its ``file:line``.
 
     Args:
-        path: The file, in UTF-8.
+        path: The file, in UTF-8. A JSON list, as the original TowerSpeech's prompt files are, is read whole.
         required: Fields that every row must have.
 
     Raises:
@@ -24,29 +24,35 @@ def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict]:
     """
     path = Path(path)
     check_exists(path, "check the path, or run the stage that makes it")
-    with open(path, encoding="utf-8") as file:
-        try:
-            is_list = file.read(1) == "["
+    with open(path, "rb") as file:
+        if file.read(1) == b"[":
+            rows = ((f"{path}, item {i}", row) for i, row in enumerate(_loads(path.read_bytes(), path, 0), 1))
+        else:
             file.seek(0)
-            rows = []
-            if is_list:
-                rows = [(f"{path}, item {i}", row) for i, row in enumerate(json.load(file), 1)]
-            else:
-                for number, line in enumerate(file, 1):
-                    where = f"{path}:{number}"
-                    rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            where = f"{path}:{error.lineno if is_list else number}"
-            raise UserError(f"{where}: not JSON ({error.msg})", "mend or remove the line") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 (byte {error.start})", "convert the file to UTF-8") from None
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
-        missing = [name for name in required if name not in row]
-        if missing:
-            raise UserError(f"{where}: field {missing[0]!r} is missing", f"every row needs: {', '.join(required)}")
-    return [row for _, row in rows]
+            rows = ((f"{path}:{i}", _loads(line, path, i)) for i, line in enumerate(file, 1))
+        for where, row in rows:
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
+            missing = [name for name in required if name not in row]
+            if missing:
+                raise UserError(f"{where}: field {missing[0]!r} is missing", f"every row needs: {', '.join(required)}")
+            yield where, row
+
+
+def _loads(line: bytes, path: Path, number: int):
+    try:
+        return json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{number or error.lineno}: not JSON ({error.msg})", "mend or remove the line"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number or 1}: not UTF-8 ({error.reason})", "convert the file to UTF-8") from None
+
+
+def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict]:
+    """All rows of ``iter_jsonl``."""
+    return [row for _, row in iter_jsonl(path, required)]
 
 
 def dumps(row: dict) -> str:

@@ -42,16 +42,44 @@ class UserError(Exception):
 
 
 def run(function: Callable) -> None:
-    """Make a typed function the script's command line; a UserError becomes one message and exit status 1."""
+    """Make a typed function the script's command line; a UserError becomes one message and exit status 1.
+
+    Values of a list argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``.
+    """
     from jsonargparse import auto_cli
 
+    lists = {f"--{name}" for name, kind in inspect.get_annotations(function).items() if "list[" in str(kind)}
     description = inspect.getdoc(sys.modules[function.__module__])
     try:
-        auto_cli(function, as_positional=False, allow_abbrev=False, description=description)
+        auto_cli(
+            function,
+            as_positional=False,
+            allow_abbrev=False,
+            description=description,
+            args=_gather(sys.argv[1:], lists),
+        )
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _gather(words: list[str], lists: set[str]) -> list[str]:
+    """Turn ``--flag a b`` into ``--flag ["a", "b"]`` for the flags of ``lists``."""
+    gathered, position = [], 0
+    while position < len(words):
+        word = words[position]
+        gathered.append(word)
+        position += 1
+        if word in lists:
+            end = position
+            while end < len(words) and not words[end].startswith("--"):
+                end += 1
+            values = words[position:end]
+            if values and not values[0].startswith("["):
+                gathered.append("[" + ", ".join(v if v.isdigit() else json.dumps(v) for v in values) + "]")
+                position = end
+    return gathered
 
 
 # --- Atomic files ---------------------------------------------------------------------------------
@@ -216,7 +244,7 @@ def stage(
         output_dir: The folder to write; made if missing.
         arguments: The script's arguments (``locals()``).
         inputs: Names of those arguments that are paths (or lists of them), compared by content.
-        ignore: Names of those that change speed or place, not the output.
+        ignore: Names of those that change speed or place, not the output; recorded as settings.
         part: For stages of which several write to one folder (array tasks): the beginning of this one's files' names.
 
     Raises:
@@ -252,6 +280,7 @@ def stage(
             job.own(RUN_INFO),
             {
                 **plan,
+                "settings": _plain({name: arguments[name] for name in ignore}),
                 "command": sys.argv,
                 "paths": {name: [str(path) for path in _paths(arguments[name])] for name in inputs},
                 "commit": commit(),

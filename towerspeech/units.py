@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from towerspeech.stage import UserError
+from towerspeech.stage import UserError, check_exists, hash_file
 
 OFFSET = 0xF0000  # SpireLM's first unit character
 MAX_NUM_UNITS = 0xFFFFE - OFFSET  # plane 15 ends at U+FFFFD
@@ -60,3 +60,10 @@ def read_metadata(tokenizer_dir: Path) -> dict:
             "make one with train_bpe_tokenizer/merge_tokenizer.py",
         )
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of a folder's tokenizer.json: token files and models that were made for each other have the same."""
+    path = Path(folder) / "tokenizer.json"
+    check_exists(path, f"{folder} must be a Hugging Face folder with a fast tokenizer")
+    return hash_file(path)

@@ -1,0 +1,64 @@
+"""Turn a checkpoint of train.py into a Hugging Face model folder, for vLLM, SFT and everything else.
+
+Usage: python continued_pretraining/export_checkpoint.py --checkpoint runs/towerspeech_6b/checkpoint-5000 \\
+           --model extended_model/ --output_dir models/towerspeech_6b/checkpoint-5000
+
+Reads checkpoint-<step>/ and the model folder that training began with (config and tokenizer); writes a folder with
+safetensors, config and tokenizer.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from towerspeech.stage import RUN_INFO, UserError, check_exists, hash_path, run, stage
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    model: Path,
+    output_dir: Path,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    overwrite: bool = False,
+) -> None:
+    """Export a checkpoint.
+
+    Args:
+        checkpoint: A checkpoint-<step> folder.
+        model: The --model that train.py was given.
+        output_dir: New model folder.
+        dtype: Of the exported weights; the checkpoint's are float32.
+        overwrite: Replace the output of a run with other arguments.
+    """
+    check_exists(checkpoint / RUN_INFO, "name a checkpoint-<step> folder written by continued_pretraining/train.py")
+    check_exists(model / "config.json", "name the model folder that training began with")
+    with stage(output_dir, locals(), inputs=["checkpoint", "model"]) as job:
+        if job.done:
+            return
+        info = json.loads((checkpoint / RUN_INFO).read_text(encoding="utf-8"))
+        if info["plan"]["inputs"]["model"] != [hash_path(model)]:
+            raise UserError(f"{checkpoint} was not trained from {model}", "name the --model that train.py was given")
+        import torch
+        import torch.distributed.checkpoint as dcp
+        from transformers import AutoModelForCausalLM
+
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+        weights = network.state_dict()
+        dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
+        network.load_state_dict(weights)
+        network.to(getattr(torch, dtype))
+        with job.publish() as folder:
+            network.save_pretrained(folder)
+            for file in sorted(model.iterdir()):  # tokenizer, speech_units.json, licence: as they are
+                is_note = file.name.startswith(".") or file.name.endswith(RUN_INFO) or ".safetensors." in file.name
+                if file.is_file() and not is_note and file.suffix not in WEIGHTS and not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+        job.counts.update({"step": info["step"], "tokens": info["tokens"]})
+        print(f"step {info['step']:,}, {sum(info['tokens'].values()):,} tokens, {dtype}: {output_dir}")
+
+
+if __name__ == "__main__":
+    run(export_checkpoint)
