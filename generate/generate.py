@@ -1,0 +1,55 @@
+"""Decode prompt files with vLLM: translation and any other text task.
+
+Usage: python generate/generate.py --checkpoints models/towerspeech_6b/checkpoint-* \\
+           --prompts instructions/0_shot/*.jsonl instructions/5_shot/*.jsonl --output_dir generations/towerspeech_6b/mt
+
+Reads model folders and prompt files written by instructions/build_instructions.py (or the original's JSON lists);
+writes <output_dir>/<checkpoint>/<0_shot|5_shot>/<task>.jsonl with the raw outputs. Results are kept as they come, so
+that a run that was killed decodes the missing prompts alone.
+"""
+
+from pathlib import Path
+
+from towerspeech.stage import run
+
+
+def generate(
+    checkpoints: list[Path],
+    prompts: list[Path],
+    output_dir: Path,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    tensor_parallel_size: int = 1,
+    gpu_memory_utilization: float = 0.9,
+    overwrite: bool = False,
+) -> None:
+    """Decode prompts.
+
+    Args:
+        checkpoints: Model folders, decoded in turn; their names name the output folders.
+        prompts: Prompt files.
+        output_dir: Folder of the checkpoints' generations.
+        max_new_tokens: Limit of a generation, in tokens.
+        temperature: 0 is greedy.
+        top_p: Nucleus of sampling.
+        seed: Of sampling.
+        dtype: Of the computation; auto takes the checkpoint's.
+        max_model_len: Limit of prompt and generation together, in tokens; default: the model's context.
+        tensor_parallel_size: GPUs that a model is split over.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
+        overwrite: Replace the output of a run with other arguments.
+    """
+    arguments = locals()
+    from towerspeech.decoding import Decoding, decode, read_prompts
+
+    decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})
+    tasks = read_prompts(prompts)
+    decode(checkpoints, lambda _: tasks, output_dir, decoding, arguments, inputs=["prompts"])
+
+
+if __name__ == "__main__":
+    run(generate)

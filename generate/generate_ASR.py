@@ -1,0 +1,75 @@
+"""Transcribe speech units with vLLM.
+
+Usage: python generate/generate_ASR.py --checkpoints models/towerspeech_6b/checkpoint-* \\
+           --units units/librispeech_clean units/fleurs --output_dir generations/towerspeech_6b/asr
+
+Reads model folders and units folders written by speech_units/label_audio.py, or ready prompt files; writes
+<output_dir>/<checkpoint>/asr/<units folder's name>.jsonl with the raw outputs. Results are kept as they come, so that
+a run that was killed decodes the missing utterances alone.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from towerspeech.stage import UserError, run
+
+
+def generate_ASR(
+    checkpoints: list[Path],
+    output_dir: Path,
+    units: list[Path] | None = None,
+    prompts: list[Path] | None = None,
+    style: Literal["original", "chat"] = "original",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    tensor_parallel_size: int = 1,
+    gpu_memory_utilization: float = 0.9,
+    overwrite: bool = False,
+) -> None:
+    """Transcribe utterances.
+
+    Args:
+        checkpoints: Model folders, decoded in turn; their names name the output folders.
+        output_dir: Folder of the checkpoints' generations.
+        units: Units folders; their names name the data sets.
+        prompts: Prompt files of instructions/build_instructions.py, instead of units.
+        style: Of the prompts made from units: original (a text to complete) or chat (for SFT models).
+        max_new_tokens: Limit of a transcript, in tokens.
+        temperature: 0 is greedy.
+        top_p: Nucleus of sampling.
+        seed: Of sampling.
+        dtype: Of the computation; auto takes the checkpoint's.
+        max_model_len: Limit of prompt and generation together, in tokens; default: the model's context.
+        tensor_parallel_size: GPUs that a model is split over.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
+        overwrite: Replace the output of a run with other arguments.
+    """
+    arguments = locals()
+    if bool(units) == bool(prompts):
+        raise UserError("speech is wanted once", "give either --units or --prompts")
+    from towerspeech.decoding import Decoding, decode, read_prompts
+    from towerspeech.prompts import speech_rows
+    from towerspeech.units import read_metadata
+
+    def load(checkpoint: Path) -> dict[str, list[dict]]:
+        if prompts:
+            return read_prompts(prompts)
+        dsu = read_metadata(checkpoint)  # the offset is the tokenizer's own
+        names = {f"asr/{folder.resolve().name}.jsonl": folder for folder in units}
+        if len(names) < len(units):
+            raise UserError("two units folders have the same name", "rename one of them")
+        return {
+            name: speech_rows(folder, Path(name).stem, style, dsu["offset"], dsu["num_units"])
+            for name, folder in names.items()
+        }
+
+    decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})
+    decode(checkpoints, load, output_dir, decoding, arguments, inputs=["units", "prompts"])
+
+
+if __name__ == "__main__":
+    run(generate_ASR)
