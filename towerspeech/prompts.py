@@ -5,8 +5,12 @@ SpireLM's paper (arXiv 2503.10620, table 1).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from towerspeech import units
 from towerspeech.languages import language
+from towerspeech.records import read_units
+from towerspeech.stage import UserError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = ("<CLS>", "<EOD>", "<MASK>", "<PAD>", "<SEP>")  # SpireLM's order; CHAT_TOKENS follow the units
@@ -28,9 +32,9 @@ CHAT_TEMPLATE = (
 
 
 # --- Continued pretraining documents --------------------------------------------------------------
-def speech_document(units: str, text: str) -> str:
+def speech_document(speech: str, text: str) -> str:
     """One utterance and its transcript (P). The transcript is English, as all of the speech is."""
-    return f"Speech:{units}\nEnglish: {text}"
+    return f"Speech:{speech}\nEnglish: {text}"
 
 
 def parallel_document(src_lang: str, source: str, tgt_lang: str, target: str) -> str:
@@ -39,9 +43,9 @@ def parallel_document(src_lang: str, source: str, tgt_lang: str, target: str) ->
 
 
 # --- Instructions ---------------------------------------------------------------------------------
-def asr(units: str) -> str:
+def asr(speech: str) -> str:
     """Transcribe (P). ``Speech: `` leaves a lone word-start piece before the first unit; SpireLM has it too."""
-    return f"Speech: {units}\nEnglish:"
+    return f"Speech: {speech}\nEnglish:"
 
 
 def mt_0_shot(src_lang: str, tgt_lang: str, source: str) -> str:
@@ -57,6 +61,57 @@ def mt_few_shot(
     src, tgt = language(src_lang).name, language(tgt_lang).name
     shown = [f"{src} text: {s}\n{tgt} text: {t}" for s, t in examples]
     return separator.join([*shown, f"{src} text: {source}\n{tgt} text:"])
+
+
+# --- Prompt rows ----------------------------------------------------------------------------------
+def prompt_row(style: str, row_id: str, instruction: str, output: str, **facts) -> dict:
+    """One row of a prompts file: a text to complete (original) or a user's message (chat)."""
+    asked = {"instruction": instruction}
+    if style == "chat":
+        asked = {"messages": [{"role": "user", "content": instruction}]}
+    return {"id": row_id, **asked, "output": output, **facts}
+
+
+def speech_rows(
+    folder: Path,
+    dataset: str,
+    style: str,
+    offset: int = units.OFFSET,
+    num_units: int | None = None,
+    wanted: range | None = None,
+) -> list[dict]:
+    """The ASR prompts of a units folder, in the order of its rows. ``source`` is the audio file's path.
+
+    Args:
+        folder: Units Parquet.
+        dataset: Name of the test set.
+        style: original or chat.
+        offset: Of the unit characters.
+        num_units: If given, every id must lie below it.
+        wanted: Row numbers, from 1; default: all.
+
+    Raises:
+        UserError: A row is not English, has no units or transcript, repeats an id; or there are fewer than wanted.
+    """
+    rows, seen, number = [], set(), 0
+    for number, row in enumerate(read_units(folder, num_units), 1):
+        if wanted and number not in wanted:
+            continue
+        where = f"{folder}, row {number} (id {row['id']})"
+        if row["language"] != "en":
+            raise UserError(f"{where}: language {row['language']!r}, but speech must be English (en)", "leave it out")
+        if not row["units"] or not (row["text"] or "").strip():
+            raise UserError(f"{where}: no {'text' if row['units'] else 'units'}", "label it from a manifest with text")
+        if row["id"] in seen:
+            raise UserError(f"{where}: the id is there twice", "give each utterance an id of its own")
+        seen.add(row["id"])
+        facts = dict(task="asr", dataset=dataset, shots=0, src_lang="en", tgt_lang="en", source=row["audio"])
+        rows.append(prompt_row(style, row["id"], asr(units.to_text(row["units"], offset)), row["text"], **facts))
+    if wanted and number < wanted[-1]:
+        raise UserError(f"--test_lines ends at {wanted[-1]}, but {folder} has {number} rows", "name fewer")
+    if not rows:
+        raise UserError(f"{folder} holds no utterances", "run speech_units/label_audio.py")
+    return rows
 
 
 # --- Stop rules -----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def _gather(words: list[str], lists: set[str]) -> list[str]:
                 end += 1
             values = words[position:end]
             if values and not values[0].startswith("["):
-                gathered.append("[" + ", ".join(v if v.isdigit() else json.dumps(v) for v in values) + "]")
+                gathered.append(json.dumps(values))  # jsonargparse makes numbers of them where numbers are wanted
                 position = end
     return gathered
 
@@ -335,20 +335,26 @@ def _admit(job: Stage, overwrite: bool) -> None:
                     differing.append(f"{name} is gone")
             job.done = not differing
         job.resumed = not differing
-        if differing and not overwrite:
+        unfinished = notes[0].name.endswith(UNFINISHED)
+        nothing_yet = unfinished and all(path.suffix == ".log" for path in job.files())
+        if differing and not overwrite and not nothing_yet:
             raise UserError(
-                f"{job.output_dir} was written by another run: {'; '.join(differing)}",
+                f"{job.output_dir} was {'begun' if unfinished else 'written'} by another run: {'; '.join(differing)}",
                 "name another --output_dir, or add --overwrite true to replace it",
             )
         if differing:
-            for note in notes[:1]:  # first, so that a half-emptied folder is never taken for a finished one
-                os.replace(note, _note(job))
-            for path in job.files():
+            if not unfinished:  # first, so that a half-emptied folder is never taken for a finished one
+                os.replace(notes[0], _note(job))
+            for path in [*job.files(), *_hidden(job)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in job.output_dir.glob(
-        f".tmp-{job.part}.*" if job.part else ".tmp-*"
-    ):  # a killed attempt's: we hold the lock
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in job.output_dir.glob(f".tmp-{job.part}.*" if job.part else ".tmp-*"):  # a killed attempt's
+        shutil.rmtree(path) if path.is_dir() else path.unlink()  # we hold the lock: nobody writes to it
+
+
+def _hidden(job: Stage) -> list[Path]:
+    """Work in progress that a stage keeps in its folder under hidden names, but not lock and note."""
+    kept = {_note(job).name, f".{job.part or 'folder'}.lock"}
+    return [path for path in job.output_dir.glob(f".{job.part}.*" if job.part else ".*") if path.name not in kept]
 
 
 def _differences(found: dict, wanted: dict) -> list[str]:

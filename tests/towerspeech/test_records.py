@@ -1,0 +1,159 @@
+"""JSONL, line files and units Parquet: round trips, and bad rows named by file and line."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from towerspeech import records
+from towerspeech.stage import UserError
+
+DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
+ROW = {"id": "u1", "audio": "a/1.wav", "language": "en", "duration_s": 1.5, "units": [0, 4999, 7], "text": "Héllo."}
+
+
+# --- JSONL ----------------------------------------------------------------------------------------
+def test_jsonl_round_trip_keeps_every_character(tmp_path):
+    rows = [{"id": "1", "text": "a\u2028b\x85\n\U000f0000"}, {"id": "2", "text": ""}]
+    assert records.write_jsonl(tmp_path / "a.jsonl", iter(rows)) == 2
+    assert records.read_jsonl(tmp_path / "a.jsonl", ["id", "text"]) == rows
+    assert (tmp_path / "a.jsonl").read_bytes().count(b"\n") == 2
+    assert [where for where, _ in records.iter_jsonl(tmp_path / "a.jsonl")] == [
+        f"{tmp_path}/a.jsonl:1",
+        f"{tmp_path}/a.jsonl:2",
+    ]
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path):
+    records.write_jsonl(tmp_path / "a.jsonl", [{"id": 1}])
+
+    def rows():
+        yield {"id": 2}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        records.write_jsonl(tmp_path / "a.jsonl", rows())
+    assert records.read_jsonl(tmp_path / "a.jsonl") == [{"id": 1}]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_originals_json_lists_are_read(tmp_path):
+    rows = [{"instruction": "Übersetze", "output": "x"}] * 2
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=4, ensure_ascii=False), encoding="utf-8")
+    assert records.read_jsonl(tmp_path / "a.json", ["instruction", "output"]) == rows
+
+
+@pytest.mark.skipif(not DATA, reason="TOWERSPEECH_TEST_DATA is not set")
+def test_all_sample_files_of_the_original_are_read():
+    paths = sorted((Path(DATA) / "original_instructions").glob("*/*.json"))
+    assert len(paths) == 7
+    assert all(len(records.read_jsonl(path, ["instruction", "output"])) == 5 for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"id": 1}\n{"id": 2\n{"id": 3}\n', r"a\.jsonl:2: not JSON"),
+        (b'{"id": 1}\n\n{"id": 3}\n', r"a\.jsonl:2: not JSON"),
+        (b'{"id": 1}\n{"id": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
+        (b'{"id": 1}\n[1, 2]\n', r"a\.jsonl:2: an object is wanted, got list"),
+        (b'{"id": 1}\n{"ID": 2}\n', r"a\.jsonl:2: field 'id' is missing\n.*every row needs: id"),
+        (b'{"id": 1}\n{"id": 2}\n{"id": ', r"a\.jsonl:3: not JSON"),
+        (b'[{"id": 1},\n {"ID": 2}]', r"a\.jsonl, item 2: field 'id' is missing"),
+        (b'[{"id": 1},\n {"id": ]', r"a\.jsonl:2: not JSON"),
+        (b"", r"a\.jsonl is empty"),
+    ],
+)
+def test_bad_jsonl_is_named_by_line(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        records.read_jsonl(tmp_path / "a.jsonl", ["id"])
+
+
+def test_a_missing_file(tmp_path):
+    for read in (records.read_jsonl, records.read_lines):
+        with pytest.raises(UserError, match="none does not exist"):
+            read(tmp_path / "none")
+
+
+# --- Lines ----------------------------------------------------------------------------------------
+def test_only_newlines_end_a_line(tmp_path):
+    (tmp_path / "a").write_bytes("a\u2028b\x0bc\r\n\nlast".encode())
+    assert records.read_lines(tmp_path / "a") == ["a\u2028b\x0bc", "", "last"]
+    (tmp_path / "a").write_bytes(b"a\n\n")
+    assert records.read_lines(tmp_path / "a") == ["a", ""]
+    (tmp_path / "a").write_bytes(b"a\n\xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        records.read_lines(tmp_path / "a")
+
+
+@pytest.mark.skipif(not DATA, reason="TOWERSPEECH_TEST_DATA is not set")
+def test_line_counts_of_flores_and_wmt23():
+    sizes = {path.name: len(records.read_lines(path)) for path in (Path(DATA) / "flores200/devtest").iterdir()}
+    assert len(sizes) == 10 and set(sizes.values()) == {1012}
+    for pair, size in (("de-en", 549), ("en-de", 557), ("en-ru", 2074), ("zh-en", 1976)):
+        for path in (Path(DATA) / "wmt23").glob(f"generaltest2023.{pair}.*"):
+            assert len(records.read_lines(path)) == size
+
+
+# --- Units ----------------------------------------------------------------------------------------
+def write_shards(folder: Path, sizes=(3, 0, 2)) -> Path:
+    folder.mkdir()
+    for shard, size in enumerate(sizes):
+        rows = [{**ROW, "id": f"{shard}-{i}"} for i in range(size)]
+        records.write_units(folder / f"{records.shard_name(shard, len(sizes))}.parquet", rows)
+    return folder
+
+
+def test_units_round_trip_in_order(tmp_path):
+    folder = write_shards(tmp_path / "units")
+    rows = list(records.read_units(folder, num_units=5000))
+    assert [row["id"] for row in rows] == ["0-0", "0-1", "0-2", "2-0", "2-1"]
+    assert rows[0] == {**ROW, "id": "0-0"}
+    shard = folder / "units-00000-of-00003.parquet"
+    assert list(records.read_units(shard)) == rows[:3]
+    assert str(pq.read_schema(shard).field("units").type.value_type) == "uint16"
+    assert tuple(pq.read_schema(shard).names) == records.UNIT_COLUMNS
+
+
+def test_same_rows_same_bytes(tmp_path):
+    a, b = write_shards(tmp_path / "a"), write_shards(tmp_path / "b")
+    assert all(path.read_bytes() == (b / path.name).read_bytes() for path in a.iterdir())
+
+
+def test_incomplete_and_mixed_shards_are_refused(tmp_path):
+    folder = write_shards(tmp_path / "units")
+    (folder / "units-00001-of-00003.parquet").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"units holds 2 of 3 shards\n.*label_audio\.py for the missing"):
+        list(records.read_units(folder))
+    (tmp_path / "away").rename(folder / "units-00001-of-00004.parquet")
+    with pytest.raises(UserError, match=r"3 of 4 shards, of sets of different sizes \[3, 4\]"):
+        list(records.read_units(folder))
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"holds no units-\*-of-\*\.parquet"):
+        list(records.read_units(folder))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        list(records.read_units(tmp_path / "nowhere"))
+
+
+def test_a_unit_out_of_range_is_named_by_file_and_row(tmp_path):
+    folder = write_shards(tmp_path / "units")
+    with pytest.raises(
+        UserError, match=r"00000-of-00003\.parquet, row 1 \(id 0-0\): unit id 4999 is outside 0\.\.499"
+    ):
+        list(records.read_units(folder, num_units=500))
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    import pyarrow as pa
+
+    path = tmp_path / "units-00000-of-00001.parquet"
+    path.write_text("no Parquet at all")
+    with pytest.raises(UserError, match="is no units Parquet"):
+        list(records.read_units(tmp_path))
+    pq.write_table(pa.table({"id": ["a"], "units": [[1]]}), path)
+    with pytest.raises(UserError, match="lacks audio, duration_s, language, text"):
+        list(records.read_units(tmp_path))
