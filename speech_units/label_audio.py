@@ -1,0 +1,157 @@
+"""Turn audio into speech units: the nearest k-means centroid of every frame, consecutive repeats collapsed.
+
+Usage: python speech_units/label_audio.py --manifest audio/train.jsonl --audio_root audio --kmeans runs/kmeans \
+           --output_dir runs/units/train
+
+Reads: a manifest, JSONL rows {"id", "audio" (path relative to audio_root), "language", "text"}, the audio, and the
+folder that fit_kmeans.py wrote.
+Writes, in output_dir: units-00000-of-00001.parquet and so on (id, audio, language, duration_s, units, text). Each
+shard is finished, or begun anew, by itself: array tasks with --shard N fill one folder together.
+"""
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from features import SAMPLE_RATE, FeatureConfig, extractor, load_kmeans, read_audio, read_manifest
+
+from towerspeech.records import shard_name, write_units
+from towerspeech.stage import UserError, run, stage
+from towerspeech.units import collapse
+
+SETTINGS = ("audio_root", "shard", "num_workers", "device")  # arguments that do not change the output
+FRAMES_AT_ONCE = 2048  # bounds the distance table: 2048 x 5000 units is 41 MB
+
+
+def nearest(frames, centroids) -> list[int]:
+    """Index of the centroid nearest to each frame: (frames, dim), (num_units, dim) -> frames ids.
+
+    |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for all c.
+    """
+    norms = (centroids**2).sum(axis=1)
+    found: list[int] = []
+    for start in range(0, len(frames), FRAMES_AT_ONCE):
+        found += (norms - 2 * frames[start : start + FRAMES_AT_ONCE] @ centroids.T).argmin(axis=1).tolist()
+    return found
+
+
+def shard_bounds(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
+    """First row of a shard, and the one after its last."""
+    return num_rows * shard // num_shards, num_rows * (shard + 1) // num_shards
+
+
+def label(row: dict, audio_root: Path, config: FeatureConfig, centroids, extract: Callable) -> dict:
+    """One manifest row as a units row."""
+    samples = read_audio(audio_root / row["audio"], row["where"], config.min_samples)
+    return {
+        "id": row["id"],
+        "audio": row["audio"],
+        "language": row["language"],
+        "duration_s": len(samples) / SAMPLE_RATE,
+        "units": collapse(nearest(extract(samples), centroids)),
+        "text": row["text"],
+    }
+
+
+# A worker process loads the k-means and the model once, and keeps them here.
+_label_row: Callable | None = None
+
+
+def _start_worker(kmeans: Path, audio_root: Path, device: str) -> None:
+    global _label_row
+    centroids, config = load_kmeans(kmeans)
+    extract = extractor(config, device)
+    _label_row = partial(label, audio_root=audio_root, config=config, centroids=centroids, extract=extract)
+
+
+def _work(row: dict) -> dict | UserError:
+    try:
+        return _label_row(row)
+    except UserError as error:
+        return error  # raised in the parent: what the user reads must not depend on the number of workers
+
+
+@contextlib.contextmanager
+def labeller(kmeans: Path, audio_root: Path, device: str, num_workers: int) -> Iterator[Callable]:
+    """Give a function from rows to units rows, in order, done by worker processes if more than one."""
+    if num_workers == 1:
+        _start_worker(kmeans, audio_root, device)
+        yield lambda rows: map(_work, rows)
+        return
+    # Spawned: CUDA does not survive a fork, and a forked worker would keep the folder's lock.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(num_workers, initializer=_start_worker, initargs=(kmeans, audio_root, device)) as pool:
+        yield lambda rows: pool.imap(_work, rows, chunksize=8)
+
+
+def label_audio(
+    manifest: Path,
+    audio_root: Path,
+    kmeans: Path,
+    output_dir: Path,
+    num_shards: int = 1,
+    shard: int | None = None,
+    num_workers: int = 1,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Label every utterance of a manifest with units.
+
+    Args:
+        manifest: JSONL with "id", "audio", "language" and "text".
+        audio_root: Folder that the manifest's audio paths start from.
+        kmeans: Folder written by fit_kmeans.py.
+        output_dir: Folder of units shards to write.
+        num_shards: Files to write; a shard's rows are held in memory, so give one for every 100,000 utterances or so.
+        shard: Write this one alone, counted from 0 (for array tasks); without it all, in turn.
+        num_workers: Processes; each loads its own HuBERT.
+        device: auto, cpu or cuda, for HuBERT.
+        overwrite: Replace a shard if it was made from other input.
+    """
+    arguments = dict(locals())
+    if num_shards < 1 or (shard is not None and not 0 <= shard < num_shards):
+        raise UserError(f"--shard {shard} of --num_shards {num_shards}", "shards are 0 to num_shards - 1")
+    if num_workers < 1:
+        raise UserError(f"--num_workers is {num_workers}", "give at least 1")
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
+        os.environ.setdefault(variable, "1")
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as stack:
+        num_rows, label_rows = None, None
+        for index in range(num_shards) if shard is None else [shard]:
+            name = shard_name(index, num_shards)
+            with stage(output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as job:
+                if job.done:
+                    continue
+                if label_rows is None:  # the first shard that is not done yet
+                    load_kmeans(kmeans)  # bad input is found before workers start
+                    num_rows = sum(1 for _ in read_manifest(manifest))
+                    bounds = (0, num_rows) if shard is None else shard_bounds(num_rows, shard, num_shards)
+                    for _ in read_manifest(manifest, audio_root, *bounds):
+                        pass
+                    label_rows = stack.enter_context(labeller(kmeans, audio_root, device, num_workers))
+                start, end = shard_bounds(num_rows, index, num_shards)
+                rows = []
+                found = label_rows(read_manifest(manifest, audio_root, start, end))
+                for row in tqdm(found, total=end - start, desc=name, unit="utt"):
+                    if isinstance(row, UserError):
+                        raise row
+                    rows.append(row)
+                with job.publish(f"{name}.parquet") as path:
+                    write_units(path, rows)
+                num_units, seconds = sum(len(row["units"]) for row in rows), sum(row["duration_s"] for row in rows)
+                job.counts.update(utterances=len(rows), units=num_units, seconds_of_audio=round(seconds, 2))
+                print(
+                    f"{name}: {len(rows):,} utterances, {num_units:,} units, {seconds / 3600:.2f} h"
+                    + (f", {num_units / seconds:.1f} units a second" if rows else ""),
+                    flush=True,
+                )
+    print(output_dir)
+
+
+if __name__ == "__main__":
+    run(label_audio)
