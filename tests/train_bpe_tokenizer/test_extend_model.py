@@ -1,0 +1,251 @@
+"""extend_model.py: rows, files and logits, against transformers and safetensors."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from towerspeech import prompts
+from towerspeech import units as dsu
+from towerspeech.stage import UserError
+from train_bpe_tokenizer.extend_model import COVARIANCE, extend_model, make_rows
+
+spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def untied_dir(tmp_path_factory):
+    """An untied model in several shards."""
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    shared.save_base_model(folder, tied=False, max_shard_size="120KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untied_extended(tmp_path_factory, untied_dir, tokenizer_dir):
+    folder = tmp_path_factory.mktemp("untied_extended") / "model"
+    extend_model(untied_dir, tokenizer_dir, folder)
+    return folder
+
+
+def tensors(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_logits_over_the_old_vocabulary(request, kind, base_model_dir, model_dir):
+    before, after = base_model_dir, model_dir
+    if kind == "untied":
+        before, after = (request.getfixturevalue(name) for name in ("untied_dir", "untied_extended"))
+    tokenizer = AutoTokenizer.from_pretrained(after, local_files_only=True)
+    texts = [*shared.make_sentences(5, seed=9), prompts.mt_0_shot("en", "de", "my sister buys seven books.")]
+    old, new = load(before), load(after)
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            assert torch.equal(old(ids).logits, new(ids).logits[..., :400])
+    ids = torch.tensor([tokenizer(prompts.asr(dsu.to_text(range(50))))["input_ids"]])
+    assert torch.isfinite(new(ids).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_shapes_are_those_of_resize_token_embeddings(request, kind, base_model_dir, model_dir):
+    before, after = base_model_dir, model_dir
+    if kind == "untied":
+        before, after = (request.getfixturevalue(name) for name in ("untied_dir", "untied_extended"))
+    resized = load(before)
+    resized.resize_token_embeddings(487, pad_to_multiple_of=64)
+    new = load(after)
+    assert new.config.vocab_size == resized.config.vocab_size == new.vocab_size == 512
+    wanted = resized.state_dict()
+    got = new.state_dict()
+    assert {name: tensor.shape for name, tensor in got.items()} == {n: t.shape for n, t in wanted.items()}
+    for name, tensor in got.items():
+        keep = 400 if name in (EMBEDDINGS, HEAD) else len(tensor)
+        assert torch.equal(tensor[:keep], wanted[name][:keep]), name
+    assert new.config.tie_word_embeddings == (kind == "tied")
+
+
+def test_files(model_dir, tokenizer_dir, untied_dir, untied_extended, base_model_dir):
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "speech_units.json"):
+        assert (model_dir / name).read_bytes() == (tokenizer_dir / name).read_bytes()
+    config, base = (json.loads((folder / "config.json").read_text()) for folder in (model_dir, base_model_dir))
+    assert config == {**base, "vocab_size": 512, "pad_token_id": 403}
+    assert json.loads((model_dir / "generation_config.json").read_text())["pad_token_id"] == 403
+    assert dsu.tokenizer_hash(model_dir) == dsu.tokenizer_hash(tokenizer_dir)
+
+    index = json.loads((untied_extended / "model.safetensors.index.json").read_text())
+    found = tensors(untied_extended)
+    assert set(index["weight_map"]) == set(found)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in found.values())
+    touched = {index["weight_map"][name] for name in (EMBEDDINGS, HEAD)}
+    for path in untied_dir.glob("*.safetensors"):
+        linked = os.path.samefile(path, untied_extended / path.name)
+        assert linked == (path.name not in touched)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_kept_and_old_rows_are_the_same_bits(tmp_path, tokenizer_dir, dtype):
+    shared.save_base_model(tmp_path / "base", tied=False, dtype=dtype)
+    extend_model(tmp_path / "base", tokenizer_dir, tmp_path / "out")
+    before, after = tensors(tmp_path / "base"), tensors(tmp_path / "out")
+    for name, tensor in after.items():
+        keep = 400 if name in (EMBEDDINGS, HEAD) else len(tensor)
+        assert tensor.dtype == getattr(torch, dtype)
+        assert torch.equal(tensor[:keep].view(torch.int16), before[name].view(torch.int16))
+    assert load(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
+def test_tied_head_that_is_stored_stays_tied(tmp_path, base_model_dir, tokenizer_dir):
+    shutil.copytree(base_model_dir, tmp_path / "base")
+    weights = tensors(base_model_dir)
+    weights[HEAD] = weights[EMBEDDINGS].clone()
+    save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    extend_model(tmp_path / "base", tokenizer_dir, tmp_path / "out")
+    after = tensors(tmp_path / "out")
+    assert torch.equal(after[HEAD], after[EMBEDDINGS]) and len(after[HEAD]) == 512
+
+
+def test_padded_base(tmp_path, base_model_dir, tokenizer_dir):
+    """Rows that pad the base belong to no token: new tokens take them over, and they do not count for the mean."""
+    model = load(base_model_dir)
+    model.resize_token_embeddings(400, pad_to_multiple_of=128)
+    model.get_input_embeddings().weight.data[400:] = 1e3
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_model_dir, local_files_only=True).save_pretrained(tmp_path / "base")
+    extend_model(tmp_path / "base", tokenizer_dir, tmp_path / "out", init="mean", pad_to_multiple_of=1)
+    rows = tensors(tmp_path / "out")[EMBEDDINGS]
+    assert len(rows) == 487 and rows[400:].abs().max() < 1
+
+
+def test_rows_have_the_old_statistics():
+    old = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(8, 8) + 3
+    rows = make_rows(old, 200_000, "normal", 0)
+    mean = old.double().mean(0)
+    wanted = COVARIANCE * torch.cov(old.double().T, correction=0)
+    error = torch.cov(rows.double().T) - wanted
+    assert error.abs().max() < 0.03 * wanted.diagonal().max()
+    assert torch.allclose(rows.double().mean(0), mean, atol=1e-4)
+    assert torch.equal(make_rows(old, 3, "mean", 0), mean.float().repeat(3, 1))
+    assert torch.equal(make_rows(old, 700, "normal", 5), make_rows(old, 700, "normal", 5))
+    assert not torch.equal(make_rows(old, 3, "normal", 5), make_rows(old, 3, "normal", 6))
+
+
+def test_same_bytes_done_again_and_resumed(tmp_path, untied_dir, untied_extended, tokenizer_dir, capsys, monkeypatch):
+    """Killed after its first shard and run again, it writes the same bytes."""
+    import train_bpe_tokenizer.extend_model as script
+
+    real, calls = script.rewrite, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(script, "rewrite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extend_model(untied_dir, tokenizer_dir, tmp_path / "out")
+    assert not (tmp_path / "out/run_info.json").exists() and list((tmp_path / "out").glob("*.safetensors"))
+    extend_model(untied_dir, tokenizer_dir, tmp_path / "out")
+    assert len(calls) == 3  # the first one was kept
+    for path in untied_extended.iterdir():
+        if path.name != "run_info.json" and not path.name.startswith("."):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    capsys.readouterr()
+    extend_model(untied_dir, tokenizer_dir, tmp_path / "out")
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        extend_model(untied_dir, tokenizer_dir, tmp_path / "out", seed=1)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+@pytest.fixture
+def refused(tmp_path, base_model_dir, tokenizer_dir):
+    def check(message, model=base_model_dir, tokenizer=tokenizer_dir, **options):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with pytest.raises(UserError, match=message):
+            extend_model(model, tokenizer, tmp_path / "out", **options)
+        assert not [path for path in tmp_path.glob("out/*") if not path.name.startswith(".")]
+
+    return check
+
+
+@pytest.fixture
+def copy(tmp_path, base_model_dir):
+    folder = tmp_path / "copy"
+    shutil.copytree(base_model_dir, folder)
+    return folder
+
+
+def test_wrong_folders(tmp_path, refused, base_model_dir, model_dir):
+    refused("no does not exist", model=tmp_path / "no")
+    refused("no does not exist", tokenizer=tmp_path / "no")
+    refused("this tokenizer knows no speech units", tokenizer=base_model_dir)
+    refused("was not made from the tokenizer of .*487 and 400 tokens", model=model_dir)
+    refused("--pad_to_multiple_of 0 is not positive", pad_to_multiple_of=0)
+
+
+def test_tokenizer_of_another_base(refused, copy):
+    path = copy / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    vocabulary = saved["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary["other"] = vocabulary.pop(last)
+    path.write_text(json.dumps(saved))
+    refused(r"400 and 400 tokens, 1 of them different; the first is 'other' \(399\)", model=copy)
+
+
+def test_model_without_tokenizer(tmp_path, refused, copy, tokenizer_dir):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    extend_model(copy, tokenizer_dir, tmp_path / "fine")  # 400 rows for 400 tokens
+    weights = tensors(copy)
+    for rows, message in ((390, "has 390 embeddings, the base of .* 400 tokens"), (410, "no tokenizer to compare")):
+        weights[EMBEDDINGS] = torch.zeros(rows, 64)
+        save_file(weights, copy / "model.safetensors")
+        refused(message, model=copy)
+
+
+def test_broken_weights(refused, copy, untied_dir, tmp_path):
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    refused("bytes, its header announces", model=copy)
+    for junk in (b"version https://git-lfs.github.com/spec/v1\n", b"1234"):
+        path.write_bytes(junk)
+        refused("is no safetensors file", model=copy)
+    path.rename(copy / "pytorch_model.bin")
+    refused("weights must be safetensors", model=copy)
+    weights = tensors(untied_dir)
+    del weights[HEAD]
+    save_file(weights, path)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    refused("one embed_tokens.weight and one lm_head.weight are wanted", model=copy)
+    weights[HEAD] = torch.zeros(400, 64, dtype=torch.int8)
+    save_file(weights, path)
+    refused("lm_head.weight is I8", model=copy)
+    (copy / "config.json").write_text("{")
+    refused("config.json: not JSON", model=copy)
+    (copy / "config.json").unlink()
+    refused("config.json does not exist", model=copy)
+    shards = tmp_path / "shards"
+    shutil.copytree(untied_dir, shards)
+    next(shards.glob("*.safetensors")).unlink()
+    refused("safetensors does not exist", model=shards)

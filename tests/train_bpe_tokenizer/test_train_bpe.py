@@ -1,0 +1,196 @@
+"""train_bpe.py against a plain SentencePiece call and plain loops."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from towerspeech import units as dsu
+from towerspeech.stage import UserError
+from train_bpe_tokenizer.train_bpe import Sample, train_bpe
+
+NUM_UNITS = 50
+
+
+def corpus(count=120, seed=0, longest=60):
+    generator = random.Random(seed)
+    utterances = []
+    for _ in range(count):
+        units = [generator.randrange(NUM_UNITS)]
+        for _ in range(generator.randint(4, longest)):
+            follows = (units[-1] * 7 + 3) % NUM_UNITS
+            unit = follows if generator.random() < 0.6 else generator.randrange(NUM_UNITS)
+            units += [unit] if unit != units[-1] else []
+        utterances.append(units)
+    return utterances
+
+
+def write_km(path, utterances):
+    path.write_text("".join(" ".join(map(str, units)) + "\n" for units in utterances))
+    return path
+
+
+def pieces(folder):
+    loaded = SentencePieceProcessor(model_file=str(folder / "units_bpe.model"))
+    return [loaded.id_to_piece(index) for index in range(1, loaded.get_piece_size())]
+
+
+def test_equals_plain_sentencepiece(tmp_path):
+    utterances = corpus()
+    train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=90)
+    plain = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([dsu.to_text(units) for units in utterances]),
+        model_writer=plain,
+        model_type="bpe",
+        vocab_size=93,  # and <unk>, <s>, </s>
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        minloglevel=2,
+    )
+    loaded = SentencePieceProcessor(model_proto=plain.getvalue())
+    wanted = [loaded.id_to_piece(index) for index in range(3, 93)]
+    assert pieces(tmp_path / "out") == [*wanted[:40], *dsu.to_text(range(NUM_UNITS))]
+    assert sorted(wanted) == sorted(pieces(tmp_path / "out"))
+    ours = SentencePieceProcessor(model_file=str(tmp_path / "out/units_bpe.model"))
+    for units in corpus(50, seed=1):
+        text = dsu.to_text(units)
+        assert ours.encode(text, out_type=str) == loaded.encode(text, out_type=str)
+    facts = json.loads((tmp_path / "out/units_bpe.json").read_text())
+    tokens = sum(len(loaded.encode(dsu.to_text(units))) for units in utterances)
+    total = sum(map(len, utterances))
+    assert facts["counts"]["units_per_token"] == round(total / tokens, 4) > 1.2
+    assert facts["counts"]["units"] == facts["counts"]["sampled_units"] == total
+    assert (facts["num_units"], facts["offset"], facts["vocab_size"]) == (NUM_UNITS, dsu.OFFSET, 90)
+    listed = (tmp_path / "out/units_bpe.vocab").read_text().splitlines()
+    ids = [dsu.to_text(map(int, line.split("\t")[0].split())) for line in listed]
+    assert ids == pieces(tmp_path / "out")
+
+
+def test_parquet_and_km_give_the_same(tmp_path, make_units):
+    utterances = corpus()
+    make_units(tmp_path / "units", [{"units": units} for units in utterances[:70]], num_shards=1)
+    rest = write_km(tmp_path / "rest.km", utterances[70:])
+    train_bpe([tmp_path / "units", rest], NUM_UNITS, tmp_path / "mixed", vocab_size=80)
+    train_bpe([write_km(tmp_path / "all.km", utterances)], NUM_UNITS, tmp_path / "km", vocab_size=80)
+    model = (tmp_path / "mixed/units_bpe.model").read_bytes()
+    assert model == (tmp_path / "km/units_bpe.model").read_bytes()
+
+
+def test_units_alone_and_units_that_the_corpus_lacks(tmp_path):
+    few = write_km(tmp_path / "a.km", [[1, 2, 3, 1, 2]])
+    train_bpe([few], NUM_UNITS, tmp_path / "alone", vocab_size=NUM_UNITS)
+    assert sorted(pieces(tmp_path / "alone")) == list(dsu.to_text(range(NUM_UNITS)))
+    train_bpe([few], NUM_UNITS, tmp_path / "merged", vocab_size=NUM_UNITS + 1)
+    assert pieces(tmp_path / "merged")[0] == dsu.to_text([1, 2])
+    assert pieces(tmp_path / "merged")[1:] == list(dsu.to_text(range(NUM_UNITS)))
+    repeated = write_km(tmp_path / "b.km", [[1, 2, 1, 2]])
+    train_bpe([repeated], NUM_UNITS, tmp_path / "most", vocab_size=54)  # the most, as the message for 80 says
+    assert len(pieces(tmp_path / "most")) == 54
+
+
+def test_long_utterances_are_not_skipped(tmp_path):
+    """SentencePiece's default drops lines above 4192 bytes = 1048 units; 16-bit positions would end at 65535."""
+    generator = random.Random(0)
+    long = [generator.randrange(40) for _ in range(70_000)] + [48, 49] * 3000  # the best merge lies at its end
+    train_bpe([write_km(tmp_path / "a.km", [long])], NUM_UNITS, tmp_path / "out", vocab_size=NUM_UNITS + 2)
+    assert dsu.to_text([48, 49]) in pieces(tmp_path / "out")[:2]
+
+
+def test_sample_is_the_longest_prefix_of_a_shuffle_that_fits():
+    for seed in range(30):
+        utterances = corpus(40, seed)
+        sample = Sample(400, seed)
+        for units in utterances:
+            sample.add(units)
+        generator = random.Random(seed)
+        keys = [generator.random() for _ in utterances]
+        total, wanted = 0, []
+        for index in sorted(range(len(utterances)), key=keys.__getitem__):
+            total += len(utterances[index])
+            if total > 400:
+                break
+            wanted.append(index)
+        assert sample.texts() == [dsu.to_text(utterances[index]) for index in sorted(wanted)]
+        assert sample.units == sum(len(utterances[index]) for index in wanted) <= 400
+
+
+def test_sample_is_uniform():
+    counts = [0] * 20
+    for seed in range(2000):
+        sample = Sample(50, seed)
+        for index in range(20):
+            sample.add([index] * 10)
+        for text in sample.texts():
+            counts[ord(text[0]) - dsu.OFFSET] += 1
+    assert all(420 < count < 580 for count in counts)  # 500 each, standard deviation 19
+
+
+def test_same_seed_same_bytes_and_done_again(tmp_path, capsys):
+    source = write_km(tmp_path / "a.km", corpus())
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        train_bpe([source], NUM_UNITS, tmp_path / name, vocab_size=70, max_units=1000, seed=seed)
+    one, two, other = ((tmp_path / n / "units_bpe.model").read_bytes() for n in ("one", "two", "other"))
+    assert one == two != other
+    counts = json.loads((tmp_path / "one/units_bpe.json").read_text())["counts"]
+    assert counts["sampled_units"] <= 1000 < counts["units"] and 0 < counts["share_sampled"] < 1
+    capsys.readouterr()
+    train_bpe([source], NUM_UNITS, tmp_path / "one", vocab_size=70, max_units=1000)
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="max_units was 1000, now 900"):
+        train_bpe([source], NUM_UNITS, tmp_path / "one", vocab_size=70, max_units=900)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, {}, "a.km does not exist"),
+        ("", {}, "a.km is empty"),
+        ("\n\n", {}, "no units in 2 utterances"),
+        ("1 2\n3 50 4\n", {}, r"a.km:2: unit id 50 is outside 0..49"),
+        ("1 2\n3 -1 4\n", {}, r"a.km:2: unit id -1 is outside 0..49"),
+        ("1 2\n3 x 4\n", {}, r"a.km:2: not unit ids"),
+        ("1 2\n", {"vocab_size": 49}, "--vocab_size 49 is smaller than --num_units 50"),
+        ("1 2 1 2\n", {"vocab_size": 80}, r"50 units and 4 merges\n.*--vocab_size 54"),
+        ("1 2 3 4\n", {"max_units": 3}, "--max_units 3 is less than one utterance"),
+    ],
+)
+def test_bad_input(tmp_path, content, options, message):
+    path = tmp_path / "a.km"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        train_bpe([path], NUM_UNITS, tmp_path / "out", **{"vocab_size": 50, **options})
+    assert not list((tmp_path / "out").glob("units_bpe*")) and not (tmp_path / "out/run_info.json").exists()
+
+
+def test_bad_input_num_units_and_parquet(tmp_path, make_units):
+    folder = make_units(tmp_path / "units", [{"units": [1, 2]}, {"units": [3, 60], "id": "bad"}])
+    with pytest.raises(UserError, match=r"units-00000-of-00001.parquet, row 2 \(id bad\): unit id 60"):
+        train_bpe([folder], NUM_UNITS, tmp_path / "out", vocab_size=50)
+    for wrong in (0, 70_000):
+        with pytest.raises(UserError, match=f"--num_units {wrong} is not within"):
+            train_bpe([folder], wrong, tmp_path / "out2", vocab_size=80_000)
+
+
+@pytest.mark.parametrize("script", ["train_bpe", "merge_tokenizer", "extend_model"])
+def test_help_is_quick_and_flags_are_exact(script):
+    path = f"train_bpe_tokenizer/{script}.py"
+    started = time.process_time()
+    shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
+    assert "--output_dir" in shown.stdout and time.process_time() - started < 1
+    wrong = subprocess.run([sys.executable, path, "--output", "x"], capture_output=True, text=True)
+    assert wrong.returncode and "Traceback" not in wrong.stderr
+
+
+def test_command_line_error_is_one_message(tmp_path):
+    command = ["--units", str(tmp_path / "no.km"), "--num_units", "50", "--output_dir", str(tmp_path / "out")]
+    script = [sys.executable, "train_bpe_tokenizer/train_bpe.py"]
+    failed = subprocess.run([*script, *command], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr

@@ -1,0 +1,346 @@
+"""Give a model rows for a merged tokenizer's new tokens.
+
+Usage: python train_bpe_tokenizer/extend_model.py --model Llama-2-7b/ --tokenizer tokenizer/ --output_dir extended/
+
+Reads a Hugging Face model folder (safetensors, in shards or one file) and the folder that merge_tokenizer.py wrote.
+Writes one folder with model and tokenizer. Weights are streamed: only the files that hold the input embeddings and the
+output head are rewritten, the others are hard-linked, or copied where that is impossible. Old rows stay as they are,
+bit for bit; memory is about two embedding matrices in float32.
+"""
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from towerspeech.stage import RUN_INFO, UserError, check_exists, run, stage
+from towerspeech.units import read_metadata
+
+INDEX = "model.safetensors.index.json"
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # by safetensors' names
+COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
+CHUNK_BYTES = 1 << 24
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "speech_units.json",
+)
+
+
+def load_json(path: Path) -> dict:
+    """Read one JSON object.
+
+    Raises:
+        UserError: The file is missing or malformed.
+    """
+    check_exists(path, "name a Hugging Face model folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})", "copy it anew") from None
+
+
+# --- safetensors files, as streams ----------------------------------------------------------------
+def read_header(path: Path) -> tuple[dict, int]:
+    """Read a safetensors header: its entries by name, and the byte at which the data begins.
+
+    Raises:
+        UserError: The file is no safetensors file, or cut short.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+        try:
+            header = json.loads(file.read(length)) if length < min(size, 1 << 28) else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is no safetensors file", "copy it anew; it may be a Git LFS pointer")
+    end = 8 + length + max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
+    if size != end:
+        raise UserError(f"{path} has {size:,} bytes, its header announces {end:,}", "copy it anew")
+    return header, 8 + length
+
+
+def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO) -> None:
+    """Copy ``count`` bytes from ``start`` on, a little at a time."""
+    source.seek(start)
+    while count:
+        chunk = source.read(min(CHUNK_BYTES, count))
+        target.write(chunk)
+        count -= len(chunk)
+
+
+def rewrite(source: Path, target: Path, keep_rows: int, new_rows: dict[str, Callable]) -> None:
+    """Copy a safetensors file; the named matrices keep their first ``keep_rows`` rows and get new ones after them.
+
+    Args:
+        new_rows: By tensor name, a function that gives the new rows, (num_new, hidden), in the file's dtype.
+    """
+    header, data = read_header(source)
+    metadata = header.pop("__metadata__", None)
+    names = sorted(header, key=lambda name: header[name]["data_offsets"])
+    changed, position = {}, 0
+    rows = {name: new_rows[name]() for name in names if name in new_rows}
+    for name in names:
+        entry = header[name]
+        start, end = entry["data_offsets"]
+        shape, size = list(entry["shape"]), end - start
+        if name in rows:
+            size = size // shape[0] * (keep_rows + len(rows[name]))
+            shape[0] = keep_rows + len(rows[name])
+        changed[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **changed}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with open(source, "rb") as old, open(target, "wb") as new:
+        new.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            start, end = header[name]["data_offsets"]
+            if name in rows:
+                end = start + (end - start) // header[name]["shape"][0] * keep_rows
+            copy_bytes(old, data + start, end - start, new)
+            if name in rows:
+                new.write(_raw(rows[name]))
+
+
+def _raw(tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# --- New rows -------------------------------------------------------------------------------------
+def make_rows(old, count: int, init: Literal["normal", "mean"], seed: int):
+    """Draw new embedding rows from the old ones' statistics.
+
+    Args:
+        old: (num_old, hidden), any dtype.
+        count: Number of new rows.
+        init: ``normal``: mean of the old rows and COVARIANCE times their covariance; ``mean``: equal to the mean.
+        seed: Of the draw.
+
+    Returns:
+        (count, hidden), in ``old``'s dtype.
+    """
+    import torch
+
+    matrix = old.to(torch.float32, copy=True)
+    mean = matrix.mean(0, dtype=torch.float64).to(torch.float32)
+    rows = mean.repeat(count, 1)
+    if init == "normal":
+        # With X the centred rows and z standard normal, z @ X / sqrt(n) has exactly their covariance: no
+        # (hidden, hidden) matrix, and no Cholesky factor that rounding could make impossible.
+        matrix -= mean
+        generator = torch.Generator().manual_seed(seed)
+        scale = math.sqrt(COVARIANCE / len(matrix))
+        for start in range(0, count, 512):
+            noise = torch.randn(min(512, count - start), len(matrix), generator=generator)
+            rows[start : start + 512] += scale * (noise @ matrix)
+    return rows.to(old.dtype)
+
+
+# --- The model ------------------------------------------------------------------------------------
+def weight_files(model: Path) -> dict[str, Path]:
+    """The file of each tensor.
+
+    Raises:
+        UserError: The folder holds no safetensors model, or lacks a shard.
+    """
+    remedy = "download the model again; weights must be safetensors (save_pretrained writes them)"
+    if (model / INDEX).is_file():
+        weight_map = load_json(model / INDEX)["weight_map"]
+        for name in sorted(set(weight_map.values())):
+            check_exists(model / name, remedy)
+        return {tensor: model / name for tensor, name in weight_map.items()}
+    path = model / "model.safetensors"
+    check_exists(path, remedy)
+    return {name: path for name in read_header(path)[0] if name != "__metadata__"}
+
+
+def find_matrices(model: Path, files: dict[str, Path], tied: bool) -> list[str]:
+    """Names of the input embeddings and, where the file has one, of the output head.
+
+    Raises:
+        UserError: They are not where Llama-like models have them, or are quantized.
+    """
+    embeddings = [name for name in files if name.endswith("embed_tokens.weight")]
+    heads = [name for name in files if name.endswith("lm_head.weight")]
+    if len(embeddings) != 1 or len(heads) > 1 or not (heads or tied):
+        raise UserError(
+            f"{model}: one embed_tokens.weight and {'at most ' if tied else ''}one lm_head.weight are wanted, got "
+            f"{embeddings + heads}",
+            "use a causal language model of the Llama family",
+        )
+    entries = [read_header(files[name])[0][name] for name in embeddings + heads]
+    for name, entry in zip(embeddings + heads, entries, strict=True):
+        if entry["dtype"] not in DTYPE_BYTES:
+            raise UserError(f"{files[name]}: {name} is {entry['dtype']}", "use float32, float16 or bfloat16 weights")
+        if entry["shape"] != entries[0]["shape"]:
+            raise UserError(f"{name} is {entry['shape']}, {embeddings[0]} {entries[0]['shape']}", "check the model")
+    return embeddings + heads
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """All tokens of a folder's tokenizer with their ids, or None if it has no tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        saved = load_json(folder / "tokenizer.json")
+        known = saved["model"]["vocab"]
+        if not isinstance(known, dict):  # a unigram's list of pieces and scores
+            known = {piece: index for index, (piece, _) in enumerate(known)}
+        return {**known, **{token["content"]: token["id"] for token in saved["added_tokens"]}}
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        loaded = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        return {loaded.id_to_piece(index): index for index in range(loaded.get_piece_size())}
+    return None
+
+
+def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int) -> None:
+    """Raise UserError unless the tokenizer was made from the one that the model was trained with."""
+    remedy = "give merge_tokenizer.py this very model as --base"
+    if rows < base_vocab_size:
+        raise UserError(f"{model} has {rows:,} embeddings, the base of {tokenizer} {base_vocab_size:,} tokens", remedy)
+    own = vocabulary(model)
+    if own is None:
+        if rows != base_vocab_size:
+            raise UserError(
+                f"{model} has no tokenizer to compare, and {rows:,} embeddings for {base_vocab_size:,} tokens", remedy
+            )
+        return
+    base = {token: index for token, index in vocabulary(tokenizer).items() if index < base_vocab_size}
+    if own != base:
+        differing = sorted((index, token) for token, index in own.items() if base.get(token) != index)
+        example = f"; the first is {differing[0][1]!r} ({differing[0][0]})" if differing else ""
+        raise UserError(
+            f"{tokenizer} was not made from the tokenizer of {model}: {len(own):,} and {len(base):,} tokens, "
+            f"{len(differing):,} of them different{example}",
+            remedy,
+        )
+
+
+def load_rows(path: Path, name: str, count: int):
+    """The first ``count`` rows of a matrix in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice(name)[:count]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it (another file system, a file system without links)."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def copy_small_files(model: Path, tokenizer: Path, folder: Path) -> None:
+    """Copy the model's notes (licence, generation settings) and the new tokenizer; old tokenizer and weights stay."""
+    for path in sorted(model.iterdir()):
+        note = path.suffix in (".json", ".md", ".txt", "") and not path.name.endswith(RUN_INFO)
+        if path.is_file() and note and path.name not in (*TOKENIZER_FILES, INDEX) and path.name[0] != ".":
+            shutil.copyfile(path, folder / path.name)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+def _dump(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def extend_model(
+    model: Path,
+    tokenizer: Path,
+    output_dir: Path,
+    init: Literal["normal", "mean"] = "normal",
+    seed: int = 0,
+    pad_to_multiple_of: int = 64,
+    overwrite: bool = False,
+) -> None:
+    """Extend a model's embeddings and head.
+
+    Args:
+        model: Hugging Face folder of a causal language model with its base tokenizer.
+        tokenizer: Folder written by merge_tokenizer.py from that base tokenizer.
+        output_dir: New folder, for model and tokenizer.
+        init: New rows: drawn around the mean of the old ones, with 1e-5 of their covariance, or equal to it.
+        seed: Of the draw.
+        pad_to_multiple_of: The number of rows is rounded up to a multiple of this.
+        overwrite: Replace the output of a run with other arguments.
+    """
+    if pad_to_multiple_of < 1:
+        raise UserError(f"--pad_to_multiple_of {pad_to_multiple_of} is not positive", "use 64, or 1 for no padding")
+    with stage(output_dir, locals(), inputs=["model", "tokenizer"]) as job:
+        if job.done:
+            return
+        from tqdm import tqdm
+
+        metadata = read_metadata(tokenizer)
+        config = load_json(model / "config.json")
+        files = weight_files(model)
+        tied = config.get("tie_word_embeddings", not any(name.endswith("lm_head.weight") for name in files))
+        matrices = find_matrices(model, files, tied)
+        old_rows, hidden = read_header(files[matrices[0]])[0][matrices[0]]["shape"]
+        keep = metadata["base_vocab_size"]
+        check_belongs(model, tokenizer, old_rows, keep)
+        rows = math.ceil(metadata["vocab_size"] / pad_to_multiple_of) * pad_to_multiple_of
+
+        def new_rows(index: int):
+            # A head that is tied but stored must stay equal to the embeddings.
+            name = matrices[0 if tied else index]
+            return make_rows(load_rows(files[name], name, keep), rows - keep, init, seed + (0 if tied else index))
+
+        make = {name: (lambda index=index: new_rows(index)) for index, name in enumerate(matrices)}
+        rewritten = {files[name] for name in matrices}
+        for path in tqdm(sorted(set(files.values())), unit=" files", disable=None):
+            if (output_dir / path.name).is_file():  # a killed run's: it appeared whole, and the plan is the same
+                continue
+            with job.publish(path.name) as temporary:
+                if path in rewritten:
+                    rewrite(path, temporary, keep, make)
+                else:
+                    link_or_copy(path, temporary)
+        grown = 0  # bytes
+        for name in matrices:
+            old, new = (read_header(folder / files[name].name)[0][name] for folder in (model, output_dir))
+            assert new["shape"] == [rows, hidden], (name, new["shape"], rows)
+            grown += (rows - old_rows) * hidden * DTYPE_BYTES[old["dtype"]]
+        with job.publish() as folder:
+            copy_small_files(model, tokenizer, folder)
+            config["vocab_size"] = rows
+            pad = metadata["special_tokens"]["<PAD>"]
+            config["pad_token_id"] = pad
+            _dump(folder / "config.json", config)
+            if (model / "generation_config.json").is_file():
+                _dump(
+                    folder / "generation_config.json",
+                    {**load_json(model / "generation_config.json"), "pad_token_id": pad},
+                )
+            if (model / INDEX).is_file():
+                index = load_json(model / INDEX)
+                if "total_size" in index.get("metadata", {}):
+                    index["metadata"]["total_size"] += grown
+                index.get("metadata", {}).pop("total_parameters", None)
+                _dump(folder / INDEX, index)
+        job.counts.update({"base_vocab_size": keep, "vocab_size": metadata["vocab_size"], "rows": rows})
+        print(
+            f"{keep:,} old rows + {metadata['vocab_size'] - keep:,} new tokens + {rows - metadata['vocab_size']:,} of "
+            f"padding = {rows:,} rows of {hidden:,} in {' and '.join(matrices)}: {output_dir}"
+        )
+
+
+if __name__ == "__main__":
+    run(extend_model)
