@@ -1,0 +1,205 @@
+"""train.py and export_checkpoint.py against a plain PyTorch loop over the same windows; SIGKILL, meshes, bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from continued_pretraining import train as script
+from continued_pretraining.export_checkpoint import export_checkpoint
+from continued_pretraining.packing import IGNORE, Mixture
+from continued_pretraining.train import learning_rate_at
+from data_mixture.build_mixture import Source, build_mixture
+from towerspeech.stage import UserError
+
+LENGTH, BATCH, STEPS = 64, 4, 12
+SETTINGS = dict(
+    sequence_length=LENGTH, global_batch_size=BATCH, learning_rate=1e-3, warmup_share=0.25, save_every=5, log_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, model_dir, make_units) -> Path:
+    folder = tmp_path_factory.mktemp("cpt")
+    path = folder / "mono.jsonl"
+    path.write_text("".join(json.dumps({"text": f"the old captain sees {i} boats"}) + "\n" for i in range(80)))
+    units = make_units(folder / "units", 80)
+    # 12 steps of 4 windows of 64 tokens, the last of them not full
+    sources = [Source("speech", "speech", [str(units)], 2000), Source("mono", "text", [str(path)], 1000)]
+    build_mixture(model_dir, folder / "mixture", sources)
+    return folder / "mixture"
+
+
+def command(model_dir, mixture, output_dir, processes: int = 1, **changes) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
+    settings = {**SETTINGS, "dtype": "float32", "device": "cpu", **changes}
+    settings |= {"model": model_dir, "mixture": mixture, "output_dir": output_dir}
+    return [
+        *launcher,
+        script.__file__,
+        *(word for name, value in settings.items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def train(*args, **changes) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOWERSPEECH_LOCK_WAIT_S": "5"}
+    return subprocess.run(command(*args, **changes), capture_output=True, text=True, env=environment)
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "train.log").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, model_dir, mixture) -> Path:
+    """An uninterrupted run of two processes."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    result = train(model_dir, mixture, output_dir, processes=2, replicate=2, keep_steps="[6, 9]")
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, model_dir, whole_run) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export_checkpoint(whole_run / f"checkpoint-{STEPS}", model_dir, folder, dtype="float32")
+    return folder
+
+
+def reference_loop(model_dir, mixture) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training as a plain loop: transformers' model, torch's AdamW, whole batches."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    data, means = Mixture(mixture, LENGTH), []
+    for step in range(STEPS):
+        inputs, targets = map(torch.from_numpy, data.batch(range(step * BATCH, (step + 1) * BATCH)))
+        logits = model(input_ids=inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, STEPS, 1e-3, 3, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        means.append(loss.item())
+    return means, model.state_dict()
+
+
+def test_equals_a_plain_loop(model_dir, mixture, whole_run, exported):
+    means, weights = reference_loop(model_dir, mixture)
+    assert list(losses(whole_run).values()) == pytest.approx(means, rel=1e-5)
+    ours = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
+    assert ours.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=2e-3)
+
+
+def test_checkpoints_and_counts(whole_run, mixture):
+    assert sorted(p.name for p in whole_run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6", "checkpoint-9"]
+    info = json.loads((whole_run / "run_info.json").read_text())
+    assert info["counts"] == {"steps": STEPS, "tokens": {"speech": 2000, "mono": 1000}}
+    middle = json.loads((whole_run / "checkpoint-6/run_info.json").read_text())
+    assert middle["step"] == 6 and sum(middle["tokens"].values()) == 6 * LENGTH * BATCH
+
+
+def test_learning_rate_schedule():
+    rates = [learning_rate_at(step, 100, 1.0, 10, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_export_keeps_the_tokenizer_and_refuses_another_model(
+    tmp_path, model_dir, base_model_dir, whole_run, exported
+):
+    for name in ("tokenizer.json", "tokenizer.model", "speech_units.json"):
+        assert (exported / name).read_bytes() == (model_dir / name).read_bytes()
+    with pytest.raises(UserError, match="was not trained from"):
+        export_checkpoint(whole_run / "checkpoint-6", base_model_dir, tmp_path / "other")
+    with pytest.raises(UserError, match="run_info.json does not exist"):
+        export_checkpoint(whole_run / "checkpoint-7", model_dir, tmp_path / "other")
+
+
+def same_weights(a: Path, b: Path, model_dir: Path, folder: Path) -> bool:
+    paths = []
+    for number, run in enumerate((a, b)):
+        export_checkpoint(run / f"checkpoint-{STEPS}", model_dir, folder / str(number), dtype="float32")
+        paths.append(folder / str(number) / "model.safetensors")
+    return paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["after a checkpoint", "inside a checkpoint"])
+def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path, model_dir, mixture, whole_run, when):
+    """SIGKILL to torchrun and its two processes; run again, they end with the bits of the uninterrupted run."""
+    output_dir = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = command(model_dir, mixture, output_dir, processes=2, replicate=2, keep_steps="[6, 9]")
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
+    pattern = "checkpoint-5" if when == "after a checkpoint" else ".tmp-checkpoint-6-*"
+    deadline = time.monotonic() + 120
+    while not list(output_dir.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    for worker in psutil.Process(process.pid).children(recursive=True):  # torchrun's are in sessions of their own
+        worker.kill()
+    process.kill()
+    process.wait()
+    assert not (output_dir / "run_info.json").exists()
+    result = train(model_dir, mixture, output_dir, processes=2, replicate=2, keep_steps="[6, 9]")
+    assert result.returncode == 0, result.stderr
+    assert "going on after step" in result.stdout
+    assert not list(output_dir.glob(".tmp-*"))
+    assert losses(output_dir) == losses(whole_run)
+    assert same_weights(output_dir, whole_run, model_dir, tmp_path)
+    again = train(model_dir, mixture, output_dir, keep_steps="[6, 9]")
+    assert again.returncode == 0 and "already done" in again.stdout
+
+
+@pytest.mark.slow
+def test_another_mesh_goes_on_with_a_checkpoint(tmp_path, model_dir, mixture, whole_run, exported):
+    """Sharded over two processes up to step 9, then on one: the losses and weights of replicate 2."""
+    result = train(model_dir, mixture, tmp_path / "run", processes=2, shard=2, keep_steps="[6, 9]")
+    assert result.returncode == 0, result.stderr
+    assert list(losses(tmp_path / "run").values()) == pytest.approx(list(losses(whole_run).values()), rel=2e-5)
+    shutil.rmtree(tmp_path / "run/checkpoint-12")
+    (tmp_path / "run/run_info.json").rename(tmp_path / "run/.unfinished.json")
+    result = train(model_dir, mixture, tmp_path / "run", keep_steps="[6, 9]")
+    assert result.returncode == 0 and "going on after step 9" in result.stdout, result.stderr
+    assert list(losses(tmp_path / "run").values()) == pytest.approx(list(losses(whole_run).values()), rel=2e-5)
+    export_checkpoint(tmp_path / "run/checkpoint-12", model_dir, tmp_path / "model", dtype="float32")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", exported))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=2e-3)
+
+
+def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_model_dir, mixture):
+    for changes, message in (
+        ({"sequence_length": 4096}, "exceeds the model's context of 512"),
+        ({"keep_steps": "[13]"}, "lies outside the run's 1..12 steps"),
+        ({"replicate": 2}, "replicate 2 x shard 1 is not 1 processes"),
+        ({"global_batch_size": 3, "micro_batch_size": 2}, "--global_batch_size 3 is no multiple"),
+    ):
+        result = train(model_dir, mixture, tmp_path / "run", **changes)
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+    result = train(base_model_dir, mixture, tmp_path / "run")
+    assert result.returncode == 1 and "was tokenized with another tokenizer" in result.stderr
+    result = train(model_dir, tmp_path / "nothing", tmp_path / "run")
+    assert result.returncode == 1 and "run data_mixture" not in result.stdout and "manifest.json" in result.stderr
