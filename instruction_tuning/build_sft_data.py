@@ -1,0 +1,190 @@
+"""Turn transcribed speech units and parallel text into chat examples for instruction tuning.
+
+Usage:
+    python instruction_tuning/build_sft_data.py --units runs/units --parallel wmt.jsonl \\
+        --num_asr 100000 --num_mt 100000 --few_shot_share 0.2 --output_dir runs/sft_data
+    (several inputs: --units '[runs/units_a,runs/units_b]')
+
+Reads units Parquet (speech_units/label_audio.py) and parallel JSONL with the fields id, src_lang, tgt_lang,
+source, target (language codes: en, de, ...). Writes ``<output_dir>/sft.jsonl``, one example a line, shuffled:
+    {"id": ..., "task": "asr" | "mt_0_shot" | "mt_5_shot",
+     "messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+The counts are exact: nothing is repeated, and asking for more than there is is refused.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from towerspeech import prompts
+from towerspeech import units as dsu
+from towerspeech.languages import language
+from towerspeech.records import read_jsonl, read_units, write_jsonl
+from towerspeech.stage import UserError, run, stage
+
+NUM_SHOTS = 5  # the original's few-shot prompts
+PARALLEL_FIELDS = ("id", "src_lang", "tgt_lang", "source", "target")
+
+
+def as_list(paths: list[Path] | Path | None) -> list[Path]:
+    """One path, several or none, as a list."""
+    return [] if paths is None else [paths] if isinstance(paths, Path) else list(paths)
+
+
+def example(name: str, task: str, prompt: str, answer: str) -> dict:
+    """One row of sft.jsonl."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"id": name, "task": task, "messages": messages}
+
+
+def sample(rows: Iterable, size: int, rng: random.Random) -> tuple[list, int]:
+    """Draw ``size`` rows uniformly in one pass, holding no more than these (reservoir sampling).
+
+    Returns:
+        The rows (fewer than ``size`` if there are no more), and how many there were.
+    """
+    kept, seen = [], 0
+    for row in rows:
+        seen += 1
+        if len(kept) < size:
+            kept.append(row)
+        elif (place := rng.randrange(seen)) < size:
+            kept[place] = row
+    return kept, seen
+
+
+def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator[dict]:
+    """Stream ASR examples; rows without a transcript or without units are counted and left out.
+
+    Raises:
+        UserError: A row's speech is not English (the prompt asks for English), or a unit has no character.
+    """
+    from tqdm import tqdm
+
+    for folder in folders:
+        for row in tqdm(read_units(folder, num_units=0xFFFFE - unit_offset), desc=f"{folder}", unit=" utterances"):
+            text = (row["text"] or "").strip()
+            if not text or not row["units"]:
+                reason = "utterances_without_transcript" if not text else "utterances_without_units"
+                counts[reason] = counts.get(reason, 0) + 1
+                continue
+            if row["language"] != "en":
+                raise UserError(
+                    f"{folder}: utterance {row['id']} is in {row['language']!r}, but the ASR prompt is for English",
+                    "leave other languages' speech out of --units",
+                )
+            yield example(f"asr_{row['id']}", "asr", prompts.asr(dsu.to_text(row["units"], unit_offset)), text)
+
+
+def read_parallel(path: Path) -> list[dict]:
+    """Read and check one parallel JSONL file."""
+    rows = read_jsonl(path, required=PARALLEL_FIELDS)
+    for number, row in enumerate(rows, 1):
+        where = f"{path}:{number}"
+        for side in ("source", "target"):
+            if not isinstance(row[side], str) or not row[side].strip():
+                raise UserError(f"{where}: {side} is not a text, or is empty", "mend or remove the line")
+        try:
+            same = language(row["src_lang"]) == language(row["tgt_lang"])
+        except (UserError, TypeError) as error:
+            raise UserError(f"{where}: {error}") from None
+        if same:
+            raise UserError(f"{where}: src_lang and tgt_lang are both {row['src_lang']!r}", "mend or remove the line")
+    return rows
+
+
+def translations(rows: list[dict], size: int, few_shot_share: float, rng: random.Random) -> list[dict]:
+    """Draw ``size`` MT examples, round(share * size) of them after five others of the same direction.
+
+    Shown examples never have the example's own source, nor the same source twice.
+
+    Raises:
+        UserError: A direction has too few different sentences to show five others.
+    """
+    by_source = defaultdict(dict)  # direction -> source -> target
+    for row in rows:
+        by_source[row["src_lang"], row["tgt_lang"]].setdefault(row["source"], row["target"])
+    pools = {direction: list(pairs.items()) for direction, pairs in by_source.items()}
+    examples = []
+    num_few_shot = round(few_shot_share * size)
+    for number, row in enumerate(rng.sample(rows, size)):
+        src, tgt, source = row["src_lang"], row["tgt_lang"], row["source"]
+        name = f"mt_{src}-{tgt}_{row['id']}"
+        if number >= num_few_shot:
+            prompt = prompts.mt_0_shot(src, tgt, source)
+            examples.append(example(name, "mt_0_shot", prompt, row["target"].strip()))
+            continue
+        pool = pools[src, tgt]
+        if len(pool) <= NUM_SHOTS:
+            raise UserError(
+                f"{src}-{tgt} has {len(pool)} different sources; a {NUM_SHOTS}-shot prompt needs {NUM_SHOTS + 1}",
+                "add parallel text of this direction, or set --few_shot_share 0",
+            )
+        shown = [pair for pair in rng.sample(pool, NUM_SHOTS + 1) if pair[0] != source][:NUM_SHOTS]
+        prompt = prompts.mt_few_shot(src, tgt, source, shown)
+        examples.append(example(name, f"mt_{NUM_SHOTS}_shot", prompt, row["target"].strip()))
+    return examples
+
+
+def build(
+    output_dir: Path,
+    units: list[Path] | Path | None = None,
+    parallel: list[Path] | Path | None = None,
+    num_asr: int = 0,
+    num_mt: int = 0,
+    few_shot_share: float = 0.2,
+    unit_offset: int = dsu.OFFSET,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Write chat examples for ASR and MT.
+
+    Args:
+        output_dir: Folder for sft.jsonl.
+        units: Folder(s) of units Parquet with English transcripts.
+        parallel: Parallel JSONL file(s).
+        num_asr: Number of ASR examples, drawn from all of ``units``.
+        num_mt: Number of MT examples, drawn from all of ``parallel``.
+        few_shot_share: Share of the MT examples that show five others first, 0 to 1.
+        unit_offset: Code point of unit 0, as in the tokenizer's speech_units.json.
+        seed: Seed of draws and order.
+        overwrite: Replace the output of other arguments.
+    """
+    if min(num_asr, num_mt) < 0 or num_asr + num_mt == 0:
+        raise UserError(f"num_asr {num_asr} and num_mt {num_mt} make no data set", "give at least one above 0")
+    if not 0 <= few_shot_share <= 1:
+        raise UserError(f"few_shot_share {few_shot_share} is not a share", "give a number from 0 to 1")
+    if not dsu.OFFSET <= unit_offset < 0xFFFFE:
+        raise UserError(f"unit_offset {unit_offset} is not in plane 15's private use area", "see speech_units.json")
+    for name, number, paths in (("units", num_asr, units), ("parallel", num_mt, parallel)):
+        if bool(number) != bool(as_list(paths)):
+            raise UserError(
+                f"--{name} is {'missing' if number else 'given'}, but {number} of its examples are wanted",
+                f"give both --{name} and its number, or neither",
+            )
+    with stage(output_dir, locals(), inputs=["units", "parallel"]) as job:
+        if job.done:
+            return
+        rng = random.Random(seed)
+        asr, num_transcribed = sample(transcribed(as_list(units), unit_offset, job.counts), num_asr, rng)
+        pairs = [row for path in as_list(parallel) for row in read_parallel(path)]
+        for name, wanted, found in (("asr", num_asr, num_transcribed), ("mt", num_mt, len(pairs))):
+            if wanted > found:
+                raise UserError(
+                    f"--num_{name} is {wanted:,}, but there are {found:,} such examples",
+                    f"lower --num_{name}, or add data (for more epochs: sft.num_train_epochs of train.py)",
+                )
+        rows = asr + translations(pairs, num_mt, few_shot_share, rng)
+        rng.shuffle(rows)
+        write_jsonl(output_dir / "sft.jsonl", rows)
+        job.counts.update({"asr_available": num_transcribed, "mt_available": len(pairs), "examples": len(rows)})
+        for row in rows:
+            job.counts[row["task"]] = job.counts.get(row["task"], 0) + 1
+        for name, count in job.counts.items():
+            print(f"{name}: {count:,}")
+        print(f"wrote {output_dir / 'sft.jsonl'}")
+
+
+if __name__ == "__main__":
+    run(build)

@@ -1,0 +1,523 @@
+"""Instruction tuning: train a model on the assistant's turns of chat examples, with TRL.
+
+Usage:
+    python instruction_tuning/train.py --model runs/tower/checkpoint-5000 --data runs/sft_data/sft.jsonl \\
+        --output_dir runs/sft --config instruction_tuning/configs/towerspeech_7b.yaml --sft.learning_rate 4e-5
+    (several processes: torchrun --nproc_per_node 8 instruction_tuning/train.py ...)
+
+Reads a model folder (extended by train_bpe_tokenizer/extend_model.py: chat template, <PAD>, speech_units.json)
+and ``sft.jsonl`` (build_sft_data.py). Everything under ``sft`` goes on to trl.SFTConfig; ``DEFAULTS`` are the
+original's. Writes a model folder: model.safetensors, config, generation config (stops at <|im_end|> and at the
+model's old EOS), tokenizer, speech_units.json, sft_config.json (the settings in full); third-party output is in
+train.log. Weights train in float32 (bf16: true adds autocast on a GPU) and are saved in the model's own dtype.
+
+The loss is on the assistant's content and the <|im_end|> that closes it, nothing else. Ids are those of the chat
+template, so what generation feeds (``apply_chat_template(..., add_generation_prompt=True)``) is their beginning.
+A killed run goes on from its newest whole checkpoint-<step> folder; they are deleted at the end.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import shutil
+import typing
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from towerspeech import units as dsu
+from towerspeech.prompts import IM_END
+from towerspeech.records import read_jsonl
+from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, run, stage, write_json
+
+IGNORED = -100  # the label of a token without loss
+ENCODE_ROWS = 1000  # conversations tokenized at once
+DEFAULTS = {  # the first five are the original's
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 8e-5,
+    "num_train_epochs": 1,
+    "warmup_steps": 20,
+    "bf16": False,  # SFTConfig's own default is bf16, on a CPU too
+    "save_steps": 500,
+    "save_total_limit": 2,  # one may be half deleted or half written when a run is killed
+    "report_to": "none",
+}
+PACKED = "packed examples see one another unless the attention kernel is told; it is not offered"
+MASKED = "train.py labels the assistant's tokens itself"
+CHECKPOINTED = "train.py resumes by itself, from whole checkpoints"
+NO_EVALUATION = "train.py has no evaluation set; use generate/ and results/"
+OURS = {  # SFTConfig fields that train.py decides
+    **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"), PACKED),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "chat_template_path", "dataset_kwargs"), MASKED),
+    **dict.fromkeys(("eos_token", "pad_token", "truncation_mode", "dataset_text_field", "shuffle_dataset"), MASKED),
+    **dict.fromkeys(("resume_from_checkpoint", "ignore_data_skip", "save_only_model"), CHECKPOINTED),
+    **dict.fromkeys(("do_eval", "eval_strategy", "eval_on_start", "load_best_model_at_end"), NO_EVALUATION),
+    **dict.fromkeys(("seed", "data_seed"), "use --seed"),
+    "output_dir": "use --output_dir",
+    "model_init_kwargs": "the model is loaded from --model, in float32",
+    "trust_remote_code": "models that bring their own code are not run",
+    "push_to_hub": "upload the finished folder yourself",
+    "disable_tqdm": "progress is always shown",
+}
+
+
+# --- Settings -------------------------------------------------------------------------------------
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of an annotation; True for those that are not made of plain types."""
+    allowed = set(typing.get_args(hint) or [hint])
+    if not allowed <= {bool, int, float, str, type(None)}:
+        return True
+    return type(value) in allowed or (type(value) is int and float in allowed)
+
+
+def check_settings(sft: dict[str, Any]) -> dict[str, Any]:
+    """Check the ``sft`` block against SFTConfig; returns it with our defaults filled in.
+
+    Raises:
+        UserError: A key that SFTConfig does not know (names near ones) or that train.py decides, a value of
+            another type, bf16 without a GPU, or a value that SFTConfig refuses.
+    """
+    import torch
+    from trl import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    names = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    for name, value in sft.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3)
+            remedy = f"did you mean {' or '.join(near)}?" if near else "see trl.SFTConfig for the names"
+            raise UserError(f"sft.{name} is no setting of trl.SFTConfig", remedy)
+        if name in OURS:
+            raise UserError(f"sft.{name} cannot be set: {OURS[name]}", f"remove sft.{name}")
+        if not fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", str(hints[name]))
+            raise UserError(f"sft.{name} is {value!r}, but {wanted} is wanted", "mend the value")
+    settings = {**DEFAULTS, **sft}
+    if settings["bf16"] and not torch.cuda.is_available():
+        raise UserError("sft.bf16 is true, but there is no CUDA GPU", "set --sft.bf16 false")
+    if settings.get("train_sampling_strategy", "random") not in ("random", "group_by_length"):
+        raise UserError("sft.train_sampling_strategy is neither random nor group_by_length", "use one of these")
+    settings.setdefault("use_cpu", not torch.cuda.is_available())  # else processes without a GPU would not be joined
+    settings.setdefault("dataloader_pin_memory", not settings["use_cpu"])
+    return settings
+
+
+def make_config(settings: dict[str, Any], output_dir: Path):
+    """The trl.SFTConfig of checked settings."""
+    from trl import SFTConfig
+
+    try:
+        return SFTConfig(
+            **settings,
+            output_dir=str(output_dir),
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},  # our ids and labels, untouched
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"the sft settings do not go together: {error}", "mend them") from None
+
+
+# --- Inputs ---------------------------------------------------------------------------------------
+def load_tokenizer(model: Path):
+    """Load the model folder's tokenizer and check that it can chat and speaks units.
+
+    Returns:
+        The tokenizer, its EOS set to <|im_end|>, and the model's config.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    made_by = "make the model folder with train_bpe_tokenizer/extend_model.py"
+    check_exists(model / "config.json", made_by)
+    dsu.read_metadata(model)
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: no model or tokenizer that transformers can read: {error}", made_by) from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{model} has no chat template", made_by)
+    if IM_END not in tokenizer.get_vocab():
+        raise UserError(f"{model}: its tokenizer has no {IM_END}", made_by)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{model}: {len(tokenizer)} tokens, but {config.vocab_size} embedding rows", made_by)
+    tokenizer.eos_token = IM_END
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(f"{model}: pad_token is {tokenizer.pad_token!r}; it must be one of its own", made_by)
+    return tokenizer, config
+
+
+def read_conversations(data: Path, tokenizer, unit_range: range) -> list[dict]:
+    """Read sft.jsonl and check each row's turns.
+
+    Raises:
+        UserError: A row is malformed, its roles do not alternate from user to assistant, or its text holds a
+            special token or a unit character that is not in ``unit_range``; names file and line.
+    """
+    rows = read_jsonl(data, required=("id", "messages"))
+    special = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)))
+    private = re.compile("[\U000f0000-\U000ffffd]")
+    for number, row in enumerate(rows, 1):
+        where = f"{data}:{number} (id {row['id']})"
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("content")
+            for turn in messages
+        ):
+            raise UserError(f"{where}: messages must be a list of turns with role and content", "mend the line")
+        roles = [turn.get("role") for turn in messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+            raise UserError(f"{where}: the roles are {roles}", "user and assistant must take turns, assistant last")
+        text = "\n".join(turn["content"] for turn in messages)
+        if found := special.search(text):
+            raise UserError(f"{where}: the text holds the special token {found[0]}", "take it out of the text")
+        strangers = [char for char in private.findall(text) if ord(char) not in unit_range]
+        if strangers:
+            raise UserError(
+                f"{where}: U+{ord(strangers[0]):X} is none of the tokenizer's {len(unit_range)} units, "
+                f"which start at U+{unit_range.start:X}",
+                "build the data with the tokenizer's offset and k-means (build_sft_data.py --unit_offset)",
+            )
+    return rows
+
+
+def encode(tokenizer, conversations: list[list[dict]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokenize conversations with the chat template.
+
+    Returns:
+        Ids and, of the same lengths, labels: the ids of each assistant turn's content and of the <|im_end|> that
+        closes it, else ``IGNORED``.
+    """
+
+    def ids_of(chats: list[list[dict]], prompt: bool) -> list[list[int]]:
+        return tokenizer.apply_chat_template(chats, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+
+    ids = ids_of(conversations, False)
+    labels = [[IGNORED] * len(row) for row in ids]
+    answers = [
+        (i, k)
+        for i, chat in enumerate(conversations)
+        for k, turn in enumerate(chat)
+        if k and turn["role"] == "assistant"
+    ]
+    prompts = ids_of([conversations[i][:k] for i, k in answers], True)
+    upto = ids_of([conversations[i][: k + 1] for i, k in answers], False)
+    for (i, _), prompt, closed in zip(answers, prompts, upto, strict=True):
+        if ids[i][: len(closed)] != closed or closed[: len(prompt)] != prompt:
+            raise UserError(
+                "the chat template does not tokenize a prompt as the beginning of its conversation",
+                "use the template of towerspeech/prompts.py (train_bpe_tokenizer/extend_model.py)",
+            )
+        if tokenizer.eos_token_id not in closed[len(prompt) :]:
+            raise UserError(f"the chat template closes no answer with {IM_END}", "use that of towerspeech/prompts.py")
+        end = len(closed) - closed[::-1].index(tokenizer.eos_token_id)
+        labels[i][len(prompt) : end] = ids[i][len(prompt) : end]
+    return ids, labels
+
+
+def make_dataset(rows: list[dict], tokenizer, max_length: int, show: bool):
+    """Tokenize all rows into a Dataset of input_ids and labels.
+
+    Raises:
+        UserError: Examples longer than ``max_length`` tokens: how many, and the longest.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from tqdm import tqdm
+
+    columns = {"input_ids": [], "labels": []}
+    too_long, longest, longest_id = 0, 0, None
+    with tqdm(total=len(rows), desc="tokenizing", unit=" examples", disable=not show) as bar:
+        for start in range(0, len(rows), ENCODE_ROWS):
+            batch = rows[start : start + ENCODE_ROWS]
+            ids, labels = encode(tokenizer, [row["messages"] for row in batch])
+            for row, row_ids in zip(batch, ids, strict=True):
+                too_long += len(row_ids) > max_length
+                if len(row_ids) > longest:
+                    longest, longest_id = len(row_ids), row["id"]
+            columns["input_ids"].append(pa.array(ids, pa.list_(pa.int32())))
+            columns["labels"].append(pa.array(labels, pa.list_(pa.int32())))
+            bar.update(len(batch))
+    if too_long:
+        raise UserError(
+            f"{too_long:,} of {len(rows):,} examples are longer than {max_length:,} tokens; "
+            f"the longest, {longest_id}, has {longest:,}",
+            "take them out, or raise sft.max_length (up to the model's context)",
+        )
+    return Dataset.from_dict({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
+
+
+@dataclasses.dataclass
+class Prepared:
+    """Everything that is known to be right before a model is loaded."""
+
+    settings: dict[str, Any]  # in full, as sft_config.json keeps them
+    sft_config: Any  # trl.SFTConfig
+    tokenizer: Any
+    config: Any  # the model's
+    dataset: Any  # input_ids, labels
+
+
+def prepare(
+    model: Path, data: Path, output_dir: Path, sft: dict[str, Any], seed: int = 0, show: bool = True
+) -> Prepared:
+    """Check settings, model folder and data, and tokenize; raises UserError, loads no weights."""
+    check_exists(model, "give --model the folder of an extended model")
+    check_exists(data, "run instruction_tuning/build_sft_data.py")
+    settings = check_settings(sft)
+    tokenizer, config = load_tokenizer(model)
+    context = config.max_position_embeddings
+    max_length = settings.get("max_length") or context
+    if max_length > context:
+        raise UserError(f"sft.max_length {max_length} exceeds the model's context of {context}", "lower it")
+    settings = {**settings, "max_length": max_length, "seed": seed}
+    sft_config = make_config(settings, output_dir)
+    units = dsu.read_metadata(model)
+    rows = read_conversations(data, tokenizer, range(units["offset"], units["offset"] + units["num_units"]))
+    dataset = make_dataset(rows, tokenizer, max_length, show)
+    return Prepared(settings, sft_config, tokenizer, config, dataset)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+def is_whole(checkpoint: Path, processes: int) -> bool:
+    """Whether a Trainer's checkpoint was written to its end (and its deletion not begun).
+
+    The Trainer writes in place: weights, optimizer, scheduler, random states, and trainer_state.json last; yet
+    other processes' random states may come later. torch's files are zip files, whose directory is at their end.
+    """
+
+    def ended(name: str) -> bool:
+        path = checkpoint / name
+        if path.suffix in {".pt", ".pth", ".bin"}:
+            return zipfile.is_zipfile(path)
+        return path.is_file() and path.stat().st_size > 0
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    one_of = [  # one process or DDP; FSDP, gathered; FSDP, sharded (.metadata is written last)
+        (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model_fsdp.bin",
+            "pytorch_model_fsdp_0/.metadata",
+        ),
+        ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"),
+    ]
+    return all(ended(name) for name in ["scheduler.pt", *random_states]) and all(any(map(ended, o)) for o in one_of)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint-<step> folders, newest last."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def newest_checkpoint(folder: Path, processes: int) -> Path | None:
+    """The newest whole checkpoint; deletes those that are not whole."""
+    whole = None
+    for path in checkpoints(folder):
+        if is_whole(path, processes):
+            whole = path
+        else:
+            shutil.rmtree(path)
+    return whole
+
+
+def is_last(checkpoint: Path | None) -> bool:
+    """Whether a checkpoint holds the weights of the run's last step (an FSDP one is left to the Trainer)."""
+    if checkpoint is None or not any(checkpoint.glob("model*.safetensors")):
+        return False
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+# --- Training -------------------------------------------------------------------------------------
+def make_trainer(model, prepared: Prepared, terminal=None):
+    """An SFTTrainer whose order of examples depends on the seed and the epoch alone, so that it can be resumed."""
+    import torch
+    from tqdm import tqdm
+    from transformers import PrinterCallback, TrainerCallback
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+    from trl import SFTTrainer
+
+    class Order(torch.utils.data.Sampler):
+        """Indices of one epoch; the Trainer's own samplers draw from the global random state."""
+
+        def __init__(self, trainer, lengths: list[int]):
+            self.trainer, self.lengths = trainer, lengths
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            args = self.trainer.args
+            generator = torch.Generator().manual_seed(args.seed + int(self.trainer.state.epoch))
+            if args.train_sampling_strategy == "random":
+                return iter(torch.randperm(len(self), generator=generator).tolist())
+            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return iter(get_length_grouped_indices(self.lengths, size, generator=generator))
+
+    class Trainer(SFTTrainer):
+        def create_model_card(self, *args, **kwargs):
+            pass  # would write a README.md into the output folder
+
+        def _get_train_sampler(self, train_dataset=None):
+            import pyarrow.compute as pc
+
+            return Order(self, pc.list_value_length(self.train_dataset.data.column("input_ids")).to_pylist())
+
+    class Progress(TrainerCallback):
+        bar = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", file=terminal
+            )
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.bar and "loss" in (logs or {}):
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    callbacks = [Progress()] if terminal else []
+    trainer = Trainer(
+        model,
+        prepared.sft_config,
+        train_dataset=prepared.dataset,
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+    )
+    if terminal is None:
+        trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def save_model(state_dict: dict, prepared: Prepared, source: Path, folder: Path) -> None:
+    """Write the finished model folder, in the source model's dtype.
+
+    Args:
+        state_dict: All weights, in float32.
+        prepared: Its tokenizer and config.
+        source: The model folder that was trained.
+        folder: An empty folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer, config = prepared.tokenizer, prepared.config
+    dtype = config.dtype or torch.float32
+    generation = GenerationConfig.from_model_config(config)
+    with contextlib.suppress(OSError):  # a model folder need not have one
+        generation = GenerationConfig.from_pretrained(source, local_files_only=True)
+    old = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    stops = dict.fromkeys([tokenizer.eos_token_id, *(stop for stop in old if stop is not None)])
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    generation.eos_token_id, generation.pad_token_id = list(stops), tokenizer.pad_token_id
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict({name: weight.to("cpu", dtype) for name, weight in state_dict.items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = generation
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("speech_units.json", "tokenizer.model"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    write_json(folder / "sft_config.json", prepared.settings)
+
+
+def train(
+    model: Path,
+    data: Path,
+    output_dir: Path,
+    sft: dict[str, Any] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Tune a model on instructions.
+
+    Args:
+        model: Folder of the extended model and its tokenizer.
+        data: sft.jsonl.
+        output_dir: Folder for the tuned model; holds checkpoint-<step> folders meanwhile.
+        sft: Settings of trl.SFTConfig, such as --sft.num_train_epochs 2; see DEFAULTS in this file.
+        seed: Seed of the order of examples.
+        overwrite: Replace the output of other arguments.
+    """
+    processes, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    arguments = {"sft": sft or {}, "seed": seed, "model": model, "data": data, "overwrite": overwrite}
+    arguments["processes"] = processes  # they change the size of a batch
+    if processes > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())  # joins the processes
+    prepared = None
+    if not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
+        prepared = prepare(model, data, output_dir, sft or {}, seed, first)
+    with contextlib.ExitStack() as stack:
+        job = None
+        if first:
+            job = stack.enter_context(stage(output_dir, arguments, inputs=["model", "data"]))
+        plan = [job.done if job else None, newest_checkpoint(output_dir, processes) if job and not job.done else None]
+        if processes > 1:  # the first process decides for all
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(plan)
+        done, checkpoint = plan
+        if not done:
+            prepared = prepared or prepare(model, data, output_dir, sft or {}, seed, first)
+            if first:
+                print(json.dumps(prepared.settings, indent=1))
+                print(f"{len(prepared.dataset):,} examples, {count_tokens(prepared.dataset):,} tokens")
+                if checkpoint:
+                    print(f"going on from {checkpoint}", flush=True)
+            with quiet(output_dir / "train.log") as terminal:
+                weights = tune(model, prepared, checkpoint, terminal if first else None)
+            if job:
+                with job.publish() as folder:
+                    save_model(weights, prepared, model, folder)
+                job.counts.update(examples=len(prepared.dataset), tokens=count_tokens(prepared.dataset))
+                print(f"wrote {output_dir}")
+    if first:  # only now is the model known to be whole
+        for path in checkpoints(output_dir):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def count_tokens(dataset) -> int:
+    """Number of tokens in all examples, prompts included."""
+    import pyarrow.compute as pc
+
+    return pc.sum(pc.list_value_length(dataset.data.column("input_ids"))).as_py()
+
+
+def tune(model: Path, prepared: Prepared, checkpoint: Path | None, terminal) -> dict:
+    """Train from ``checkpoint``, or from the start; returns the final weights (all of them on the first process)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    finished = is_last(checkpoint)  # the Trainer would take one step more in the middle of an epoch
+    weights = AutoModelForCausalLM.from_pretrained(
+        checkpoint if finished else model, dtype=torch.float32, local_files_only=True
+    )
+    if finished:
+        return weights.state_dict()
+    trainer = make_trainer(weights, prepared, terminal)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+if __name__ == "__main__":
+    run(train)
