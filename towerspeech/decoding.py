@@ -102,13 +102,14 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int) -> dict[s
     for name, rows in tasks.items():
         encoded[name] = []
         for row in rows:
-            check_units(dumps(row.get("messages") or row["instruction"]), dsu, row["where"])
+            where = row.get("where", f"{name}, id {row['id']}")  # rows made from units come from no prompt file
+            check_units(dumps(row.get("messages") or row["instruction"]), dsu, where)
             if "messages" in row and not tokenizer.chat_template:
-                raise UserError(f"{row['where']}: {checkpoint} has no chat template", "use prompts of another --style")
+                raise UserError(f"{where}: {checkpoint} has no chat template", "use prompts of another --style")
             ids = token_ids(tokenizer, row)
             if len(ids) >= limit:
                 raise UserError(
-                    f"{row['where']}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}",
+                    f"{where}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}",
                     "use fewer shots or a model with a longer context",
                 )
             encoded[name].append(ids)

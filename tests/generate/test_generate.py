@@ -1,0 +1,206 @@
+"""generate.py and generate_ASR.py: real vLLM against transformers' greedy search; SIGKILL; bad prompts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from generate import generate as script
+from generate.generate import generate
+from generate.generate_ASR import generate_ASR
+from towerspeech import decoding, prompts
+from towerspeech.records import read_jsonl, read_units, write_jsonl
+from towerspeech.stage import UserError
+
+MAX_NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, model_dir) -> list[Path]:
+    """A random model under two names: checkpoint-1 and checkpoint-2.
+
+    Of the byte pieces it says the newline alone: how to show broken UTF-8 is each library's own choice.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model_dir = Path(shutil.copytree(model_dir, folder / "model"))
+    weights = load_file(model_dir / "model.safetensors")
+    bytes_but_newline = [i for i in range(3, 259) if i != 3 + ord("\n")]
+    weights["model.embed_tokens.weight"][bytes_but_newline] = 0
+    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
+    return [Path(shutil.copytree(model_dir, folder / f"checkpoint-{step}")) for step in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def prompt_files(tmp_path_factory) -> list[Path]:
+    """0-shot and 5-shot files of the same name, one with chat messages, and a list in the original's form."""
+    folder = tmp_path_factory.mktemp("prompts")
+    texts = [f"the old captain sees {'a small dog ' * (i % 7)}boat {i}" for i in range(30)]
+    facts = {"task": "mt", "dataset": "flores", "src_lang": "en", "tgt_lang": "de", "output": "ein Boot"}
+    for shots in (0, 5):
+        examples = [("the boat", "das Boot")] * shots
+        rows = [
+            {
+                **facts,
+                "id": f"s{i}",
+                "shots": shots,
+                "source": text,
+                "instruction": prompts.mt_few_shot("en", "de", text, examples)
+                if shots
+                else prompts.mt_0_shot("en", "de", text),
+            }
+            for i, text in enumerate(texts)
+        ]
+        write_jsonl(folder / f"{shots}_shot/flores_en-de.jsonl", rows)
+    rows = [
+        {"id": f"c{i}", "messages": [{"role": "user", "content": t}], "output": ""} for i, t in enumerate(texts[:9])
+    ]
+    write_jsonl(folder / "chat.jsonl", rows)
+    (folder / "original.json").write_text(json.dumps([{"instruction": t, "output": "x"} for t in texts[:9]]))
+    return sorted(folder.rglob("*.json*"))
+
+
+def transformers_greedy(model_dir: Path, row: dict) -> str:
+    """The same prompt through transformers' generate; cut at the newline as the stop rule does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = transformers_greedy.__dict__.setdefault("model", AutoModelForCausalLM.from_pretrained(model_dir))
+    if "messages" in row:
+        text = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = [tokenizer.bos_token_id, *tokenizer(row["instruction"], add_special_tokens=False)["input_ids"]]
+    stop = prompts.stop_token_ids(tokenizer)
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop, pad_token_id=2
+        )
+    new = out[0, len(ids) :].tolist()
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return text if "messages" in row else text.split("\n")[0]
+
+
+@pytest.mark.slow
+def test_equals_transformers_and_survives_sigkill(tmp_path, checkpoints, prompt_files):
+    """Every output is transformers' own; a run killed among its prompts ends with the bytes of a whole one."""
+    command = [sys.executable, script.__file__, "--checkpoints", *map(str, checkpoints), "--prompts"]
+    command += [*map(str, prompt_files), "--max_new_tokens", str(MAX_NEW_TOKENS), "--dtype", "float32"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen:
+        words = [*command, "--output_dir", str(tmp_path / name)]
+        return subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+
+    killed = start("killed")
+    first = tmp_path / "killed/checkpoint-1"
+    deadline = time.monotonic() + 200
+    while not (lines := [len(p.read_bytes().splitlines()) for p in first.glob(".*.partial")]) or sum(lines) < 5:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    assert not (first / "run_info.json").exists()
+    # A kill within a write leaves half a line; it is not taken for a result.
+    with open(next(iter(first.glob(".*.partial"))), "a") as file:
+        file.write('{"id": "s29", "text": "ha')
+    for name in ("killed", "whole"):
+        process = start(name)
+        printed, _ = process.communicate()
+        assert process.returncode == 0
+        assert ("prompts were done before" in printed) == (name == "killed")
+
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.jsonl")]
+    assert sorted(map(str, files))[:4] == [
+        f"checkpoint-1/{n}.jsonl" for n in ("0_shot/flores_en-de", "5_shot/flores_en-de", "chat", "original")
+    ]
+    for file in files:
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    tasks = decoding.read_prompts(prompt_files)
+    for name, rows in tasks.items():
+        results = read_jsonl(tmp_path / "whole/checkpoint-1" / name)
+        assert [result["id"] for result in results] == [row["id"] for row in rows]
+        for result, row in zip(results, rows, strict=True):
+            # vLLM keeps the space before the first word, transformers' decode drops it
+            assert result["text"].removeprefix(" ") == transformers_greedy(checkpoints[0], row), (name, row["id"])
+            assert result["reference"] == row["output"] and result["source"] == row.get("source")
+    info = json.loads((tmp_path / "whole/checkpoint-2/run_info.json").read_text())
+    assert sum(info["counts"]["finish_reasons"].values()) == info["counts"]["prompts"] == 78
+    again = start("whole")
+    assert again.communicate()[0].count("already done") == 2
+
+
+@pytest.mark.slow
+def test_asr_from_units_equals_asr_from_prompts(tmp_path, checkpoints, make_units, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    folder = make_units(tmp_path / "clean", 12)
+    rows = prompts.speech_rows(folder, "clean", "original")
+    assert [row["output"] for row in rows] == [row["text"] for row in read_units(folder)]
+    write_jsonl(tmp_path / "asr/clean.jsonl", rows)
+    settings = {"max_new_tokens": 8, "dtype": "float32"}
+    generate_ASR(checkpoints[:1], tmp_path / "a", units=[folder], **settings)
+    generate_ASR(checkpoints[:1], tmp_path / "b", prompts=[tmp_path / "asr/clean.jsonl"], **settings)
+    ours, theirs = (tmp_path / name / "checkpoint-1/asr/clean.jsonl" for name in "ab")
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert len(read_jsonl(ours)) == 12
+
+
+def refused(tmp_path: Path, checkpoint: Path, rows: list[dict]) -> str:
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    with pytest.raises(UserError) as error:
+        generate([checkpoint], [tmp_path / "p.jsonl"], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+    return str(error.value)
+
+
+def test_prompts_that_must_not_run_are_named(tmp_path, model_dir, base_model_dir):
+    fine = {"id": "a", "instruction": "the dog", "output": ""}
+    long = {"id": "long", "instruction": "boat " * 600, "output": ""}
+    assert "p.jsonl:2: prompt 'long' has" in (text := refused(tmp_path, model_dir, [fine, long])) and "512" in text
+    outside = {"id": "b", "instruction": f"Speech: {chr(0xF0000 + 50)}\nEnglish:", "output": ""}
+    text = refused(tmp_path, model_dir, [fine, outside])
+    assert "p.jsonl:2: speech unit U+F0032 (id 50) is none of the tokenizer's 50" in text
+    inside = {"id": "b", "instruction": f"Speech: {chr(0xF0000)}\nEnglish:", "output": ""}
+    assert "is none of the tokenizer's 0" in refused(tmp_path, base_model_dir, [inside])
+    chat = {"id": "c", "messages": [{"role": "user", "content": "hello"}]}
+    assert "has no chat template" in refused(tmp_path, base_model_dir, [chat])
+    assert "p.jsonl:2: id 'a' repeats" in refused(tmp_path, model_dir, [fine, fine])
+    assert "p.jsonl:1: neither instruction nor messages" in refused(tmp_path, model_dir, [{"id": "a"}])
+
+
+def test_wrong_folders_are_named(tmp_path, model_dir, base_model_dir, make_units):
+    write_jsonl(tmp_path / "p.jsonl", [{"instruction": "a"}])
+    with pytest.raises(UserError, match="config.json does not exist"):
+        generate([tmp_path / "nowhere"], [tmp_path / "p.jsonl"], tmp_path / "out")
+    with pytest.raises(UserError, match="two checkpoints have the same name"):
+        generate([model_dir, model_dir], [tmp_path / "p.jsonl"], tmp_path / "out")
+    with pytest.raises(UserError, match="q.jsonl does not exist"):
+        generate([model_dir], [tmp_path / "q.jsonl"], tmp_path / "out")
+    with pytest.raises(UserError, match="already called p.jsonl"):
+        generate([model_dir], [tmp_path / "p.jsonl", tmp_path / "p.jsonl"], tmp_path / "out")
+    folder = make_units(tmp_path / "units", 3)
+    with pytest.raises(UserError, match="speech_units.json is missing"):
+        generate_ASR([base_model_dir], tmp_path / "out", units=[folder])
+    with pytest.raises(UserError, match="either --units or --prompts"):
+        generate_ASR([model_dir], tmp_path / "out")
+
+
+def test_bos_comes_once_and_chats_have_none(model_dir):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    ids = decoding.token_ids(tokenizer, {"instruction": "the dog"})
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    chat = decoding.token_ids(tokenizer, {"messages": [{"role": "user", "content": "the dog"}]})
+    assert chat[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert tokenizer.decode(chat) == "<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts.stop_token_ids(tokenizer) == sorted(
+        tokenizer.convert_tokens_to_ids(["</s>", "<EOD>", "<|im_end|>"])
+    )
