@@ -378,7 +378,12 @@ def make_trainer(model, prepared: Prepared, terminal=None):
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", file=terminal
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit=" steps",
+                mininterval=1,
+                file=terminal,
             )
 
         def on_step_end(self, args, state, control, **kwargs):

@@ -63,9 +63,8 @@ class Runner:
 
     def __call__(self, script: str, **settings) -> None:
         launcher = [sys.executable]
-        if script == "continued_pretraining/train.py":
+        if script.endswith("/train.py"):
             launcher = [str(self.bin_dir / "torchrun"), "--standalone", "--nproc_per_node", str(self.processes)]
-            settings = {"device": "cpu", "replicate": self.processes, **settings}
         words = [*launcher, str(REPO / script), *flags(settings)]
         shown = shlex.join(words).replace(f"{self.bin_dir}/", "").replace(f"{REPO}/", "")
         self.number += 1
@@ -96,7 +95,7 @@ def pipeline(
         size: YAML of stage settings.
         split: Sentences to evaluate on. Settings are chosen on tuning alone.
         seed: Of initialisation, data order and sampling; the pocket language itself stays.
-        processes: Processes of continued pretraining, under torchrun.
+        processes: Processes of both trainings, under torchrun.
     """
     import yaml
 
@@ -107,6 +106,7 @@ def pipeline(
     parallel, audio = data / "parallel.jsonl", data / "audio"
     sources = {"text": [data / "mono.jsonl"], "parallel": [parallel], "speech": [units / "train"]}
     do = Runner(processes)
+    mesh = {"device": "cpu", "replicate": processes}
 
     # The pocket language and a base model that has read it
     do("tiny/make_data.py", output_dir=data, **settings["make_data"])
@@ -114,7 +114,7 @@ def pipeline(
     do("tiny/make_base.py", mono=data / "mono.jsonl", output_dir=untrained, seed=seed, **settings["make_base"])
     mixture = with_paths(settings["base_mixture"], sources)
     do("data_mixture/build_mixture.py", tokenizer=untrained, output_dir=root / "base_mixture", seed=seed, **mixture)
-    training = {"mixture": root / "base_mixture", "output_dir": base_run, **settings["base_training"]}
+    training = {"mixture": root / "base_mixture", "output_dir": base_run, **mesh, **settings["base_training"]}
     do("continued_pretraining/train.py", model=untrained, **training)
     export = {"checkpoint": last_checkpoint(base_run), "model": untrained, "dtype": "float32"}
     do("continued_pretraining/export_checkpoint.py", output_dir=base, **export)
@@ -136,7 +136,7 @@ def pipeline(
     # Continued pretraining
     mixture = with_paths(settings["cpt_mixture"], sources)
     do("data_mixture/build_mixture.py", tokenizer=extended, output_dir=root / "cpt_mixture", seed=seed, **mixture)
-    training = {"mixture": root / "cpt_mixture", "output_dir": root / "cpt_run", **settings["cpt_training"]}
+    training = {"mixture": root / "cpt_mixture", "output_dir": root / "cpt_run", **mesh, **settings["cpt_training"]}
     do("continued_pretraining/train.py", model=extended, **training)
     checkpoints = [f"checkpoint-{step}" for step in settings["cpt_training"]["keep_steps"]]
     for name in checkpoints:

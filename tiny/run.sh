@@ -9,6 +9,6 @@ if [[ $# -gt 0 && $1 != --* ]]; then
   output_dir=$1
   shift
 fi
-bash "$repo/install.sh"
+
 bash "$repo/install.sh" tiny
 exec "$repo/.venv/bin/python" "$repo/tiny/pipeline.py" --output_dir "$output_dir" "$@"
