@@ -115,10 +115,10 @@ def languages() -> list[str]:
     return sorted(codes, key=lambda code: code != "en")
 
 
-def choices(slot_kind: str) -> list[str]:
-    """The concepts that may fill a slot, from English's words."""
+def choices(slot_kind: str, most: int | None = None) -> list[str]:
+    """The concepts that may fill a slot, from English's words; with ``most``, the first so many."""
     category, _, some = slot_kind.partition(":")
-    return some.split("|") if some else list(load("en")["words"][category])
+    return (some.split("|") if some else list(load("en")["words"][category]))[:most]
 
 
 def render(code: str, template: str, concepts: dict[str, str]) -> str:
@@ -135,27 +135,31 @@ def render(code: str, template: str, concepts: dict[str, str]) -> str:
     return " ".join(PLACEHOLDER.sub(word, column["templates"][template]).split())  # an empty form leaves no gap
 
 
-def draw(template: str, rng: random.Random) -> dict[str, str]:
+def draw(template: str, rng: random.Random, most: int | None = None) -> dict[str, str]:
     """Choose a concept for each slot of a template."""
     concepts = {}
     for slot, kind in TEMPLATES[template].items():
-        fitting = choices(kind)
+        fitting = choices(kind, most)
         if slot.endswith("2") and not kind.startswith("determiner"):
             fitting = [concept for concept in fitting if concept != concepts[slot[:-1]]]
         concepts[slot] = rng.choice(fitting)
     return concepts
 
 
-def num_combinations(template: str) -> int:
+def num_combinations(template: str, most: int | None = None) -> int:
     """How many fillings a template has (those with the same concept twice counted too)."""
     total = 1
     for kind in TEMPLATES[template].values():
-        total *= len(choices(kind))
+        total *= len(choices(kind, most))
     return total
 
 
-def sentences(codes: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
+def sentences(
+    codes: Sequence[str], seed: int, templates: Sequence[str] | None = None, most: int | None = None
+) -> Iterator[dict[str, str]]:
     """Draw sentences for ever: {language: text}, the templates in turn, no text twice in any language.
+
+    A smaller language is made of some ``templates``, and of the ``most`` first concepts of each slot.
 
     A template ends when six in ten of its fillings have been said, so that the draw cannot stall.
 
@@ -164,11 +168,11 @@ def sentences(codes: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
     """
     rng = random.Random(f"pocket {seed}")
     seen: dict[str, set[str]] = {code: set() for code in codes}
-    left = {name: num_combinations(name) * 6 // 10 for name in TEMPLATES}
+    left = {name: num_combinations(name, most) * 6 // 10 for name in templates or TEMPLATES}
     while left:
         for name in list(left):
             while True:
-                concepts = draw(name, rng)
+                concepts = draw(name, rng, most)
                 said = {code: render(code, name, concepts) for code in codes}
                 if not any(text in seen[code] for code, text in said.items()):
                     break

@@ -161,17 +161,19 @@ def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
 
 
 # --- Text -----------------------------------------------------------------------------------------
-def make_splits(codes: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
+def make_splits(
+    codes: list[str], sizes: dict[str, int], seed: int, templates: list[str] | None = None, most: int | None = None
+) -> dict[str, list[dict[str, str]]]:
     """Draw the sentences of each split, tuning and test first, so that more training text never changes them.
 
     Raises:
         UserError: The grammar has fewer sentences than are asked for.
     """
-    found = list(itertools.islice(grammar.sentences(codes, seed), sum(sizes.values())))
+    found = list(itertools.islice(grammar.sentences(codes, seed, templates, most), sum(sizes.values())))
     if len(found) < sum(sizes.values()):
         raise UserError(
             f"{sum(sizes.values()):,} sentences are asked for, the grammar gives {len(found):,}",
-            "lower --num_train or --num_text",
+            "lower --num_train or --num_text, or allow more --templates or --max_concepts",
         )
     splits, start = {}, 0
     for name, size in sizes.items():
@@ -208,6 +210,8 @@ def make_data(
     num_test: int = 200,
     num_text: int = 0,
     voices: int = 3,
+    templates: list[str] | None = None,
+    max_concepts: int | None = None,
     seed: int = 0,
     num_workers: int = 2,
     overwrite: bool = False,
@@ -221,6 +225,8 @@ def make_data(
         num_test: Held-out sentences to report on.
         num_text: Further training sentences that are written only.
         voices: Number of voices, 1 to 8.
+        templates: Templates of the grammar to use; default: all.
+        max_concepts: Use the first so many concepts of each slot; default: all.
         seed: Decides the sentences and who says them.
         num_workers: Processes that speak.
         overwrite: Replace the folder's content if it was made with other arguments.
@@ -234,6 +240,11 @@ def make_data(
         raise UserError(f"--num_text is {num_text}", "give 0 or more")
     if not 1 <= voices <= len(VOICES):
         raise UserError(f"--voices is {voices}", f"give 1 to {len(VOICES)}")
+    unknown = set(templates or []) - set(grammar.TEMPLATES)
+    if unknown:
+        raise UserError(f"no template is called {min(unknown)!r}", f"name some of: {', '.join(grammar.TEMPLATES)}")
+    if max_concepts is not None and max_concepts < 2:
+        raise UserError(f"--max_concepts is {max_concepts}", "give at least 2")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
     with stage(output_dir, arguments, ignore=["num_workers"]) as job:
@@ -242,7 +253,7 @@ def make_data(
         espeak()  # missing: said before any work
         codes = grammar.languages()
         sizes = {"tuning": num_tuning, "test": num_test, "train": num_train, "text": num_text}
-        splits = make_splits(codes, sizes, seed)
+        splits = make_splits(codes, sizes, seed, templates, max_concepts)
         text = splits["train"] + splits["text"]
         job.counts["mono"] = write_jsonl(output_dir / "mono.jsonl", mono_rows(text))
         job.counts["parallel"] = write_jsonl(output_dir / "parallel.jsonl", parallel_rows(text))
