@@ -7,12 +7,11 @@ Reads checkpoint-<step>/ and the model folder that training began with (config a
 safetensors, config and tokenizer.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import RUN_INFO, UserError, check_exists, hash_path, run, stage
+from towerspeech.stage import RUN_INFO, UserError, hash_path, read_json, run, stage
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -33,12 +32,13 @@ def export_checkpoint(
         dtype: Of the exported weights; the checkpoint's are float32.
         overwrite: Replace the output of a run with other arguments.
     """
-    check_exists(checkpoint / RUN_INFO, "name a checkpoint-<step> folder written by continued_pretraining/train.py")
-    check_exists(model / "config.json", "name the model folder that training began with")
+    info = read_json(checkpoint / RUN_INFO, "name a checkpoint-<step> folder of continued_pretraining/train.py")
+    read_json(model / "config.json", "name the model folder that training began with")
+    if "step" not in info:
+        raise UserError(f"{checkpoint} is no checkpoint of train.py", "name a checkpoint-<step> folder")
     with stage(output_dir, locals(), inputs=["checkpoint", "model"]) as job:
         if job.done:
             return
-        info = json.loads((checkpoint / RUN_INFO).read_text(encoding="utf-8"))
         if info["plan"]["inputs"]["model"] != [hash_path(model)]:
             raise UserError(f"{checkpoint} was not trained from {model}", "name the --model that train.py was given")
         import torch

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import RUN_INFO, UserError, check_exists, publish, run, stage, write_json
+from towerspeech.stage import RUN_INFO, UserError, publish, read_json, run, stage, write_json
 
 
 # --- Set-up ---------------------------------------------------------------------------------------
@@ -28,10 +28,8 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     """Refuse a model without weights, a mixture of another tokenizer, and windows beyond the model's context."""
     from towerspeech.units import tokenizer_hash
 
-    check_exists(model / "config.json", "make the model with train_bpe_tokenizer/extend_model.py")
-    check_exists(mixture / "manifest.json", "make the mixture with data_mixture/build_mixture.py")
-    manifest = json.loads((mixture / "manifest.json").read_text(encoding="utf-8"))
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_json(model / "config.json", "make the model with train_bpe_tokenizer/extend_model.py")
+    manifest = read_json(mixture / "manifest.json", "make the mixture with data_mixture/build_mixture.py")
     if manifest["tokenizer_sha256"] != tokenizer_hash(model):
         raise UserError(
             f"mixture {mixture} was tokenized with another tokenizer than that of {model}",

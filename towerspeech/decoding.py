@@ -10,9 +10,10 @@ from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech.records import dumps, iter_jsonl, write_jsonl
-from towerspeech.stage import UserError, check_exists, quiet, stage
+from towerspeech.stage import UserError, quiet, read_json, stage
 from towerspeech.units import OFFSET
 
+MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
 METADATA = ("task", "dataset", "shots", "src_lang", "tgt_lang", "source")
 
 
@@ -89,13 +90,18 @@ def check_units(text: str, dsu: dict, where: str) -> None:
             raise UserError(f"{where}: {problem}", "use the checkpoint and the k-means that belong together")
 
 
-def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int) -> dict[str, list[list[int]]]:
+def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows: int) -> dict[str, list[list[int]]]:
     """Tokenize all prompts, (number of rows, their lengths); refuse any that is too long for the model."""
     from transformers import AutoTokenizer
 
     from towerspeech.units import read_metadata
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    if len(tokenizer) > num_rows:
+        raise UserError(
+            f"{checkpoint}: its tokenizer has {len(tokenizer):,} tokens, its model only {num_rows:,} embedding rows",
+            "keep together the tokenizer and the model that train_bpe_tokenizer/extend_model.py made for it",
+        )
     has_units = (checkpoint / "speech_units.json").is_file()
     dsu = read_metadata(checkpoint) if has_units else {"num_units": 0, "offset": OFFSET}
     encoded = {}
@@ -155,7 +161,7 @@ def decode(
     if len(set(names)) < len(names):
         raise UserError(f"two checkpoints have the same name: {', '.join(sorted(names))}", "rename a folder")
     for checkpoint in checkpoints:
-        check_exists(checkpoint / "config.json", "export it with continued_pretraining/export_checkpoint.py")
+        read_json(checkpoint / "config.json", MODEL_FOLDER)
     speed = ["tensor_parallel_size", "gpu_memory_utilization"]
     for checkpoint, name in zip(checkpoints, names, strict=True):
         own = {**{key: value for key, value in arguments.items() if key != "checkpoints"}, "checkpoint": checkpoint}
@@ -166,9 +172,9 @@ def decode(
 
 def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, job) -> None:
     """Decode what is missing of all tasks with one checkpoint."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "config.json", MODEL_FOLDER)
     limit = min(decoding.max_model_len or config["max_position_embeddings"], config["max_position_embeddings"])
-    encoded = encode(checkpoint, tasks, limit)
+    encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
     results, missing = {}, []
     for name, rows in tasks.items():
         results[name] = finished_rows(job.output_dir / f".{name.replace('/', '-')}.partial", rows)

@@ -180,6 +180,18 @@ def check_exists(path: Path, made_by: str) -> None:
         raise UserError(f"{path} is empty", made_by)
 
 
+def read_json(path: Path, made_by: str) -> dict:
+    """Read one JSON object; UserError if it is missing or malformed."""
+    check_exists(path, made_by)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and Unicode's
+        raise UserError(f"{path}: not JSON ({error})", made_by) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: an object is wanted, got {type(value).__name__}", made_by)
+    return value
+
+
 # --- The stage ------------------------------------------------------------------------------------
 class Stage:
     """One run of a script over one output folder; see ``stage``."""

@@ -5,12 +5,11 @@ A unit is written as one character of plane 15's private use area, ``chr(offset 
 990000. Tokenizer folders carry their offset in speech_units.json.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from towerspeech.stage import UserError, check_exists, hash_file
+from towerspeech.stage import UserError, check_exists, hash_file, read_json
 
 OFFSET = 0xF0000  # SpireLM's first unit character
 MAX_NUM_UNITS = 0xFFFFE - OFFSET  # plane 15 ends at U+FFFFD
@@ -54,12 +53,10 @@ def read_metadata(tokenizer_dir: Path) -> dict:
         UserError: The folder has none, so its tokenizer knows no units.
     """
     path = Path(tokenizer_dir) / "speech_units.json"
+    remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: this tokenizer knows no speech units",
-            "make one with train_bpe_tokenizer/merge_tokenizer.py",
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise UserError(f"{path} is missing: this tokenizer knows no speech units", remedy)
+    return read_json(path, remedy)
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from towerspeech.stage import RUN_INFO, UserError, check_exists, run, stage
+from towerspeech.stage import RUN_INFO, UserError, check_exists, read_json, run, stage
 from towerspeech.units import read_metadata
 
 INDEX = "model.safetensors.index.json"
+MODEL_FOLDER = "name a Hugging Face model folder"
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # by safetensors' names
 COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
 CHUNK_BYTES = 1 << 24
@@ -35,19 +36,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "speech_units.json",
 )
-
-
-def load_json(path: Path) -> dict:
-    """Read one JSON object.
-
-    Raises:
-        UserError: The file is missing or malformed.
-    """
-    check_exists(path, "name a Hugging Face model folder")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})", "copy it anew") from None
 
 
 # --- safetensors files, as streams ----------------------------------------------------------------
@@ -159,7 +147,7 @@ def weight_files(model: Path) -> dict[str, Path]:
     """
     remedy = "download the model again; weights must be safetensors (save_pretrained writes them)"
     if (model / INDEX).is_file():
-        weight_map = load_json(model / INDEX)["weight_map"]
+        weight_map = read_json(model / INDEX, MODEL_FOLDER)["weight_map"]
         for name in sorted(set(weight_map.values())):
             check_exists(model / name, remedy)
         return {tensor: model / name for tensor, name in weight_map.items()}
@@ -194,7 +182,7 @@ def find_matrices(model: Path, files: dict[str, Path], tied: bool) -> list[str]:
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """All tokens of a folder's tokenizer with their ids, or None if it has no tokenizer."""
     if (folder / "tokenizer.json").is_file():
-        saved = load_json(folder / "tokenizer.json")
+        saved = read_json(folder / "tokenizer.json", MODEL_FOLDER)
         known = saved["model"]["vocab"]
         if not isinstance(known, dict):  # a unigram's list of pieces and scores
             known = {piece: index for index, (piece, _) in enumerate(known)}
@@ -289,7 +277,7 @@ def extend_model(
         from tqdm import tqdm
 
         metadata = read_metadata(tokenizer)
-        config = load_json(model / "config.json")
+        config = read_json(model / "config.json", MODEL_FOLDER)
         files = weight_files(model)
         tied = config.get("tie_word_embeddings", not any(name.endswith("lm_head.weight") for name in files))
         matrices = find_matrices(model, files, tied)
@@ -327,10 +315,10 @@ def extend_model(
             if (model / "generation_config.json").is_file():
                 _dump(
                     folder / "generation_config.json",
-                    {**load_json(model / "generation_config.json"), "pad_token_id": pad},
+                    {**read_json(model / "generation_config.json", MODEL_FOLDER), "pad_token_id": pad},
                 )
             if (model / INDEX).is_file():
-                index = load_json(model / INDEX)
+                index = read_json(model / INDEX, MODEL_FOLDER)
                 if "total_size" in index.get("metadata", {}):
                     index["metadata"]["total_size"] += grown
                 index.get("metadata", {}).pop("total_parameters", None)

@@ -1,0 +1,31 @@
+"""The two controls: units only change their order; the nearest transcript is a plain search's."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tiny"))
+
+from make_controls import make_controls
+
+from towerspeech.records import read_jsonl, read_units
+from towerspeech.units import collapse
+
+
+def test_shuffled_keeps_the_units_and_nearest_finds_the_twin(tmp_path, make_units):
+    train = make_units(tmp_path / "train", 40)
+    rows = list(read_units(train))
+    # The test utterances are training utterances with one unit less: their twins are known.
+    test_rows = [{"units": row["units"][1:], "text": "?"} for row in rows[5:15]]
+    test = make_units(tmp_path / "test", test_rows)
+    make_controls(train, test, tmp_path / "test_shuffled", tmp_path / "nearest", seed=1)
+    found = list(read_units(tmp_path / "test_shuffled"))
+    assert [row["id"] for row in found] == [f"utt{i:04d}" for i in range(10)]
+    for row, original in zip(found, test_rows, strict=True):
+        assert row["units"] != original["units"] and collapse(row["units"]) == row["units"]
+        assert set(row["units"]) == set(original["units"])
+    generations = read_jsonl(tmp_path / "nearest/asr/test.jsonl")
+    assert [row["text"] for row in generations] == [row["text"] for row in rows[5:15]]
+    assert {row["reference"] for row in generations} == {"?"}
+    info = json.loads((tmp_path / "nearest/run_info.json").read_text())
+    assert list(info["outputs"]) == ["asr/test.jsonl"]
