@@ -3,7 +3,6 @@
 Usage:
     python instruction_tuning/build_sft_data.py --units runs/units --parallel wmt.jsonl \\
         --num_asr 100000 --num_mt 100000 --few_shot_share 0.2 --output_dir runs/sft_data
-    (several inputs: --units '[runs/units_a,runs/units_b]')
 
 Reads units Parquet (speech_units/label_audio.py) and parallel JSONL with the fields id, src_lang, tgt_lang,
 source, target (language codes: en, de, ...). Writes ``<output_dir>/sft.jsonl``, one example a line, shuffled:
@@ -25,11 +24,6 @@ from towerspeech.stage import UserError, run, stage
 
 NUM_SHOTS = 5  # the original's few-shot prompts
 PARALLEL_FIELDS = ("id", "src_lang", "tgt_lang", "source", "target")
-
-
-def as_list(paths: list[Path] | Path | None) -> list[Path]:
-    """One path, several or none, as a list."""
-    return [] if paths is None else [paths] if isinstance(paths, Path) else list(paths)
 
 
 def example(name: str, task: str, prompt: str, answer: str) -> dict:
@@ -129,8 +123,8 @@ def translations(rows: list[dict], size: int, few_shot_share: float, rng: random
 
 def build(
     output_dir: Path,
-    units: list[Path] | Path | None = None,
-    parallel: list[Path] | Path | None = None,
+    units: list[Path] | None = None,
+    parallel: list[Path] | None = None,
     num_asr: int = 0,
     num_mt: int = 0,
     few_shot_share: float = 0.2,
@@ -158,7 +152,7 @@ def build(
     if not dsu.OFFSET <= unit_offset < 0xFFFFE:
         raise UserError(f"unit_offset {unit_offset} is not in plane 15's private use area", "see speech_units.json")
     for name, number, paths in (("units", num_asr, units), ("parallel", num_mt, parallel)):
-        if bool(number) != bool(as_list(paths)):
+        if bool(number) != bool(paths):
             raise UserError(
                 f"--{name} is {'missing' if number else 'given'}, but {number} of its examples are wanted",
                 f"give both --{name} and its number, or neither",
@@ -167,8 +161,8 @@ def build(
         if job.done:
             return
         rng = random.Random(seed)
-        asr, num_transcribed = sample(transcribed(as_list(units), unit_offset, job.counts), num_asr, rng)
-        pairs = [row for path in as_list(parallel) for row in read_parallel(path)]
+        asr, num_transcribed = sample(transcribed(units or [], unit_offset, job.counts), num_asr, rng)
+        pairs = [row for path in parallel or [] for row in read_parallel(path)]
         for name, wanted, found in (("asr", num_asr, num_transcribed), ("mt", num_mt, len(pairs))):
             if wanted > found:
                 raise UserError(

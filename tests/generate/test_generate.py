@@ -175,6 +175,16 @@ def test_prompts_that_must_not_run_are_named(tmp_path, model_dir, base_model_dir
     assert "p.jsonl:1: neither instruction nor messages" in refused(tmp_path, model_dir, [{"id": "a"}])
 
 
+def test_a_tokenizer_that_does_not_belong_is_refused(tmp_path, model_dir, base_model_dir):
+    """The extended tokenizer beside the base model: its units have no embeddings."""
+    folder = Path(shutil.copytree(model_dir, tmp_path / "mixed"))
+    shutil.copy(base_model_dir / "config.json", folder / "config.json")
+    text = refused(tmp_path, folder, [{"id": "a", "instruction": "the dog", "output": ""}])
+    assert "only 400 embedding rows" in text and "extend_model.py" in text
+    (folder / "config.json").write_text("{")
+    assert "config.json: not JSON" in refused(tmp_path, folder, [{"id": "a", "instruction": "the dog"}])
+
+
 def test_wrong_folders_are_named(tmp_path, model_dir, base_model_dir, make_units):
     write_jsonl(tmp_path / "p.jsonl", [{"instruction": "a"}])
     with pytest.raises(UserError, match="config.json does not exist"):

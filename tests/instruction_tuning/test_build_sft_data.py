@@ -27,7 +27,7 @@ def write_parallel(path: Path, count: int = 30, src: str = "en", tgt: str = "de"
 def test_prompts_and_exact_counts(tmp_path, make_units):
     units = make_units(tmp_path / "units", 40, num_shards=2)
     files = [write_parallel(tmp_path / "a.jsonl"), write_parallel(tmp_path / "b.jsonl", src="de", tgt="en")]
-    build(tmp_path / "out", units, files, num_asr=25, num_mt=50, few_shot_share=0.2, seed=3)
+    build(tmp_path / "out", [units], files, num_asr=25, num_mt=50, few_shot_share=0.2, seed=3)
     rows = read_jsonl(tmp_path / "out/sft.jsonl")
     assert Counter(row["task"] for row in rows) == {"asr": 25, "mt_0_shot": 40, "mt_5_shot": 10}
     assert len({row["id"] for row in rows}) == 75
@@ -59,23 +59,23 @@ def test_prompts_and_exact_counts(tmp_path, make_units):
 def test_same_seed_same_bytes(tmp_path, make_units, capsys):
     units, parallel = make_units(tmp_path / "units", 20), write_parallel(tmp_path / "a.jsonl")
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-        build(tmp_path / name, units, parallel, num_asr=10, num_mt=10, seed=seed)
+        build(tmp_path / name, [units], [parallel], num_asr=10, num_mt=10, seed=seed)
     contents = [(tmp_path / name / "sft.jsonl").read_bytes() for name in ("one", "again", "two")]
     assert contents[0] == contents[1] != contents[2]
-    build(tmp_path / "one", units, parallel, num_asr=10, num_mt=10, seed=1)
+    build(tmp_path / "one", [units], [parallel], num_asr=10, num_mt=10, seed=1)
     assert "already done" in capsys.readouterr().out
 
 
 def test_original_offset(tmp_path, make_units):
     units = make_units(tmp_path / "units", [{"units": [0, 49]}])
-    build(tmp_path / "out", units, num_asr=1, unit_offset=990000)
+    build(tmp_path / "out", [units], num_asr=1, unit_offset=990000)
     content = read_jsonl(tmp_path / "out/sft.jsonl")[0]["messages"][0]["content"]
     assert content == f"Speech: {chr(990000)}{chr(990049)}\nEnglish:"
 
 
 def test_rows_without_transcript_are_counted(tmp_path, make_units):
     rows = [{"units": [1, 2], "text": text} for text in ("one", "", None, "two")] + [{"units": [], "text": "three"}]
-    build(tmp_path / "out", make_units(tmp_path / "units", rows), num_asr=2)
+    build(tmp_path / "out", [make_units(tmp_path / "units", rows)], num_asr=2)
     counts = json.loads((tmp_path / "out/run_info.json").read_text())["counts"]
     assert (counts["utterances_without_transcript"], counts["utterances_without_units"]) == (2, 1)
 
@@ -101,15 +101,15 @@ def test_refusals(tmp_path, make_units):
         for path in (tmp_path / "out").glob(".unfinished*"):
             path.unlink()
 
-    refused("--num_asr is 11, but there are 10", units=units, num_asr=11)
-    refused("--num_mt is 6, but there are 5", parallel=parallel, num_mt=6)
-    refused("5 different sources; a 5-shot prompt needs 6", parallel=parallel, num_mt=5, few_shot_share=1.0)
-    refused("make no data set", units=units)
-    refused("not a share", units=units, num_asr=1, few_shot_share=2.0)
-    refused("--parallel is missing", units=units, num_asr=1, num_mt=1)
-    refused("nowhere does not exist", units=tmp_path / "nowhere", num_asr=1)
+    refused("--num_asr is 11, but there are 10", units=[units], num_asr=11)
+    refused("--num_mt is 6, but there are 5", parallel=[parallel], num_mt=6)
+    refused("5 different sources; a 5-shot prompt needs 6", parallel=[parallel], num_mt=5, few_shot_share=1.0)
+    refused("make no data set", units=[units])
+    refused("not a share", units=[units], num_asr=1, few_shot_share=2.0)
+    refused("--parallel is missing", units=[units], num_asr=1, num_mt=1)
+    refused("nowhere does not exist", units=[tmp_path / "nowhere"], num_asr=1)
     german = make_units(tmp_path / "german", [{"units": [1], "language": "de"}])
-    refused("utterance utt0000 is in 'de'", units=german, num_asr=1)
+    refused("utterance utt0000 is in 'de'", units=[german], num_asr=1)
     good = {"id": 0, "src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
     for change, message in (
         ({"target": " "}, "bad.jsonl:2: target"),
@@ -117,8 +117,8 @@ def test_refusals(tmp_path, make_units):
         ({"tgt_lang": "en"}, "bad.jsonl:2: src_lang and tgt_lang"),
     ):
         write_jsonl(tmp_path / "bad.jsonl", [good, {**good, **change}])
-        refused(message, parallel=tmp_path / "bad.jsonl", num_mt=1)
+        refused(message, parallel=[tmp_path / "bad.jsonl"], num_mt=1)
     (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n{oops\n")
-    refused("bad.jsonl:2: not JSON", parallel=tmp_path / "bad.jsonl", num_mt=1)
+    refused("bad.jsonl:2: not JSON", parallel=[tmp_path / "bad.jsonl"], num_mt=1)
     (tmp_path / "empty.jsonl").touch()
-    refused("empty.jsonl is empty", parallel=tmp_path / "empty.jsonl", num_mt=1)
+    refused("empty.jsonl is empty", parallel=[tmp_path / "empty.jsonl"], num_mt=1)
