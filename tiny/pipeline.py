@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import UserError, check_exists, run
+from towerspeech.stage import UserError, check_exists, hash_file, read_json, run, write_json
 
 REPO = Path(__file__).resolve().parent.parent
+FINISHED = "finished.json"
 PAIRS = ("de-en", "en-de")
 
 
@@ -81,6 +82,23 @@ def last_checkpoint(run_dir: Path) -> Path:
     return max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
+def scores(root: Path) -> list[Path]:
+    """What the pipeline is run for, relative to its folder."""
+    return sorted(path.relative_to(root) for path in [*root.glob("results/tiny/*.csv"), *root.glob("summary/[!.]*")])
+
+
+def finished(root: Path, plan: dict) -> bool:
+    """Whether a run of the same plan has ended here and its scores are as it left them.
+
+    Asking each of thirty scripts, which all know, would take half a minute.
+    """
+    if not (root / FINISHED).is_file():
+        return False
+    found = read_json(root / FINISHED, "remove it")
+    outputs = {str(path): hash_file(root / path) for path in scores(root)}
+    return {**plan, "outputs": outputs} == found
+
+
 def pipeline(
     output_dir: Path,
     size: Path = REPO / "tiny/ci.yaml",
@@ -105,6 +123,11 @@ def pipeline(
     data, models, units, generations = root / "data", root / "models", root / "units", root / "generations"
     parallel, audio = data / "parallel.jsonl", data / "audio"
     sources = {"text": [data / "mono.jsonl"], "parallel": [parallel], "speech": [units / "train"]}
+    plan = {"settings": settings, "split": split, "seed": seed, "processes": processes}
+    if finished(root, plan):
+        print((root / "summary/table.md").read_text(encoding="utf-8"))
+        print(f"all done before. Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png")
+        return
     do = Runner(processes)
     mesh = {"device": "cpu", "replicate": processes}
 
@@ -151,16 +174,15 @@ def pipeline(
     do("instruction_tuning/train.py", output_dir=models / "sft", **tuning)
 
     # Test sets -> prompts -> generations
-    if split == "test":
-        lines = {"split": "devtest", "example_split": "dev"}
-    else:  # the test split stays closed: examples are other lines of the tuning split
-        lines = {"split": "dev", "test_lines": "1-150", "example_split": "dev", "example_lines": "151-200"}
     lines = {
         "test_set": "flores200",
         "data_root": data / "flores",
         "dataset": "tiny",
         "pairs": ",".join(PAIRS),
-        **lines,
+        "split": "devtest" if split == "test" else "dev",
+        "test_lines": "1-100",
+        "example_split": "dev",  # never the test split; when tuning, other lines of the same
+        "example_lines": "151-200",
     }
     control = {"test": units / split, "shuffled_dir": units / f"{split}_shuffled"}
     do("tiny/make_controls.py", train=units / "train", nearest_dir=generations / "control_nearest", **control)
@@ -181,6 +203,10 @@ def pipeline(
     facts = {"model": "tiny", "mixture": "5to1", "output_dir": root / "results/tiny"}
     do("results/score.py", generations=scored, **facts)
     do("results/summarize.py", results=[root / "results"], output_dir=root / "summary")
+    limits = size.with_name(f"{size.stem}_limits.yaml")
+    if split == "test" and limits.is_file():
+        do("tiny/check_scores.py", results=root / "results/tiny", limits=limits)
+    write_json(root / FINISHED, {**plan, "outputs": {str(path): hash_file(root / path) for path in scores(root)}})
     print(
         f"\nall done in {do.seconds()}. Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png"
     )
