@@ -32,22 +32,27 @@ def export_checkpoint(
         dtype: Of the exported weights; the checkpoint's are float32.
         overwrite: Replace the output of a run with other arguments.
     """
+    arguments = dict(locals())
     info = read_json(checkpoint / RUN_INFO, "name a checkpoint-<step> folder of continued_pretraining/train.py")
     read_json(model / "config.json", "name the model folder that training began with")
     if "step" not in info:
         raise UserError(f"{checkpoint} is no checkpoint of train.py", "name a checkpoint-<step> folder")
-    with stage(output_dir, locals(), inputs=["checkpoint", "model"]) as job:
+    with stage(output_dir, arguments, inputs=["checkpoint", "model"]) as job:
         if job.done:
             return
         if info["plan"]["inputs"]["model"] != [hash_path(model)]:
             raise UserError(f"{checkpoint} was not trained from {model}", "name the --model that train.py was given")
+        import warnings
+
         import torch
         import torch.distributed.checkpoint as dcp
         from transformers import AutoModelForCausalLM
 
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
         weights = network.state_dict()
-        dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we want
+            dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
         network.load_state_dict(weights)
         network.to(getattr(torch, dtype))
         with job.publish() as folder:

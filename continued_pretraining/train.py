@@ -207,7 +207,7 @@ def train(
         device: auto takes CUDA if it is there.
         overwrite: Replace the output of a run with other arguments.
     """
-    arguments = locals()
+    arguments = dict(locals())
     check_inputs(model, mixture, sequence_length)
     import torch
     import torch.distributed as dist

@@ -43,7 +43,7 @@ def generate(
         gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
         overwrite: Replace the output of a run with other arguments.
     """
-    arguments = locals()
+    arguments = dict(locals())
     from towerspeech.decoding import Decoding, decode, read_prompts
 
     decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})

@@ -48,7 +48,7 @@ def generate_ASR(
         gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
         overwrite: Replace the output of a run with other arguments.
     """
-    arguments = locals()
+    arguments = dict(locals())
     if bool(units) == bool(prompts):
         raise UserError("speech is wanted once", "give either --units or --prompts")
     from towerspeech.decoding import Decoding, decode, read_prompts

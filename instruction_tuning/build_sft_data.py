@@ -121,7 +121,7 @@ def translations(rows: list[dict], size: int, few_shot_share: float, rng: random
     return examples
 
 
-def build(
+def build_sft_data(
     output_dir: Path,
     units: list[Path] | None = None,
     parallel: list[Path] | None = None,
@@ -145,6 +145,7 @@ def build(
         seed: Seed of draws and order.
         overwrite: Replace the output of other arguments.
     """
+    arguments = dict(locals())
     if min(num_asr, num_mt) < 0 or num_asr + num_mt == 0:
         raise UserError(f"num_asr {num_asr} and num_mt {num_mt} make no data set", "give at least one above 0")
     if not 0 <= few_shot_share <= 1:
@@ -157,7 +158,7 @@ def build(
                 f"--{name} is {'missing' if number else 'given'}, but {number} of its examples are wanted",
                 f"give both --{name} and its number, or neither",
             )
-    with stage(output_dir, locals(), inputs=["units", "parallel"]) as job:
+    with stage(output_dir, arguments, inputs=["units", "parallel"]) as job:
         if job.done:
             return
         rng = random.Random(seed)
@@ -181,4 +182,4 @@ def build(
 
 
 if __name__ == "__main__":
-    run(build)
+    run(build_sft_data)

@@ -121,9 +121,10 @@ def make_base(
         seed: Decides the weights.
         overwrite: Replace the folder's content if it was made from other input.
     """
+    arguments = dict(locals())
     if hidden_size % head_dim:
         raise UserError(f"--hidden_size {hidden_size} is no multiple of --head_dim {head_dim}", "change one of them")
-    with stage(output_dir, locals(), inputs=["mono"]) as job:
+    with stage(output_dir, arguments, inputs=["mono"]) as job:
         if job.done:
             return
         rows = read_jsonl(mono, required=["language", "text"])

@@ -269,9 +269,10 @@ def extend_model(
         pad_to_multiple_of: The number of rows is rounded up to a multiple of this.
         overwrite: Replace the output of a run with other arguments.
     """
+    arguments = dict(locals())
     if pad_to_multiple_of < 1:
         raise UserError(f"--pad_to_multiple_of {pad_to_multiple_of} is not positive", "use 64, or 1 for no padding")
-    with stage(output_dir, locals(), inputs=["model", "tokenizer"]) as job:
+    with stage(output_dir, arguments, inputs=["model", "tokenizer"]) as job:
         if job.done:
             return
         from tqdm import tqdm

@@ -178,6 +178,7 @@ def train_bpe(
         seed: Of the sample.
         overwrite: Replace the output of a run with other arguments.
     """
+    arguments = dict(locals())
     if not 0 < num_units <= dsu.MAX_NUM_UNITS:
         raise UserError(f"--num_units {num_units} is not within 1..{dsu.MAX_NUM_UNITS}", "give the k-means' size")
     if vocab_size < num_units:
@@ -185,7 +186,7 @@ def train_bpe(
             f"--vocab_size {vocab_size} is smaller than --num_units {num_units}: every unit is a piece",
             f"give at least {num_units}, which means no merges",
         )
-    with stage(output_dir, locals(), inputs=["units"]) as job:
+    with stage(output_dir, arguments, inputs=["units"]) as job:
         if job.done:
             return
         from sentencepiece import SentencePieceProcessor
