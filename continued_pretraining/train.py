@@ -72,6 +72,14 @@ def agree(value):
     return box[0]
 
 
+def leave() -> None:
+    """Leave the process group together: a process that goes first takes its connections from under the others."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def load_model(folder: Path, mesh, dtype: str, gradient_checkpointing: bool):
     """Load in fp32 and shard. The processes of a machine take turns, so that it holds one whole copy at a time."""
     import torch
@@ -243,9 +251,11 @@ def train(
             except UserError as error:
                 problem = error
         problem, done = agree((str(problem) if problem else None, bool(job and job.done)))
+        if problem or done:
+            leave()
         if problem:
             if rank:
-                sys.exit(1)
+                sys.exit(1)  # the first process says it for all
             raise UserError(problem)
         if done:
             return
@@ -341,8 +351,7 @@ def train(
         if rank == 0:
             job.counts.update({"steps": steps, "tokens": data.tokens_seen(data.num_windows)})
             print(f"trained on {data.budgets.sum():,} tokens: {output_dir}/checkpoint-{steps}", flush=True)
-        dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

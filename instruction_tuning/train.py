@@ -499,6 +499,9 @@ def train(
     if first:  # only now is the model known to be whole
         for path in checkpoints(output_dir):
             shutil.rmtree(path, ignore_errors=True)
+    if processes > 1:  # leave together: who goes first takes the connections from under the others
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
 
 
 def count_tokens(dataset) -> int:

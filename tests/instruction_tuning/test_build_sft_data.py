@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from instruction_tuning.build_sft_data import build, sample
+from instruction_tuning.build_sft_data import build_sft_data as build
+from instruction_tuning.build_sft_data import sample
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.records import read_jsonl, read_units, write_jsonl
