@@ -14,13 +14,12 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import RUN_INFO, UserError, publish, read_json, run, stage, write_json
+from towerspeech.stage import RUN_INFO, UserError, publish, read_json, remove, run, stage, write_json
 
 
 # --- Set-up ---------------------------------------------------------------------------------------
@@ -113,7 +112,8 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int, fina
 # --- Checkpoints ----------------------------------------------------------------------------------
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders of the checkpoints of a run, in order. They are published whole, so each is complete."""
-    return sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*") if path.is_dir())
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in found)
 
 
 def save(target: Path, model, optimizer, info: dict) -> None:
@@ -146,7 +146,7 @@ def remove_old(folder: Path, keep: list[int]) -> None:
     """Remove all checkpoints but the newest and those to keep."""
     for step, path in checkpoints(folder)[:-1]:
         if step not in keep:
-            shutil.rmtree(path)
+            remove(path)
 
 
 class Log:
@@ -216,6 +216,9 @@ def train(
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
+    for name in ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate"):
+        if arguments[name] < 1:
+            raise UserError(f"--{name} is {arguments[name]}", "give at least 1")
     check_inputs(model, mixture, sequence_length)
     import torch
     import torch.distributed as dist
@@ -324,10 +327,11 @@ def train(
             if saving or step % log_every == 0:
                 dist.all_reduce(loss_sum)
                 mean_loss = loss_sum.item() / logged_targets
-                if not math.isfinite(mean_loss):
-                    raise UserError(f"the loss is {mean_loss} at step {step}", "lower --learning_rate")
-                info = {"step": step, "loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
                 norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                if not (math.isfinite(mean_loss) and math.isfinite(norm.item())):  # never into a checkpoint
+                    problem = f"at step {step} the loss is {mean_loss}, the gradient's norm {norm.item()}"
+                    raise UserError(problem, "lower --learning_rate, then run this again with another --output_dir")
+                info = {"step": step, "loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
                 if rank == 0:
                     now = time.monotonic()
                     speed = round(logged_targets / (now - last_time))
@@ -349,6 +353,7 @@ def train(
                     remove_old(output_dir, wanted)
         progress.close()
         if rank == 0:
+            remove_old(output_dir, wanted)  # also what a kill after the last save left
             job.counts.update({"steps": steps, "tokens": data.tokens_seen(data.num_windows)})
             print(f"trained on {data.budgets.sum():,} tokens: {output_dir}/checkpoint-{steps}", flush=True)
     leave()

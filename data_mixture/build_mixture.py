@@ -39,6 +39,13 @@ class Source:
     max_epochs: float = 1.0
 
 
+def text_of(row: dict, field: str, where: str) -> str:
+    """A row's field, which must be text: a null would be trained on as the word None."""
+    if not isinstance(row[field], str):
+        raise UserError(f"{where}: {field} must be text, got {row[field]!r}", "mend or remove the line")
+    return row[field]
+
+
 def documents(source: Source, num_units: int, offset: int) -> Iterator[str]:
     """Stream a source's documents as text, in the order of its files."""
     from towerspeech import prompts, records, units
@@ -50,12 +57,12 @@ def documents(source: Source, num_units: int, offset: int) -> Iterator[str]:
                     raise UserError(f"{path}: utterance {row['id']} has no text", "label it from a manifest with text")
                 yield prompts.speech_document(units.to_text(row["units"], offset), row["text"])
         elif source.kind == "text":
-            for _, row in records.iter_jsonl(path, ["text"]):
-                yield row["text"]
+            for where, row in records.iter_jsonl(path, ["text"]):
+                yield text_of(row, "text", where)
         else:
             fields = ("src_lang", "source", "tgt_lang", "target")
-            for _, row in records.iter_jsonl(path, fields):
-                yield prompts.parallel_document(*(row[field] for field in fields))
+            for where, row in records.iter_jsonl(path, fields):
+                yield prompts.parallel_document(*(text_of(row, field, where) for field in fields))
 
 
 def tokenize(job, source: Source, tokenizer, texts: Iterator[str], bos: bool, eod_id: int) -> None:
@@ -132,7 +139,7 @@ def build_mixture(
     arguments = {key: value for key, value in locals().items() if key in build_mixture.__annotations__}
     # Paths are compared by content, the rest of a source by value.
     arguments["paths"] = [path for source in sources for path in source.paths]
-    arguments["sources"] = [{k: v for k, v in asdict(source).items() if k != "paths"} for source in sources]
+    arguments["sources"] = [{**asdict(source), "paths": len(source.paths)} for source in sources]
 
     with stage(output_dir, arguments, inputs=["tokenizer", "paths"]) as job:
         if job.done:
@@ -143,10 +150,15 @@ def build_mixture(
         from towerspeech.indexed import IndexedTokens
         from towerspeech.prompts import EOD
 
+        tokenizer_sha256 = units.tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
         loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         needs_units = any(source.kind == "speech" for source in sources)
         dsu = units.read_metadata(tokenizer) if needs_units else {"num_units": 0, "offset": 0}
         eod_id = loaded.get_vocab().get(EOD, loaded.eos_token_id)
+        if eod_id is None or (bos and loaded.bos_token_id is None):
+            raise UserError(
+                f"{tokenizer} has no {'BOS' if eod_id is not None else '<EOD> or EOS'} token", "name another"
+            )
         manifest_sources = []
         for source in sources:
             prefix = output_dir / source.name
@@ -177,7 +189,7 @@ def build_mixture(
         budget = sum(source.budget for source in sources)
         with job.publish("manifest.json") as path:
             manifest = {
-                "tokenizer_sha256": units.tokenizer_hash(tokenizer),
+                "tokenizer_sha256": tokenizer_sha256,
                 "vocab_size": len(loaded),
                 "eod_id": eod_id,
                 "bos": bos,

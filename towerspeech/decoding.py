@@ -177,7 +177,8 @@ def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decodin
     encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
     results, missing = {}, []
     for name, rows in tasks.items():
-        results[name] = finished_rows(job.output_dir / f".{name.replace('/', '-')}.partial", rows)
+        partial = job.output_dir / f".{name.replace('/', '-')}.partial"
+        results[name] = finished_rows(job.output_dir / name, rows) | finished_rows(partial, rows)
         missing += [(name, i) for i, row in enumerate(rows) if row["id"] not in results[name]]
     total = sum(map(len, tasks.values()))
     if len(missing) < total:

@@ -24,6 +24,8 @@ def iter_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[str, 
     """
     path = Path(path)
     check_exists(path, "check the path, or run the stage that makes it")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but a file is wanted", f"name its files: {path}/*.jsonl")
     with open(path, "rb") as file:
         if file.read(1) == b"[":
             rows = ((f"{path}, item {i}", row) for i, row in enumerate(_loads(path.read_bytes(), path, 0), 1))

@@ -114,6 +114,16 @@ def publish(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder: whole or gone, never half, whenever this is killed."""
+    if path.is_dir():
+        gone = path.with_name(f".tmp-{path.name.removeprefix('.tmp-')}-{os.urandom(4).hex()}")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(target: Path, value: dict) -> None:
     """Write one JSON object atomically."""
     with publish(target) as path:
@@ -269,6 +279,8 @@ def stage(
     for name in inputs:
         for path in _paths(arguments[name]):
             check_exists(path, f"check --{name}")
+            if path.resolve() == output_dir.resolve():
+                raise UserError(f"--output_dir is also --{name}: {path}", "name another --output_dir")
     plan = {
         "stage": _caller(),
         "arguments": {
@@ -339,7 +351,7 @@ def _admit(job: Stage, overwrite: bool) -> None:
                 "name another --output_dir",
             )
     else:
-        found = json.loads(notes[0].read_text(encoding="utf-8"))
+        found = read_json(notes[0], "remove this folder, or name another --output_dir")
         differing = _differences(found, job.plan)
         if not differing and notes[0].name.endswith(RUN_INFO):
             for name in found["outputs"]:
@@ -348,8 +360,10 @@ def _admit(job: Stage, overwrite: bool) -> None:
             job.done = not differing
         job.resumed = not differing
         unfinished = notes[0].name.endswith(UNFINISHED)
-        nothing_yet = unfinished and all(path.suffix == ".log" for path in job.files())
-        if differing and not overwrite and not nothing_yet:
+        begun = [path for path in _hidden(job) if not path.name.startswith(".tmp-")]
+        nothing_yet = unfinished and not begun and all(path.suffix == ".log" for path in job.files())
+        another = found.get("stage") != job.plan["stage"]  # never overwritten: a mistyped folder
+        if differing and not nothing_yet and (another or not overwrite):
             raise UserError(
                 f"{job.output_dir} was {'begun' if unfinished else 'written'} by another run: {'; '.join(differing)}",
                 "name another --output_dir, or add --overwrite true to replace it",
@@ -358,9 +372,11 @@ def _admit(job: Stage, overwrite: bool) -> None:
             if not unfinished:  # first, so that a half-emptied folder is never taken for a finished one
                 os.replace(notes[0], _note(job))
             for path in [*job.files(), *_hidden(job)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in job.output_dir.glob(f".tmp-{job.part}.*" if job.part else ".tmp-*"):  # a killed attempt's
-        shutil.rmtree(path) if path.is_dir() else path.unlink()  # we hold the lock: nobody writes to it
+                remove(path)
+    # What a killed attempt left; we hold the lock, so nobody writes to it.
+    left = job.output_dir.glob(f".tmp-{job.part}.*") if job.part else job.output_dir.rglob(".tmp-*")
+    for path in list(left):
+        remove(path)
 
 
 def _hidden(job: Stage) -> list[Path]:
@@ -370,8 +386,8 @@ def _hidden(job: Stage) -> list[Path]:
 
 
 def _differences(found: dict, wanted: dict) -> list[str]:
-    if found["stage"] != wanted["stage"]:
-        return [f"it is the output of {found['stage']}"]
+    if found.get("stage") != wanted["stage"]:
+        return [f"it is the output of {found.get('stage', 'something else')}"]
     differing = []
     for name in sorted({*found["arguments"], *wanted["arguments"]}):
         old, new = found["arguments"].get(name), wanted["arguments"].get(name)
