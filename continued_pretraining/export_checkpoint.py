@@ -33,10 +33,9 @@ def export_checkpoint(
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
-    info = read_json(checkpoint / RUN_INFO, "name a checkpoint-<step> folder of continued_pretraining/train.py")
+    made_by = "name a checkpoint-<step> folder of continued_pretraining/train.py"
+    info = read_json(checkpoint / RUN_INFO, made_by, ["step", "plan"])
     read_json(model / "config.json", "name the model folder that training began with")
-    if "step" not in info:
-        raise UserError(f"{checkpoint} is no checkpoint of train.py", "name a checkpoint-<step> folder")
     with stage(output_dir, arguments, inputs=["checkpoint", "model"]) as job:
         if job.done:
             return

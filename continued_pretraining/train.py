@@ -27,8 +27,12 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     """Refuse a model without weights, a mixture of another tokenizer, and windows beyond the model's context."""
     from towerspeech.units import tokenizer_hash
 
-    config = read_json(model / "config.json", "make the model with train_bpe_tokenizer/extend_model.py")
-    manifest = read_json(mixture / "manifest.json", "make the mixture with data_mixture/build_mixture.py")
+    made_by = "make the model with train_bpe_tokenizer/extend_model.py"
+    config = read_json(model / "config.json", made_by, ["vocab_size", "max_position_embeddings"])
+    if not list(model.glob("*.safetensors")):
+        raise UserError(f"{model} holds no safetensors weights", made_by)
+    made_by = "make the mixture with data_mixture/build_mixture.py"
+    manifest = read_json(mixture / "manifest.json", made_by, ["tokenizer_sha256", "vocab_size"])
     if manifest["tokenizer_sha256"] != tokenizer_hash(model):
         raise UserError(
             f"mixture {mixture} was tokenized with another tokenizer than that of {model}",

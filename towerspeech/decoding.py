@@ -14,6 +14,7 @@ from towerspeech.stage import UserError, quiet, read_json, stage
 from towerspeech.units import OFFSET
 
 MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
+CONFIG_FIELDS = ("vocab_size", "max_position_embeddings")
 METADATA = ("task", "dataset", "shots", "src_lang", "tgt_lang", "source")
 
 
@@ -59,7 +60,8 @@ def read_prompts(files: list[Path]) -> dict[str, list[dict]]:
         rows, seen = [], set()
         for number, (where, row) in enumerate(iter_jsonl(path)):
             row.setdefault("id", f"{path.stem}-{number}")
-            if "instruction" not in row and "messages" not in row:
+            asked = row.get("messages") or row.get("instruction")
+            if not asked or not isinstance(asked, list if "messages" in row else str):
                 raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
             if row["id"] in seen:
                 raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
@@ -161,7 +163,7 @@ def decode(
     if len(set(names)) < len(names):
         raise UserError(f"two checkpoints have the same name: {', '.join(sorted(names))}", "rename a folder")
     for checkpoint in checkpoints:
-        read_json(checkpoint / "config.json", MODEL_FOLDER)
+        read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
     speed = ["tensor_parallel_size", "gpu_memory_utilization"]
     for checkpoint, name in zip(checkpoints, names, strict=True):
         own = {**{key: value for key, value in arguments.items() if key != "checkpoints"}, "checkpoint": checkpoint}
@@ -172,7 +174,7 @@ def decode(
 
 def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, job) -> None:
     """Decode what is missing of all tasks with one checkpoint."""
-    config = read_json(checkpoint / "config.json", MODEL_FOLDER)
+    config = read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
     limit = min(decoding.max_model_len or config["max_position_embeddings"], config["max_position_embeddings"])
     encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
     results, missing = {}, []

@@ -190,8 +190,8 @@ def check_exists(path: Path, made_by: str) -> None:
         raise UserError(f"{path} is empty", made_by)
 
 
-def read_json(path: Path, made_by: str) -> dict:
-    """Read one JSON object; UserError if it is missing or malformed."""
+def read_json(path: Path, made_by: str, required: Sequence[str] = ()) -> dict:
+    """Read one JSON object; UserError if it is missing or malformed, or lacks a required field."""
     check_exists(path, made_by)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -199,6 +199,9 @@ def read_json(path: Path, made_by: str) -> dict:
         raise UserError(f"{path}: not JSON ({error})", made_by) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: an object is wanted, got {type(value).__name__}", made_by)
+    for name in required:
+        if name not in value:
+            raise UserError(f"{path}: {name!r} is missing", made_by)
     return value
 
 
