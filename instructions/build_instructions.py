@@ -1,70 +1,90 @@
-"""Turn test sets into prompts, 0-shot and 5-shot.
+"""Turn test sets into prompts: translation 0-shot and 5-shot, ASR, speech translation, cascades.
 
 Usage: python instructions/build_instructions.py --test_set flores200 --data_root data/flores200 --pairs de-en,en-zh \\
            --shots 5 --output_dir instructions
+       python instructions/build_instructions.py --all true --data_root data --output_dir instructions
 
 Reads one of
-  flores200  FLORES-200's own layout: <split>/<code>.<split>, such as devtest/deu_Latn.devtest
-  wmt23      plain files generaltest2023.<pair>.src.<lang> and generaltest2023.<pair>.ref.refA.<lang>
-  units      a units Parquet folder with transcripts (speech_units/label_audio.py), for ASR
-Writes <output_dir>/<0_shot|5_shot>/<dataset>_<pair>.jsonl or <output_dir>/asr/<dataset>.jsonl, one prompt a row: id,
-instruction (or messages), output, task, dataset, shots, src_lang, tgt_lang, source; and beside each its run_info.json.
+  flores200  FLORES-200's own layout, <split>/<code>.<split>, or a hub dataset's name, openlanguagedata/flores_plus
+  wmt23      generaltest2023.<pair>.src.<lang> and .ref.refA.<lang>; without --data_root sacreBLEU downloads them
+  towereval  TowerEval's raw_data folder: mt/<set>.<pair>/test.jsonl and dev.jsonl with src and ref
+  units      a units Parquet folder with transcripts (speech_units/label_audio.py): ASR; with --translations (JSONL:
+             id, tgt_lang, target) direct speech translation instead
+  cascade    ASR generations of generate/generate_ASR.py (a file, or a checkpoint's folder with asr/*.jsonl), to be
+             translated as text; with --translations
+With --all true whatever is found below data_root: flores200/, wmt23/, towereval/, units/<name>/, cascade/ (such a
+checkpoint's folder), translations/<name>.jsonl for the last two, and examples.jsonl, the pool of wmt23 and cascade.
+
+Writes below output_dir <0_shot|5_shot>/<dataset>_<pair>.jsonl, asr/<dataset>.jsonl, st/<dataset>_<pair>.jsonl and
+cascaded_st/<dataset>_<pair>.jsonl (with examples: <dataset>_<pair>_5_shot.jsonl), one prompt a row: id, instruction
+(or messages), output, task, dataset, shots, src_lang, tgt_lang, source; and beside each its run_info.json. The source
+of translated speech is its reference transcript, of a cascade too.
 
 The 0-shot text is the original TowerSpeech's, byte for byte, except for its three WMT23 X-en files: those hold a
-template fault (``German Text:: ...``). Examples come from the dev split, five other ones for each test sentence, the
-same lines for all language pairs. (The original drew its FLORES examples from the test split.)
+template fault (``German Text:: ...``). Examples come from the dev split or from a named pool, five other ones for each
+test sentence or the same five for all of a file, and the same lines for all language pairs. A pool that holds a
+sentence of the test split is refused. (The original drew its FLORES examples from the test split.)
 """
 
+import hashlib
 import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from towerspeech.languages import LANGUAGES, language, parse_pair
-from towerspeech.records import dumps, read_lines
+import read_test_sets as test_sets  # beside this script, whose folder leads sys.path
+from read_test_sets import Missing, Parallel
+
+from towerspeech import prompts
+from towerspeech import units as dsu
+from towerspeech.languages import parse_pair
+from towerspeech.records import dumps
 from towerspeech.stage import UserError, check_exists, run, stage
 
-DATASETS = {"flores200": "flores", "wmt23": "wmt23"}  # the original's file names: flores_de-en, wmt23_en-ru
-WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
+TEXT_SETS = {"flores200": "flores", "wmt23": "wmt23", "towereval": None}  # file names: the original's, or TowerEval's
 # The original's WMT23 5-shot files have a space before every example but the first, and before the sentence itself.
 SEPARATORS = {"flores200": "\n", "wmt23": "\n "}
+NO_SPIRE_EXAMPLES = "SpireLM publishes no template with examples"
 
 
-class Side(NamedTuple):
-    """Some lines of one pair's two files."""
+@dataclass(frozen=True)
+class Request:
+    """What to build; fields as in ``build_instructions``."""
 
-    source_file: Path
-    target_file: Path
-    numbers: list[int]  # line numbers in the files, from 1
-    sources: list[str]
-    targets: list[str]
+    test_set: str
+    data_root: Path | None
+    pairs: str = "all"
+    shots: int = 0
+    style: str = "original"
+    dataset: str | None = None
+    split: str | None = None
+    test_lines: str | None = None
+    examples: str = "per_sentence"
+    example_split: str | None = None
+    example_lines: str | None = None
+    example_file: Path | None = None
+    translations: Path | None = None
+    unit_offset: int = dsu.OFFSET
+    seed: int = 0
 
 
-# --- Test sets ------------------------------------------------------------------------------------
-def text_files(test_set: str, data_root: Path, split: str, pair: str) -> tuple[Path, Path]:
-    """The source and the target file of a pair."""
-    src, tgt = parse_pair(pair)
-    if test_set == "wmt23":
-        stem = f"generaltest2023.{pair}"
-        return data_root / f"{stem}.src.{src}", data_root / f"{stem}.ref.refA.{tgt}"
-    return tuple(data_root / split / f"{language(code).flores}.{split}" for code in (src, tgt))
+class PromptFile(NamedTuple):
+    """One file to write, and what decided its content."""
 
+    folder: str
+    dataset: str
+    pair: str  # "" for ASR
+    rows: list[dict]
+    arguments: dict  # data: the files read
+    counts: dict
 
-def choose_pairs(test_set: str, data_root: Path, split: str, pairs: str) -> list[str]:
-    """Parse ``de-en,en-zh``; ``all`` are the original's pairs whose files are there, from and into English."""
-    if pairs != "all":
-        chosen = ["-".join(parse_pair(pair.strip())) for pair in pairs.split(",")]
-        if len(set(chosen)) < len(chosen):
-            raise UserError(f"--pairs {pairs} names a pair twice", "name each once")
-        return chosen
-    others = [code for code in LANGUAGES if code != "en"]
-    known = WMT23_PAIRS if test_set == "wmt23" else [*(f"{c}-en" for c in others), *(f"en-{c}" for c in others)]
-    found = [p for p in known if all(file.is_file() for file in text_files(test_set, data_root, split, p))]
-    if not found:
-        example = text_files(test_set, data_root, split, known[0])[0]
-        raise UserError(f"no {test_set} files under {data_root} (such as {example})", "check --data_root and --split")
-    if len(found) < len(known):
-        print(f"no files for: {', '.join(pair for pair in known if pair not in found)}")
-    return found
+    @property
+    def stem(self) -> str:
+        shots = self.rows[0]["shots"]
+        name = f"{self.dataset}_{self.pair}" if self.pair else self.dataset
+        return f"{name}_{shots}_shot" if self.folder == "cascaded_st" and shots else name
 
 
 def parse_lines(lines: str | None, option: str) -> range | None:
@@ -77,152 +97,333 @@ def parse_lines(lines: str | None, option: str) -> range | None:
     return range(int(first), int(last) + 1)
 
 
-def read_side(files: tuple[Path, Path], wanted: range | None, option: str) -> Side:
-    """Read the wanted lines of a pair's two files.
+# --- Examples -------------------------------------------------------------------------------------
+def read_pool(request: Request, name: str, pair: str) -> Parallel:
+    """Read the sentence pairs that the examples of one language pair are drawn from."""
+    if request.example_file:
+        pool = test_sets.read_jsonl_pairs(request.example_file, ("source", "target"), pair)
+        if not pool.numbers:
+            raise Missing(f"no examples for {pair}: {request.example_file} has no rows of it", "add some")
+        return test_sets.take(pool, None, "")
+    wanted = parse_lines(request.example_lines, "example_lines")
+    remedy = (
+        "name a pool: --example_file (JSONL: src_lang, tgt_lang, source, target), or --example_lines FIRST-LAST of"
+        " the test split, apart from --test_lines"
+    )
+    if request.test_set == "cascade" or (request.test_set == "wmt23" and not wanted):
+        raise Missing(f"no examples for {pair}: {request.test_set} has no dev split", remedy)
+    try:
+        whole = test_sets.read_pairs(request.test_set, request.data_root, name, request.example_split or "dev", pair)
+    except Missing as error:
+        problem = str(error).splitlines()[0]
+        raise Missing(f"no examples for {pair}: {problem}", f"put the dev split there, or {remedy}") from None
+    return test_sets.take(whole, wanted, "example_lines")
 
-    Raises:
-        UserError: A file is missing, they differ in length, are shorter than wanted, or a wanted line is empty.
+
+def bare(line: str) -> str:
+    """A sentence by its letters and digits: transcripts often come without case and punctuation."""
+    return re.sub(r"[\W_]+", " ", line.casefold()).strip() or line.strip()
+
+
+def check_pool(whole: Parallel, tested: Parallel, pool: Parallel, shots: int) -> None:
+    """Refuse a pool of examples that is too small, or that holds a sentence of the test split on either side.
+
+    Lines that are not tested may be shown only where the user cut one file in two (--test_lines, --example_lines).
     """
-    for file in files:
-        check_exists(file, "check --data_root, --split and --pairs")
-    texts = [read_lines(file) for file in files]
-    if len(texts[0]) != len(texts[1]):
-        raise UserError(
-            f"{files[0]} has {len(texts[0])} lines, {files[1]} {len(texts[1])}", "they must be translations by line"
-        )
-    numbers = list(wanted or range(1, len(texts[0]) + 1))
-    if numbers[-1] > len(texts[0]):
-        raise UserError(f"--{option} ends at line {numbers[-1]}, but {files[0]} has {len(texts[0])}", "name fewer")
-    chosen = [[lines[number - 1] for number in numbers] for lines in texts]
-    for file, lines in zip(files, chosen, strict=True):
-        for number, line in zip(numbers, lines, strict=True):
-            if not line.strip():
-                raise UserError(f"{file}:{number}: the line is empty", "mend the file, or leave the line out")
-    return Side(*files, numbers, *chosen)
-
-
-def read_pool(test_set: str, data_root: Path, split: str, wanted: range | None, pair: str) -> Side:
-    """Read the lines that examples are drawn from."""
-    files = text_files(test_set, data_root, split, pair)
-    remedy = "name --example_lines FIRST-LAST, apart from --test_lines"
-    if test_set == "wmt23" and not wanted:
-        raise UserError(f"no examples for {pair}: WMT23 has no dev split", remedy)
-    if not all(file.is_file() for file in files):
-        raise UserError(
-            f"no examples for {pair}: {files[0]} or {files[1]} is not there",
-            f"put FLORES-200's dev split there, or {remedy}, with --example_split devtest",
-        )
-    return read_side(files, wanted, "example_lines")
-
-
-def check_pool(test: Side, pool: Side, shots: int) -> None:
-    """Refuse a pool of examples that is too small, or that holds a sentence of the test set on either side."""
     if len(pool.numbers) < shots:
         raise UserError(f"{len(pool.numbers)} lines to draw {shots} examples from", "name more --example_lines")
-    for test_file, pool_file, tested, shown in (
-        (test.source_file, pool.source_file, test.sources, pool.sources),
-        (test.target_file, pool.target_file, test.targets, pool.targets),
+    secret = tested if set(pool.source_places) <= set(whole.source_places) else whole
+    for test_places, test_lines, places, lines in (
+        (secret.source_places, secret.sources, pool.source_places, pool.sources),
+        (secret.target_places, secret.targets, pool.target_places, pool.targets),
     ):
-        lines = {line.strip(): number for number, line in zip(test.numbers, tested, strict=True)}
-        for number, line in zip(pool.numbers, shown, strict=True):
-            if line.strip() in lines:
+        found = {bare(line): place for place, line in zip(test_places, test_lines, strict=True)}
+        for place, line in zip(places, lines, strict=True):
+            if bare(line) in found:
                 raise UserError(
-                    f"{pool_file}:{number} is a test sentence ({test_file}:{lines[line.strip()]}): {line[:60]!r}",
-                    "examples must not show the test set: name other --example_lines, or another --example_split",
+                    f"{place} is a test sentence ({found[bare(line)]}): {line[:60]!r}",
+                    "examples must not show the test set: name other --example_lines, or another pool",
                 )
 
 
-def draw_examples(pool: Side, test_line: int, shots: int, seed: int) -> list[tuple[str, str]]:
+def draw_examples(pool: Parallel, request: Request, number: int) -> list[tuple[str, str]]:
     """Draw the examples of one test line: the same lines for every pair, however many lines are tested."""
-    drawn = random.Random(f"{seed} {test_line}").sample(range(len(pool.numbers)), shots)
+    key = number if request.examples == "per_sentence" else "fixed"
+    drawn = random.Random(f"{request.seed} {key}").sample(range(len(pool.numbers)), request.shots)
     return [(pool.sources[i], pool.targets[i]) for i in drawn]
 
 
-# --- Rows -----------------------------------------------------------------------------------------
-def translation_rows(
-    test_set: str, test: Side, pool: Side | None, dataset: str, pair: str, shots: int, style: str, seed: int
-) -> list[dict]:
-    """The prompts of one language pair, in the order of the test set."""
-    from towerspeech import prompts
+# --- What is built --------------------------------------------------------------------------------
+def facts_of(request: Request, name: str, read: Iterable[Parallel]) -> dict:
+    """What decides a prompt file's content: arguments, and ``data``, the files read."""
+    facts = {key: getattr(request, key) for key in ("test_set", "shots", "style", "test_lines")} | {"dataset": name}
+    if request.shots:
+        facts |= {key: getattr(request, key) for key in ("examples", "example_lines", "seed")}
+    if any(not part.files for part in read):  # a dataset of the hub: no files of ours
+        lines = [line for part in read for line in (*part.sources, *part.targets)]
+        facts["data_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return {**facts, "data": list(dict.fromkeys(file for part in read for file in part.files))}
 
+
+def text_prompts(
+    request: Request, name: str, pair: str, whole: Parallel, shown: list[str] | None = None
+) -> tuple[list[tuple[int, str, str, str]], dict]:
+    """Make the instructions of one language pair: (number, instruction, source, target), and ``facts_of`` them.
+
+    Args:
+        request: What is built.
+        name: The test set.
+        pair: The language pair.
+        whole: All of the test split.
+        shown: ASR outputs, shown in place of its sources.
+    """
     src, tgt = parse_pair(pair)
-    rows = []
-    for number, source, target in zip(test.numbers, test.sources, test.targets, strict=True):
-        if shots:
-            examples = draw_examples(pool, number, shots, seed)
-            instruction = prompts.mt_few_shot(src, tgt, source, examples, SEPARATORS[test_set])
+    tested = test_sets.take(whole, parse_lines(request.test_lines, "test_lines"), "test_lines")
+    read = [tested]
+    if request.shots:
+        read.append(read_pool(request, name, pair))
+        check_pool(whole, *read, request.shots)
+    separator = SEPARATORS.get(name if request.test_set == "towereval" else request.test_set, "\n")
+    made = []
+    for number, source, target in zip(tested.numbers, tested.sources, tested.targets, strict=True):
+        text = source if shown is None else " ".join(shown[number - 1].split())  # one line, as the templates want it
+        if request.shots:
+            examples = draw_examples(read[1], request, number)
+            instruction = prompts.mt_few_shot(src, tgt, text, examples, separator)
+        elif request.style == "spire":
+            instruction = prompts.mt_spire(src, tgt, text)
+        elif shown is not None:
+            instruction = prompts.cascaded_st(tgt, shown[number - 1])  # raw, as the original shows it
         else:
-            instruction = prompts.mt_0_shot(src, tgt, source)
-        facts = dict(task="mt", dataset=dataset, shots=shots, src_lang=src, tgt_lang=tgt, source=source)
-        rows.append(prompts.prompt_row(style, f"{dataset}_{pair}:{number}", instruction, target, **facts))
-    return rows
+            instruction = prompts.mt_0_shot(src, tgt, text)
+        made.append((number, instruction, source, target))
+    return made, facts_of(request, name, read)
+
+
+def translation_files(request: Request) -> list[PromptFile]:
+    """The prompts of a text test set, a file a language pair."""
+    split = request.split or test_sets.TEST_SPLITS[request.test_set]
+    dataset = request.dataset or TEXT_SETS[request.test_set]
+    files = []
+    for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset):
+        src, tgt = parse_pair(pair)
+        whole = test_sets.read_pairs(request.test_set, request.data_root, name, split, pair)
+        made, arguments = text_prompts(request, name, pair, whole)
+        rows = []
+        for number, instruction, source, target in made:
+            facts = dict(task="mt", dataset=name, shots=request.shots, src_lang=src, tgt_lang=tgt, source=source)
+            rows.append(prompts.prompt_row(request.style, f"{name}_{pair}:{number}", instruction, target, **facts))
+        files.append(PromptFile(f"{request.shots}_shot", name, pair, rows, arguments, {}))
+    return files
+
+
+def speech_files(request: Request) -> list[PromptFile]:
+    """The prompts of a units folder: ASR, or with translations ST, a file a target language."""
+    if request.shots or (request.pairs != "all" and not request.translations):
+        raise UserError(
+            "--shots 5 and --pairs are for translation",
+            "leave them out with --test_set units; direct speech translation takes --pairs with --translations",
+        )
+    name = request.dataset or request.data_root.resolve().name
+    settings = dict(offset=request.unit_offset, wanted=parse_lines(request.test_lines, "test_lines"))
+    facts = facts_of(request, name, []) | {"unit_offset": request.unit_offset}
+    if not request.translations:
+        rows = prompts.speech_rows(request.data_root, name, request.style, **settings)
+        return [PromptFile("asr", name, "", rows, {**facts, "data": request.data_root}, {})]
+    file, translations = test_sets.read_translations(request.translations, name)
+    arguments = {**facts, "data": [request.data_root, file]}
+    files = []
+    for tgt in test_sets.speech_targets(request.pairs, file, translations):
+        targets = {key: text for key, (_, text) in translations[tgt].items()}
+        rows = prompts.speech_rows(request.data_root, name, request.style, **settings, tgt_lang=tgt, targets=targets)
+        files.append(PromptFile("st", name, f"en-{tgt}", rows, arguments, {}))
+    return files
+
+
+def cascade_files(request: Request) -> list[PromptFile]:
+    """The prompts that translate ASR outputs, a file a data set and target language."""
+    if not request.translations:
+        raise UserError("a cascade is scored against translations", "name them with --translations")
+    found = test_sets.find_transcriptions(request.data_root)
+    if request.dataset and len(found) > 1:
+        raise UserError(f"--dataset {request.dataset} would name {len(found)} files", "name one file as --data_root")
+    files = []
+    for generations in found:
+        places, asr = zip(*test_sets.read_transcriptions(generations), strict=True)
+        name = request.dataset or asr[0]["dataset"]
+        try:
+            file, translations = test_sets.read_translations(request.translations, name)
+        except Missing as error:  # of LibriSpeech, say, which is left out of a folder with others
+            if len(found) == 1:
+                raise
+            print(f"left out: {str(error).splitlines()[0]}")
+            continue
+        for tgt in test_sets.speech_targets(request.pairs, file, translations):
+            for place, row in zip(places, asr, strict=True):
+                if row["id"] not in translations[tgt]:
+                    raise UserError(f"{place}: no translation of {row['id']!r} into {tgt}", f"add it to {file}")
+            target_places, targets = zip(*(translations[tgt][row["id"]] for row in asr), strict=True)
+            sources, numbers = [row["reference"] for row in asr], list(range(1, len(asr) + 1))
+            whole = Parallel(sources, targets, places, target_places, numbers, [generations, file])
+            made, arguments = text_prompts(request, name, f"en-{tgt}", whole, shown=[row["text"] for row in asr])
+            rows = []
+            for number, instruction, source, target in made:
+                facts = dict(dataset=name, shots=request.shots, src_lang="en", tgt_lang=tgt, source=source)
+                facts = {"task": "cascaded_st", **facts}
+                rows.append(prompts.prompt_row(request.style, asr[number - 1]["id"], instruction, target, **facts))
+            counts = {"empty_asr_outputs": sum(not asr[number - 1]["text"].strip() for number, *_ in made)}
+            files.append(PromptFile("cascaded_st", name, f"en-{tgt}", rows, arguments, counts))
+    if not files:
+        raise Missing(f"{request.translations} translates none of {request.data_root}'s data sets", "see above")
+    return files
+
+
+def plan(request: Request) -> list[PromptFile]:
+    """Read and check all that a request needs; nothing is written yet."""
+    if request.shots and request.style == "spire":
+        raise UserError(NO_SPIRE_EXAMPLES, "use --style original or chat with --shots 5")
+    if request.example_file and request.example_lines:
+        raise UserError("--example_file and --example_lines are two pools", "name one")
+    if request.translations and request.test_set in TEXT_SETS:
+        raise UserError("--translations are of utterances", "leave them out, or use --test_set units or cascade")
+    if request.data_root is None and request.test_set != "wmt23":
+        raise UserError(f"--test_set {request.test_set} needs --data_root", "only wmt23 is downloaded by sacreBLEU")
+    on_hub = request.test_set == "flores200" and test_sets.is_hub_dataset(request.data_root)
+    if request.data_root is not None and not on_hub:
+        check_exists(request.data_root, "check --data_root")
+    files = {"units": speech_files, "cascade": cascade_files}.get(request.test_set, translation_files)(request)
+    for name in {file.dataset for file in files}:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"{name!r} cannot name a file", "give --dataset of letters, digits, - and _")
+    return files
+
+
+# --- Everything at once ---------------------------------------------------------------------------
+def plan_all(data_root: Path, common: dict) -> tuple[list[PromptFile], list[tuple[str, str, str]]]:
+    """Plan whatever is found below ``data_root``; also what is skipped: (test set, shots, reason)."""
+    check_exists(data_root, "check --data_root")
+    towereval = data_root / "towereval"
+    sets = sorted({path.name.rpartition(".")[0] for path in towereval.glob("mt/*.*-*")}) or [None]
+    units = sorted(path for path in data_root.glob("units/*") if path.is_dir()) or [data_root / "units"]
+    requests = [Request(name, data_root / name, **common) for name in ("flores200", "wmt23")]
+    requests += [Request("towereval", towereval, dataset=name, **common) for name in sets]
+    cascade = Request("cascade", data_root / "cascade", translations=data_root / "translations", **common)
+    requests = [replace(request, shots=shots) for request in [*requests, cascade] for shots in (0, 5)]
+    for folder in units:
+        request = Request("units", folder, **common)
+        requests += [request, replace(request, translations=data_root / "translations")]
+    files, skipped = [], []
+    for request in requests:
+        label = {"units": f"{request.data_root.name} ({'st' if request.translations else 'asr'})"}
+        label = (label.get(request.test_set, request.dataset or request.test_set), str(request.shots))
+        pool = data_root / "examples.jsonl"
+        if request.shots and pool.is_file() and request.test_set in ("wmt23", "cascade"):
+            request = replace(request, example_file=pool)
+        absent = [path for path in (request.data_root, request.translations) if path and not path.exists()]
+        if absent or (request.shots and request.style == "spire"):
+            skipped.append((*label, f"no {absent[0]}" if absent else NO_SPIRE_EXAMPLES))
+            continue
+        try:
+            planned = plan(request)
+        except Missing as error:
+            skipped.append((*label, str(error).splitlines()[0]))
+            continue
+        built = {(file.folder, file.stem): file.arguments["test_set"] for file in files}
+        new = [file for file in planned if (file.folder, file.stem) not in built]
+        files += new
+        if len(new) < len(planned):  # TowerEval holds FLORES and WMT23 too
+            others = {built.get((file.folder, file.stem)) for file in planned} - {None}
+            skipped.append((*label, f"{len(planned) - len(new)} pairs are built from {', '.join(sorted(others))}"))
+    return files, skipped
+
+
+def table(files: list[PromptFile], skipped: list[tuple[str, str, str]]) -> str:
+    """What was built, a line a data set and number of shots, and what was skipped and why."""
+    groups: dict[tuple, list[PromptFile]] = {}
+    for file in files:
+        groups.setdefault((file.dataset, file.rows[0]["task"], file.rows[0]["shots"]), []).append(file)
+    lines = [("test set", "task", "shots", "pairs", "prompts", "")]
+    for (dataset, task, shots), group in groups.items():
+        prompts = sum(len(file.rows) for file in group)
+        pairs = str(len(group)) if group[0].pair else "-"
+        lines.append((dataset, task, str(shots), pairs, f"{prompts:,}", ""))
+    lines += [(label, "-", shots, "-", "-", f"skipped: {reason}") for label, shots, reason in skipped]
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join(
+        "  ".join((*(cell.ljust(width) for cell, width in zip(line[:5], widths, strict=True)), line[5])).rstrip()
+        for line in lines
+    )
 
 
 def build_instructions(
-    test_set: Literal["flores200", "wmt23", "units"],
-    data_root: Path,
     output_dir: Path,
+    test_set: Literal["flores200", "wmt23", "towereval", "units", "cascade"] | None = None,
+    data_root: Path | None = None,
+    all: bool = False,
     pairs: str = "all",
     shots: Literal[0, 5] = 0,
-    style: Literal["original", "chat"] = "original",
+    style: Literal["original", "chat", "spire"] = "original",
     dataset: str | None = None,
-    split: str = "devtest",
+    split: str | None = None,
     test_lines: str | None = None,
-    example_split: str = "dev",
+    examples: Literal["per_sentence", "fixed"] = "per_sentence",
+    example_split: str | None = None,
     example_lines: str | None = None,
+    example_file: Path | None = None,
+    translations: Path | None = None,
+    unit_offset: int = dsu.OFFSET,
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Build prompt files.
 
     Args:
-        test_set: Which layout data_root has.
-        data_root: The folder that holds the test set.
         output_dir: Where the prompt files go; several calls (shots, test sets) may share it.
-        pairs: de-en,en-zh,... or all: from and into English, as far as there are files. Not for units.
+        test_set: Which layout data_root has.
+        data_root: The folder (or hub dataset, or generations file) that holds the test set.
+        all: Build all test sets found below data_root, 0-shot and where there is a pool 5-shot.
+        pairs: de-en,en-zh,... or all: from and into English, as far as there are data.
         shots: Examples in each prompt.
-        style: original (a text to complete) or chat (the same text as a user's message, for SFT models).
-        dataset: Name in the files' names and in the results; flores, wmt23 or the units folder's name if not given.
-        split: FLORES-200's split to test on.
+        style: original (a text to complete), chat (the same text as a user's message, for SFT models) or spire
+            (SpireLM's templates as a user's message).
+        dataset: Name in the files' names and in the results, if not the usual one; of towereval, the set to take.
+        split: Split to test on; default: flores200's devtest, towereval's test.
         test_lines: Test on these lines (or units rows) alone, such as 1-100.
-        example_split: FLORES-200's split to draw examples from.
-        example_lines: Draw examples from these lines alone, such as 101-300; needed for wmt23, which has no dev split.
+        examples: per_sentence (others for each) or fixed (the same for a whole file: fast with prefix caching).
+        example_split: Split to draw examples from; default: dev.
+        example_lines: Draw examples from these lines alone, such as 101-300. If they are of the test split, lines that
+            are not tested may be shown.
+        example_file: Draw examples from this parallel JSONL (src_lang, tgt_lang, source, target) instead.
+        translations: JSONL of translated utterances (id, tgt_lang, target), or a folder with <dataset>.jsonl.
+        unit_offset: Code point of unit 0, as in the tokenizer's speech_units.json.
         seed: Seed of the drawing.
         overwrite: Replace files that were built otherwise.
     """
-    name = dataset or DATASETS.get(test_set) or data_root.resolve().name
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise UserError(f"{name!r} cannot name a file", "give --dataset of letters, digits, - and _")
-    check_exists(data_root, "check --data_root")
-    wanted, shown = parse_lines(test_lines, "test_lines"), parse_lines(example_lines, "example_lines")
-    facts = {"test_set": test_set, "shots": shots, "style": style, "dataset": name, "test_lines": test_lines}
-    files = []  # all are read and checked before one is written: folder, name, arguments, rows
-    if test_set == "units":
-        if pairs != "all" or shots:
-            raise UserError("--pairs and --shots 5 are for translation", "leave them out with --test_set units")
-        from towerspeech.prompts import speech_rows
-
-        rows = speech_rows(data_root, name, style, wanted=wanted)
-        files.append(("asr", name, {**facts, "data": data_root}, rows))
+    given = {name: value for name, value in locals().items() if name in Request.__annotations__}
+    if all:
+        common = {name: given[name] for name in ("style", "examples", "unit_offset", "seed")}
+        if data_root is None or given != {**vars(Request(None, data_root)), **common}:
+            raise UserError(
+                "--all true takes --data_root and nothing that names a test set, its lines or its examples",
+                f"besides --output_dir and --overwrite it takes: {', '.join(f'--{name}' for name in common)}",
+            )
+        files, skipped = plan_all(data_root, common)
+    elif test_set is None:
+        raise UserError("no test set", "name one with --test_set, or build all with --all true")
     else:
-        for pair in choose_pairs(test_set, data_root, split, pairs):
-            sides = [read_side(text_files(test_set, data_root, split, pair), wanted, "test_lines")]
-            if shots:
-                sides.append(read_pool(test_set, data_root, example_split, shown, pair))
-                check_pool(*sides, shots)
-            pool = sides[1] if shots else None
-            rows = translation_rows(test_set, sides[0], pool, name, pair, shots, style, seed)
-            read = list(dict.fromkeys(file for side in sides for file in (side.source_file, side.target_file)))
-            drawn = {"example_lines": example_lines, "seed": seed} if shots else {}
-            files.append((f"{shots}_shot", f"{name}_{pair}", {**facts, **drawn, "data": read}, rows))
-    for folder, stem, arguments, rows in files:
-        with stage(output_dir / folder, {**arguments, "overwrite": overwrite}, inputs=["data"], part=stem) as job:
+        files, skipped = plan(Request(**given)), []
+    for file in files:
+        arguments = {**file.arguments, "overwrite": overwrite}
+        with stage(output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as job:
             if job.done:
                 continue
-            with job.publish(f"{stem}.jsonl") as path, open(path, "w", encoding="utf-8") as file:
-                file.writelines(dumps(row) + "\n" for row in rows)
-            job.counts["prompts"] = len(rows)
-            print(f"{output_dir / folder / stem}.jsonl: {len(rows):,} prompts")
+            with job.publish(f"{file.stem}.jsonl") as path, open(path, "w", encoding="utf-8") as output:
+                output.writelines(dumps(row) + "\n" for row in file.rows)
+            job.counts.update({"prompts": len(file.rows), **file.counts})
+            counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in job.counts.items())
+            print(f"{output_dir / file.folder / file.stem}.jsonl: {counted}")
+    if all:
+        print(table(files, skipped))
 
 
 if __name__ == "__main__":

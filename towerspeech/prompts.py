@@ -1,10 +1,12 @@
 """Every prompt template and stop rule, once.
 
 ``original`` marks templates that must equal the original TowerSpeech's byte for byte; ``P`` those of
-SpireLM's paper (arXiv 2503.10620, table 1).
+SpireLM's paper (arXiv 2503.10620, table 1); ``S`` those of its repository, utter-project/SpireLM, file
+instruction-templates/spire-style-template.json at commit 4499c00. S puts them into a user's message
+(scripts/build_instructions.py), and has none with examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from towerspeech import units
@@ -44,8 +46,13 @@ def parallel_document(src_lang: str, source: str, tgt_lang: str, target: str) ->
 
 # --- Instructions ---------------------------------------------------------------------------------
 def asr(speech: str) -> str:
-    """Transcribe (P). ``Speech: `` leaves a lone word-start piece before the first unit; SpireLM has it too."""
+    """Transcribe (P, S). ``Speech: `` leaves a lone word-start piece before the first unit; SpireLM has it too."""
     return f"Speech: {speech}\nEnglish:"
+
+
+def st(speech: str, tgt_lang: str) -> str:
+    """Translate speech directly (S): ``asr`` with the language's name swapped."""
+    return f"Speech: {speech}\n{language(tgt_lang).name}:"
 
 
 def mt_0_shot(src_lang: str, tgt_lang: str, source: str) -> str:
@@ -63,11 +70,23 @@ def mt_few_shot(
     return separator.join([*shown, f"{src} text: {source}\n{tgt} text:"])
 
 
+def mt_spire(src_lang: str, tgt_lang: str, source: str) -> str:
+    """Translate (S)."""
+    src, tgt = language(src_lang).name, language(tgt_lang).name
+    return f"Translate the following text from {src} to {tgt}.\n{src}: {source}\n{tgt}:"
+
+
+def cascaded_st(tgt_lang: str, transcript: str) -> str:
+    """Translate an English ASR output (original, AST_de.json, its slips included)."""
+    tgt = language(tgt_lang).name
+    return f"Translate the following English source text to {tgt} Text: {transcript}\n. {tgt}:"
+
+
 # --- Prompt rows ----------------------------------------------------------------------------------
 def prompt_row(style: str, row_id: str, instruction: str, output: str, **facts) -> dict:
-    """One row of a prompts file: a text to complete (original) or a user's message (chat)."""
+    """One row of a prompts file: a text to complete (original) or a user's message (chat, spire)."""
     asked = {"instruction": instruction}
-    if style == "chat":
+    if style != "original":
         asked = {"messages": [{"role": "user", "content": instruction}]}
     return {"id": row_id, **asked, "output": output, **facts}
 
@@ -79,19 +98,27 @@ def speech_rows(
     offset: int = units.OFFSET,
     num_units: int | None = None,
     wanted: range | None = None,
+    tgt_lang: str = "en",
+    targets: Mapping[str, str] | None = None,
 ) -> list[dict]:
-    """The ASR prompts of a units folder, in the order of its rows. ``source`` is the audio file's path.
+    """The prompts of a units folder, in the order of its rows: ASR, or direct speech translation into ``tgt_lang``.
+
+    ``source`` is what a score is computed against beside the reference: the transcript of speech that is translated;
+    of ASR, which has no such thing, the audio file's path.
 
     Args:
         folder: Units Parquet.
         dataset: Name of the test set.
-        style: original or chat.
+        style: original, chat or spire (speech has one template, so the last two are the same).
         offset: Of the unit characters.
         num_units: If given, every id must lie below it.
         wanted: Row numbers, from 1; default: all.
+        tgt_lang: Language to write.
+        targets: The translations by id, if it is not English.
 
     Raises:
-        UserError: A row is not English, has no units or transcript, repeats an id; or there are fewer than wanted.
+        UserError: A row is not English, has no units, transcript or translation, repeats an id; or there are fewer
+            than wanted.
     """
     rows, seen, number = [], set(), 0
     for number, row in enumerate(read_units(folder, num_units), 1):
@@ -105,8 +132,15 @@ def speech_rows(
         if row["id"] in seen:
             raise UserError(f"{where}: the id is there twice", "give each utterance an id of its own")
         seen.add(row["id"])
-        facts = dict(task="asr", dataset=dataset, shots=0, src_lang="en", tgt_lang="en", source=row["audio"])
-        rows.append(prompt_row(style, row["id"], asr(units.to_text(row["units"], offset)), row["text"], **facts))
+        speech = units.to_text(row["units"], offset)
+        facts = dict(task="asr", dataset=dataset, shots=0, src_lang="en", tgt_lang=tgt_lang, source=row["audio"])
+        instruction, output = asr(speech), row["text"]
+        if targets is not None:
+            if row["id"] not in targets:
+                raise UserError(f"{where}: no translation into {language(tgt_lang).name}", "add it to --translations")
+            facts |= dict(task="st", source=row["text"])
+            instruction, output = st(speech, tgt_lang), targets[row["id"]]
+        rows.append(prompt_row(style, row["id"], instruction, output, **facts))
     if wanted and number < wanted[-1]:
         raise UserError(f"--test_lines ends at {wanted[-1]}, but {folder} has {number} rows", "name fewer")
     if not rows:

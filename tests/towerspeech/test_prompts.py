@@ -23,8 +23,39 @@ def test_templates():
         "German text: Eins\nEnglish text: One\n German text: Zwei\nEnglish text: Two"
         "\n German text: Drei\nEnglish text:"
     )
-    with pytest.raises(UserError, match="unknown language"):
-        prompts.mt_0_shot("en", "xx", "Hi")
+    assert prompts.cascaded_st("nl", " hi ") == (
+        "Translate the following English source text to Dutch Text:  hi \n. Dutch:"
+    )
+    for template in (prompts.mt_0_shot, prompts.mt_spire):
+        with pytest.raises(UserError, match="unknown language"):
+            template("en", "xx", "Hi")
+
+
+def test_spirelms_templates():
+    """As they stand in utter-project/SpireLM's instruction-templates/spire-style-template.json."""
+    published = {
+        "asr": "Speech: {dsu_seq}\nEnglish:",
+        "en_de": "Speech: {dsu_seq}\nGerman:",
+        "en_zh": "Speech: {dsu_seq}\nChinese:",
+        "mt": "Translate the following text from {src_lang} to {tgt_lang}.\n{src_lang}: {example}\n{tgt_lang}:",
+    }
+    assert prompts.asr("UUU") == published["asr"].format(dsu_seq="UUU")
+    for pair in ("en_de", "en_zh"):
+        assert prompts.st("UUU", pair[-2:]) == published[pair].format(dsu_seq="UUU")
+    slots = {"src_lang": "Korean", "tgt_lang": "English", "example": "x"}
+    assert prompts.mt_spire("ko", "en", "x") == published["mt"].format(**slots)
+
+
+def test_rows_are_texts_or_users_messages():
+    assert prompts.prompt_row("original", "1", "Hi", "Ho", task="mt") == {
+        "id": "1",
+        "instruction": "Hi",
+        "output": "Ho",
+        "task": "mt",
+    }
+    for style in ("chat", "spire"):
+        row = prompts.prompt_row(style, "1", "Hi", "Ho", task="mt")
+        assert row == {"id": "1", "messages": [{"role": "user", "content": "Hi"}], "output": "Ho", "task": "mt"}
 
 
 def test_chat_template_as_transformers_renders_it():

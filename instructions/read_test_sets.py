@@ -1,0 +1,322 @@
+"""Find and read test sets: sentence pairs, translations of utterances, ASR outputs. Used by build_instructions.py.
+
+Pairs of a test set come from
+  flores200  FLORES-200's own layout, <split>/<code>.<split>, such as devtest/deu_Latn.devtest; or a dataset of the hub
+             (or a folder of that form) with one configuration a language and the columns id and text, as
+             openlanguagedata/flores_plus, or id and sentence, as facebook/flores
+  wmt23      generaltest2023.<pair>.src.<lang> and generaltest2023.<pair>.ref.refA.<lang>; or, without a folder, what
+             sacreBLEU downloads, in whose files runs of white space are one space
+  towereval  mt/<set>.<pair>/test.jsonl and dev.jsonl with src and ref, as TowerEval keeps them in raw_data/
+             (github.com/deep-spin/tower-eval, README)
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from towerspeech.languages import LANGUAGES, language, parse_pair
+from towerspeech.records import iter_jsonl, read_lines
+from towerspeech.stage import UserError, check_exists
+
+WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
+TEST_SPLITS = {"flores200": "devtest", "wmt23": "test", "towereval": "test"}
+FLORES_PLUS_CODES = {"zho_Hans": "cmn_Hans"}  # where it departs from FLORES-200's
+
+
+class Missing(UserError):
+    """Data that is not there: what is built from whatever is found skips this, and says why."""
+
+
+class Parallel(NamedTuple):
+    """Sentence pairs, each side with its place (``file:line``) for messages."""
+
+    sources: list[str]
+    targets: list[str]
+    source_places: list[str]
+    target_places: list[str]
+    numbers: list[int]  # in the test set, from 1
+    files: list[Path]  # what was read; empty for a dataset of the hub
+
+
+def parallel(files: list[Path], names: tuple[str, str], sides: tuple[list[str], list[str]]) -> Parallel:
+    """All lines of two texts, which must be translations of each other by line."""
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(
+            f"{names[0]} has {len(sides[0])} lines, {names[1]} {len(sides[1])}", "they must be translations by line"
+        )
+    numbers = list(range(1, len(sides[0]) + 1))
+    places = ([f"{name}:{number}" for number in numbers] for name in names)
+    return Parallel(*sides, *places, numbers, files)
+
+
+def take(whole: Parallel, wanted: range | None, option: str) -> Parallel:
+    """The wanted lines (default: all).
+
+    Raises:
+        UserError: There are fewer, or one of them is empty.
+    """
+    chosen = range(len(whole.numbers))
+    if wanted:
+        if wanted[-1] > len(chosen):
+            file = whole.source_places[-1].rpartition(":")[0]
+            raise UserError(f"--{option} ends at line {wanted[-1]}, but {file} has {len(chosen)}", "name fewer")
+        chosen = range(wanted[0] - 1, wanted[-1])
+    part = Parallel(*([column[i] for i in chosen] for column in whole[:-1]), whole.files)
+    for places, lines in ((part.source_places, part.sources), (part.target_places, part.targets)):
+        for place, line in zip(places, lines, strict=True):
+            if not line.strip():
+                raise UserError(f"{place}: the line is empty", "mend the file, or leave the line out")
+    return part
+
+
+# --- FLORES-200 -----------------------------------------------------------------------------------
+def is_hub_dataset(root: Path) -> bool:
+    """Whether a data root is a dataset's name on the hub, or a folder of the form that such a dataset has."""
+    if root.is_dir():
+        return any(root.rglob("*.parquet"))
+    return not root.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) is not None
+
+
+def hub(root: Path, function, *arguments, **options):
+    """Call a function of the datasets library; whatever goes wrong becomes one message."""
+    import datasets
+    from huggingface_hub.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()  # its retries; the message below says it once
+    try:
+        return function(str(root), *arguments, **options)
+    except Exception as error:  # offline, no such dataset, gated, malformed: of many classes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{root} is no folder here, and the hub did not give it: {reason}",
+            "check --data_root and the network; a gated dataset such as openlanguagedata/flores_plus wants its"
+            " conditions accepted on its page, and `hf auth login`",
+        ) from None
+
+
+@functools.cache
+def hub_configurations(root: Path) -> list[str]:
+    """The configurations of a dataset, one a language."""
+    import datasets
+
+    return hub(root, datasets.get_dataset_config_names)
+
+
+def hub_configuration(root: Path, code: str) -> str | None:
+    """The configuration of a FLORES-200 code; None if the dataset lacks the language."""
+    names = (code, FLORES_PLUS_CODES.get(code))
+    return next((name for name in names if name in hub_configurations(root)), None)
+
+
+@functools.cache
+def read_hub(root: Path, code: str, split: str) -> tuple[list, list[str]]:
+    """Ids and sentences of one language and split."""
+    import datasets
+
+    configuration = hub_configuration(root, code)
+    if configuration is None:
+        raise Missing(f"{root} has no configuration {code}", "check --data_root and --pairs")
+    splits = hub(root, datasets.get_dataset_split_names, configuration)
+    if split not in splits:
+        raise Missing(f"{root} has no split {split} of {code}, but {', '.join(splits)}", "check --split")
+    rows = hub(root, datasets.load_dataset, configuration, split=split)
+    column = next((name for name in ("text", "sentence") if name in rows.column_names), None)
+    if column is None or "id" not in rows.column_names:
+        raise UserError(f"{root}: columns {', '.join(rows.column_names)}", "FLORES has id and text (or sentence)")
+    return list(rows["id"]), list(rows[column])
+
+
+def flores_files(root: Path, split: str, pair: str) -> list[Path]:
+    """The source and the target file of FLORES-200's own layout."""
+    return [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
+
+
+def read_flores(root: Path, split: str, pair: str) -> Parallel:
+    """Read a split of one pair."""
+    if not is_hub_dataset(root):
+        files = flores_files(root, split, pair)
+        return read_files(files, "check --data_root, --split and --pairs")
+    codes = [language(code).flores for code in parse_pair(pair)]
+    (source_ids, sources), (target_ids, targets) = (read_hub(root, code, split) for code in codes)
+    if source_ids != target_ids:
+        raise UserError(
+            f"{root}: {codes[0]} and {codes[1]} differ in ids ({split})", "they must be translations by id"
+        )
+    return parallel([], tuple(f"{root} {code} {split}" for code in codes), (sources, targets))
+
+
+def read_files(files: list[Path], remedy: str) -> Parallel:
+    """Read two plain files."""
+    for file in files:
+        if not file.is_file():
+            raise Missing(f"{file} does not exist", remedy)
+    return parallel(files, tuple(map(str, files)), tuple(read_lines(file) for file in files))
+
+
+# --- WMT23 ----------------------------------------------------------------------------------------
+def wmt23_files(root: Path | None, pair: str) -> list[Path]:
+    """The source and the target file: below ``root``, or downloaded by sacreBLEU."""
+    src, tgt = parse_pair(pair)
+    if root is not None:
+        stem = f"generaltest2023.{pair}"
+        return [root / f"{stem}.src.{src}", root / f"{stem}.ref.refA.{tgt}"]
+    from sacrebleu.utils import SACREBLEU_DIR, get_reference_files, get_source_file
+
+    try:
+        return [Path(get_source_file("wmt23", pair)), Path(get_reference_files("wmt23", pair)[0])]
+    except (Exception, SystemExit) as error:  # no network, no such pair, a wrong checksum, a torn archive
+        raise UserError(
+            f"sacreBLEU could not give wmt23 {pair}: {error}",
+            f"check the network (and remove {Path(SACREBLEU_DIR) / 'wmt23'} if a download was cut off), or name a"
+            " folder of generaltest2023.* files with --data_root",
+        ) from None
+
+
+# --- TowerEval ------------------------------------------------------------------------------------
+def towereval_file(root: Path, name: str, split: str, pair: str) -> Path:
+    """Where TowerEval keeps one set's pair."""
+    return root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"
+
+
+def read_jsonl_pairs(path: Path, fields: tuple[str, str], pair: str | None = None) -> Parallel:
+    """Read sentence pairs from two fields; of a file of several directions, those of ``pair``."""
+    sides, places = ([], []), []
+    for where, row in iter_jsonl(path, [*fields, *(("src_lang", "tgt_lang") if pair else ())]):
+        for field, side in zip(fields, sides, strict=True):
+            if not isinstance(row[field], str):
+                raise UserError(f"{where}: {field} is {row[field]!r}", "it must be a text")
+            if not pair or pair == f"{row['src_lang']}-{row['tgt_lang']}":
+                side.append(row[field])
+        if len(sides[0]) > len(places):
+            places.append(where)
+    return Parallel(*sides, places, places, list(range(1, len(places) + 1)), [path])
+
+
+# --- All layouts ----------------------------------------------------------------------------------
+def read_pairs(test_set: str, root: Path | None, name: str, split: str, pair: str) -> Parallel:
+    """Read a split of one pair of a test set; ``name`` tells TowerEval's sets apart."""
+    if test_set == "flores200":
+        return read_flores(root, split, pair)
+    if test_set == "wmt23":
+        return read_files(wmt23_files(root, pair), "check --data_root and --pairs")
+    path = towereval_file(root, name, split, pair)
+    if not path.is_file():
+        raise Missing(f"{path} does not exist", "check --data_root, --dataset, --split and --pairs")
+    return read_jsonl_pairs(path, ("src", "ref"))
+
+
+def find_pairs(test_set: str, root: Path | None, split: str, pairs: str, name: str | None) -> list[tuple[str, str]]:
+    """Parse ``de-en,en-zh`` as (set, pair); ``all`` are those of the ten languages whose data are there."""
+    named = [] if pairs == "all" else ["-".join(parse_pair(pair.strip())) for pair in pairs.split(",")]
+    if len(set(named)) < len(named):
+        raise UserError(f"--pairs {pairs} names a pair twice", "name each once")
+    if test_set == "towereval":
+        return find_towereval(root, split, named, name)
+    if named:
+        return [(name, pair) for pair in named]
+    if test_set == "wmt23":
+        known = list(WMT23_PAIRS)
+        found = known if root is None else [p for p in known if all(f.is_file() for f in wmt23_files(root, p))]
+    else:
+        others = [code for code in LANGUAGES if code != "en"]
+        known = [*(f"{code}-en" for code in others), *(f"en-{code}" for code in others)]
+        if is_hub_dataset(root):
+            there = {code for code in LANGUAGES if hub_configuration(root, language(code).flores)}
+            found = [pair for pair in known if there.issuperset(pair.split("-"))]
+        else:
+            found = [pair for pair in known if all(file.is_file() for file in flores_files(root, split, pair))]
+    if not found:
+        files = flores_files(root, split, known[0]) if test_set == "flores200" else wmt23_files(root, known[0])
+        raise Missing(f"no {test_set} files under {root} (such as {files[0]})", "check --data_root and --split")
+    if len(found) < len(known):
+        print(f"no files for: {', '.join(pair for pair in known if pair not in found)}")
+    return [(name, pair) for pair in found]
+
+
+def find_towereval(root: Path, split: str, named: list[str], name: str | None) -> list[tuple[str, str]]:
+    """TowerEval's sets and pairs: those named, or all that are there."""
+    found = []
+    for file in sorted(root.glob(f"mt/*.*-*/{split}.jsonl")):
+        found_name, _, pair = file.parent.name.rpartition(".")
+        if name in (None, found_name) and set(pair.split("-")) <= set(LANGUAGES):
+            found.append((found_name, pair))
+    missing = [pair for pair in named if pair not in {pair for _, pair in found}]
+    if missing or not found:
+        example = towereval_file(root, name or "flores", split, missing[0] if missing else "en-de")
+        raise Missing(
+            f"no such files: {example}",
+            "--data_root is TowerEval's raw_data folder, which holds mt/; --dataset names a set in it, such as wmt23",
+        )
+    return [(found_name, pair) for found_name, pair in found if not named or pair in named]
+
+
+# --- Translations of utterances, and ASR outputs --------------------------------------------------
+def read_translations(path: Path, name: str) -> tuple[Path, dict[str, dict[str, tuple[str, str]]]]:
+    """Read the translations of a speech test set: {language: {utterance's id: (file:line, text)}}.
+
+    Args:
+        path: JSONL with id, tgt_lang and target, or a folder with such a file a test set, <name>.jsonl.
+        name: The test set.
+    """
+    file = path / f"{name}.jsonl" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise Missing(f"{file} does not exist", "put the translations of this test set there: id, tgt_lang, target")
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for where, row in iter_jsonl(file, ["id", "tgt_lang", "target"]):
+        if row["tgt_lang"] not in LANGUAGES or row["tgt_lang"] == "en":
+            known = ", ".join(code for code in LANGUAGES if code != "en")
+            raise UserError(f"{where}: tgt_lang is {row['tgt_lang']!r}", f"it must be one of: {known}")
+        if not isinstance(row["id"], str) or not isinstance(row["target"], str) or not row["target"].strip():
+            raise UserError(f"{where}: id and target must be texts, and not empty", "mend or remove the line")
+        by_id = found.setdefault(row["tgt_lang"], {})
+        if row["id"] in by_id:
+            raise UserError(f"{where}: {row['id']!r} is translated twice (also {by_id[row['id']][0]})", "remove one")
+        by_id[row["id"]] = where, row["target"]
+    return file, found
+
+
+def speech_targets(pairs: str, file: Path, translations: dict[str, dict]) -> list[str]:
+    """The languages that English speech is translated into: ``en-de,en-fr``, or all that there are."""
+    if pairs == "all":
+        return [code for code in LANGUAGES if code in translations]
+    chosen = [parse_pair(pair.strip()) for pair in pairs.split(",")]
+    targets = [tgt for _, tgt in chosen]
+    if any(src != "en" for src, _ in chosen) or len(set(targets)) < len(targets):
+        raise UserError(f"--pairs {pairs}: speech is English, and each pair is named once", "such as en-de,en-fr")
+    for code in targets:
+        if code not in translations:
+            raise UserError(
+                f"{file} holds no translations into {language(code).name} ({code})",
+                f"it has: {', '.join(translations)}",
+            )
+    return targets
+
+
+def find_transcriptions(root: Path) -> list[Path]:
+    """ASR generations: the file named, or all below a checkpoint's folder."""
+    check_exists(root, "name generations of generate/generate_ASR.py")
+    files = [root] if root.is_file() else sorted(root.glob("asr/*.jsonl"))
+    if not files:
+        raise Missing(f"{root} holds no asr/*.jsonl", "name a checkpoint's folder that generate/generate_ASR.py wrote")
+    return files
+
+
+def read_transcriptions(path: Path) -> list[tuple[str, dict]]:
+    """Read ASR generations, each with its ``file:line``; an empty output is one too."""
+    rows, seen = [], set()
+    for where, row in iter_jsonl(path, ["id", "text", "reference", "task", "dataset"]):
+        if row["task"] != "asr":
+            raise UserError(
+                f"{where}: task is {row['task']!r}", "a cascade starts from generations of generate_ASR.py"
+            )
+        if not isinstance(row["text"], str) or not (row["reference"] or "").strip():
+            raise UserError(f"{where}: no text, or no reference", "decode prompts that have references")
+        if row["id"] in seen:
+            raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
+        if rows and row["dataset"] != rows[0][1]["dataset"]:
+            raise UserError(f"{where}: data sets {rows[0][1]['dataset']!r} and {row['dataset']!r}", "keep one a file")
+        seen.add(row["id"])
+        rows.append((where, row))
+    return rows
