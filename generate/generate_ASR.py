@@ -27,6 +27,7 @@ def generate_ASR(
     dtype: str = "auto",
     max_model_len: int | None = None,
     tensor_parallel_size: int = 1,
+    data_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
     overwrite: bool = False,
 ) -> None:
@@ -45,6 +46,7 @@ def generate_ASR(
         dtype: Of the computation; auto takes the checkpoint's.
         max_model_len: Limit of prompt and generation together, in tokens; default: the model's context.
         tensor_parallel_size: GPUs that a model is split over.
+        data_parallel_size: Engines that share the prompts, each with GPUs (or CPU cores) of its own.
         gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
         overwrite: Replace the output of a run with other arguments.
     """

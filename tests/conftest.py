@@ -10,6 +10,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="SIGKILLs of a generation, at random moments (seeded)")
+
+
 NUM_UNITS = 50  # of model_dir
 NUM_MERGES = 30
 BASE_VOCAB_SIZE = 400  # pieces of base_model_dir's tokenizer

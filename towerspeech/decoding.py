@@ -1,16 +1,19 @@
-"""Prompts -> generations with vLLM: one engine a checkpoint, token ids in, every result written as it comes."""
+"""Prompts -> generations: one engine a checkpoint, token ids in, every result written as it comes."""
 
 import hashlib
 import json
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech.records import dumps, iter_jsonl, write_jsonl
-from towerspeech.stage import UserError, quiet, read_json, stage
+from towerspeech.stage import UserError, read_json, stage
 from towerspeech.units import OFFSET
 
 MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
@@ -30,6 +33,7 @@ class Decoding:
         dtype: vLLM's: auto takes the checkpoint's.
         max_model_len: Limit of prompt and generation together; default: the model's context.
         tensor_parallel_size: GPUs a model is split over.
+        data_parallel_size: Engines that share the prompts, each with GPUs (or CPU cores) of its own.
         gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
     """
 
@@ -40,20 +44,21 @@ class Decoding:
     dtype: str = "auto"
     max_model_len: int | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
 
 
 def read_prompts(files: list[Path]) -> dict[str, list[dict]]:
     """Read prompt files (JSONL, or the original's JSON lists) as {output file: rows}.
 
-    A file in a folder such as 5_shot/ or asr/ keeps that folder's name. Rows without an id get their number.
+    A file in a folder such as 5_shot/, asr/ or st/ keeps that folder's name. Rows without an id get their number.
 
     Raises:
         UserError: Malformed rows, ids that repeat, or two files that would be written to one.
     """
     tasks = {}
     for path in map(Path, files):
-        folder = path.parent.name if re.fullmatch(r"\d+_shot|asr", path.resolve().parent.name) else ""
+        folder = path.parent.name if re.fullmatch(r"\d+_shot|asr|st|cascaded_st", path.resolve().parent.name) else ""
         name = str(Path(folder) / f"{path.stem}.jsonl")
         if name in tasks:
             raise UserError(f"{path}: another prompt file is already called {name}", "rename one of them")
@@ -92,13 +97,23 @@ def check_units(text: str, dsu: dict, where: str) -> None:
             raise UserError(f"{where}: {problem}", "use the checkpoint and the k-means that belong together")
 
 
-def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows: int) -> dict[str, list[list[int]]]:
-    """Tokenize all prompts, (number of rows, their lengths); refuse any that is too long for the model."""
+def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows: int):
+    """Load the tokenizer and encode all prompts; refuse any that is too long for the model.
+
+    Returns:
+        The tokenizer, and {output file: [ids of each prompt]}.
+    """
     from transformers import AutoTokenizer
 
     from towerspeech.units import read_metadata
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint} has no tokenizer that loads: {str(error).splitlines()[0]}",
+            "copy the tokenizer's files beside the model (export_checkpoint.py does so)",
+        ) from None
     if len(tokenizer) > num_rows:
         raise UserError(
             f"{checkpoint}: its tokenizer has {len(tokenizer):,} tokens, its model only {num_rows:,} embedding rows",
@@ -121,7 +136,23 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
                     "use fewer shots or a model with a longer context",
                 )
             encoded[name].append(ids)
-    return encoded
+    return tokenizer, encoded
+
+
+def partial_file(output_dir: Path, name: str) -> Path:
+    """Where results are kept in order of completion until their file is whole."""
+    return output_dir / f".{name.replace('/', '-')}.partial"
+
+
+def finish(output_dir: Path, name: str, rows: list[dict], results: dict[str, dict]) -> None:
+    """Publish a task's file, in the order of its prompts."""
+    write_jsonl(output_dir / name, (results[row["id"]] for row in rows))
+    partial_file(output_dir, name).unlink(missing_ok=True)
+
+
+def told(reasons: Counter) -> str:
+    """Finish reasons and their counts: 980 stop, 32 length."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), reverse=True))
 
 
 def finished_rows(partial: Path, rows: list[dict]) -> dict[str, dict]:
@@ -164,7 +195,7 @@ def decode(
         raise UserError(f"two checkpoints have the same name: {', '.join(sorted(names))}", "rename a folder")
     for checkpoint in checkpoints:
         read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
-    speed = ["tensor_parallel_size", "gpu_memory_utilization"]
+    speed = ["tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"]
     for checkpoint, name in zip(checkpoints, names, strict=True):
         own = {**{key: value for key, value in arguments.items() if key != "checkpoints"}, "checkpoint": checkpoint}
         with stage(output_dir / name, own, inputs=["checkpoint", *inputs], ignore=speed) as job:
@@ -173,96 +204,96 @@ def decode(
 
 
 def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, job) -> None:
-    """Decode what is missing of all tasks with one checkpoint."""
+    """Decode what is missing of all tasks with one checkpoint; a task's file appears when its last prompt is done."""
     config = read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
     limit = min(decoding.max_model_len or config["max_position_embeddings"], config["max_position_embeddings"])
-    encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
+    tokenizer, encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
     results, missing = {}, []
     for name, rows in tasks.items():
-        partial = job.output_dir / f".{name.replace('/', '-')}.partial"
-        results[name] = finished_rows(job.output_dir / name, rows) | finished_rows(partial, rows)
-        missing += [(name, i) for i, row in enumerate(rows) if row["id"] not in results[name]]
+        file, partial = job.output_dir / name, partial_file(job.output_dir, name)
+        results[name] = finished_rows(file, rows) | finished_rows(partial, rows)
+        undone = [i for i, row in enumerate(rows) if row["id"] not in results[name]]
+        # Prompts that begin alike follow one another: their common beginning is computed once (prefix cache).
+        missing += [(name, i) for i in sorted(undone, key=lambda i, name=name: encoded[name][i])]
     total = sum(map(len, tasks.values()))
     if len(missing) < total:
         print(f"{checkpoint.name}: {total - len(missing):,} of {total:,} prompts were done before", flush=True)
     if missing:
-        run_engine(checkpoint, tasks, encoded, missing, results, limit, decoding, job)
-    reasons: dict[str, int] = {}
+        stop_ids = prompts.stop_token_ids(tokenizer)
+        run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, decoding, job)
+    reasons: Counter = Counter()
     for name, rows in tasks.items():
-        write_jsonl(job.output_dir / name, (results[name][row["id"]] for row in rows))
-        for result in results[name].values():
-            reasons[result["finish_reason"]] = reasons.get(result["finish_reason"], 0) + 1
-    for name in tasks:
-        (job.output_dir / f".{name.replace('/', '-')}.partial").unlink(missing_ok=True)
+        if partial_file(job.output_dir, name).is_file() or not (job.output_dir / name).is_file():
+            finish(job.output_dir, name, rows, results[name])  # a kill came just before
+        reasons.update(result["finish_reason"] for result in results[name].values())
     job.counts.update({"prompts": total, "finish_reasons": dict(sorted(reasons.items()))})
-    print(f"{checkpoint.name}: {total:,} generations, finished by {reasons}: {job.output_dir}", flush=True)
+    print(f"{checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {job.output_dir}", flush=True)
 
 
-def run_engine(checkpoint, tasks, encoded, missing, results, limit, decoding: Decoding, job) -> None:
+def run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, decoding: Decoding, job) -> None:
     """Put the missing prompts through vLLM; append each result to its task's partial file as it comes."""
     from tqdm import tqdm
 
-    # One process: what is killed is gone, and several checkpoints in turn import vLLM once.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    log = job.output_dir / "vllm.log"
-    print(f"{checkpoint.name}: starting vLLM for {len(missing):,} prompts (its log: {log})", flush=True)
-    with quiet(log) as terminal:
-        import torch
-        from vllm import LLM, SamplingParams
-        from vllm.distributed import cleanup_dist_env_and_memory
+    from towerspeech.engine import Request, on_gpu, run_engines
 
-        llm = LLM(
-            model=str(checkpoint),
-            dtype=decoding.dtype,
-            max_model_len=limit,
-            tensor_parallel_size=decoding.tensor_parallel_size,
-            gpu_memory_utilization=decoding.gpu_memory_utilization,
-            enable_prefix_caching=True,
-            enforce_eager=not torch.cuda.is_available(),  # on CPU, compiling costs more than most runs take
-            seed=decoding.seed,
-        )
-        stop_ids = prompts.stop_token_ids(llm.get_tokenizer())
-        for number, (name, i) in enumerate(missing):
-            ids = encoded[name][i]
-            row = tasks[name][i]
-            params = SamplingParams(
-                max_tokens=min(decoding.max_new_tokens, limit - len(ids)),
-                temperature=decoding.temperature,
-                top_p=decoding.top_p,
-                seed=int(hashlib.sha256(f"{decoding.seed} {name} {row['id']}".encode()).hexdigest()[:8], 16),
-                stop=prompts.stop_strings(chat="messages" in row),
-                stop_token_ids=stop_ids,
-            )
-            llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+    log = job.output_dir / "vllm.log"
+    engine = {
+        "model": str(checkpoint),
+        "dtype": decoding.dtype,
+        "max_model_len": limit,
+        "tensor_parallel_size": decoding.tensor_parallel_size,
+        "gpu_memory_utilization": decoding.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "enforce_eager": not on_gpu(),  # on a CPU, compiling costs more than most runs take
+        "seed": decoding.seed,
+    }
+    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "stop_token_ids": stop_ids}
+    requests = []
+    for key, (name, i) in enumerate(missing):
+        row, ids = tasks[name][i], encoded[name][i]
+        seed = int(hashlib.sha256(f"{decoding.seed} {name} {row['id']}".encode()).hexdigest()[:8], 16)
+        max_tokens = min(decoding.max_new_tokens, limit - len(ids))
+        requests.append(Request(key, ids, max_tokens, seed, prompts.stop_strings(chat="messages" in row)))
+    left = Counter(name for name, _ in missing)
+    print(f"{checkpoint.name}: starting vLLM for {len(missing):,} prompts (its log: {log})", flush=True)
+    started, ready, num_tokens, cached = time.monotonic(), None, 0, 0
+    with ExitStack() as files, tqdm(total=len(missing), unit=" prompts", desc=checkpoint.name, mininterval=1) as bar:
         partials = {}
-        num_tokens = 0
-        with tqdm(total=len(missing), unit=" prompts", desc=checkpoint.name, mininterval=1, file=terminal) as progress:
-            while llm.llm_engine.has_unfinished_requests():
-                for output in llm.llm_engine.step():
-                    if not output.finished:
-                        continue
-                    name, i = missing[int(output.request_id)]
-                    row, completion = tasks[name][i], output.outputs[0]
-                    results[name][row["id"]] = {
-                        "id": row["id"],
-                        **{key: row.get(key) for key in METADATA},
-                        "reference": row.get("output"),
-                        "prompt_sha256": prompt_hash(row),
-                        "text": completion.text,
-                        "finish_reason": completion.finish_reason,
-                        "num_tokens": len(completion.token_ids),
-                    }
-                    if name not in partials:
-                        path = job.output_dir / f".{name.replace('/', '-')}.partial"
-                        partials[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
-                    partials[name].write(dumps(results[name][row["id"]]) + "\n")
-                    partials[name].flush()
-                    num_tokens += len(completion.token_ids)
-                    progress.set_postfix(tokens=f"{num_tokens:,}", refresh=False)
-                    progress.update()
-        for file in partials.values():
-            file.close()
-        del llm
-        cleanup_dist_env_and_memory()
+        for result in run_engines(requests, engine, sampling, decoding.data_parallel_size, log):
+            if result is None:
+                ready = ready or time.monotonic()
+                bar.reset()  # the rate is that of decoding, not of loading
+                continue
+            name, i = missing[result.key]
+            row = tasks[name][i]
+            results[name][row["id"]] = {
+                "id": row["id"],
+                **{key: row.get(key) for key in METADATA},
+                "reference": row.get("output"),
+                "prompt_sha256": prompt_hash(row),
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "num_tokens": result.num_tokens,
+            }
+            if name not in partials:
+                partials[name] = files.enter_context(open(partial_file(job.output_dir, name), "a", encoding="utf-8"))
+            partials[name].write(dumps(results[name][row["id"]]) + "\n")
+            partials[name].flush()
+            num_tokens, cached = num_tokens + result.num_tokens, cached + result.cached
+            bar.set_postfix(tokens_per_s=f"{num_tokens / (time.monotonic() - ready):,.0f}", refresh=False)
+            bar.update()
+            left[name] -= 1
+            if not left[name]:
+                finish(job.output_dir, name, tasks[name], results[name])
+                reasons = Counter(result["finish_reason"] for result in results[name].values())
+                bar.write(f"{checkpoint.name}: {name}: {len(tasks[name]):,} generations, finished by {told(reasons)}")
+    seconds = time.monotonic() - ready
+    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    speed = {"start_s": round(ready - started, 1), "decode_s": round(seconds, 1)}
+    job.counts.update({**speed, "new_tokens": num_tokens, "prompt_tokens": prompt_tokens, "cached_tokens": cached})
+    print(
+        f"{checkpoint.name}: {num_tokens:,} new tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s), "
+        f"after {ready - started:.1f} s of starting; {cached / prompt_tokens:.0%} of {prompt_tokens:,} prompt tokens "
+        "came from the prefix cache",
+        flush=True,
+    )

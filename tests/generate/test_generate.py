@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from generate import generate as script
@@ -88,53 +90,138 @@ def transformers_greedy(model_dir: Path, row: dict) -> str:
     return text if "messages" in row else text.split("\n")[0]
 
 
+class Runs:
+    """Starts generate.py on all prompt files, each time into a folder of its own name."""
+
+    def __init__(self, root: Path, checkpoints: list[Path], prompt_files: list[Path]):
+        self.root = root
+        command = [sys.executable, script.__file__, "--max_new_tokens", str(MAX_NEW_TOKENS), "--dtype", "float32"]
+        self.command = [*command, "--checkpoints", *map(str, checkpoints), "--prompts", *map(str, prompt_files)]
+        self.environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+
+    def start(self, name: str, *options: str) -> subprocess.Popen:
+        words = [*self.command, *options, "--output_dir", str(self.root / name)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(words, env=self.environment, stderr=pipe, stdout=pipe, text=True)
+
+    def finish(self, name: str, *options: str) -> str:
+        process = self.start(name, *options)
+        printed, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-2000:]
+        return printed
+
+    def files(self, name: str) -> dict[str, bytes]:
+        paths = (self.root / name).rglob("*.jsonl")
+        return {str(path.relative_to(self.root / name)): path.read_bytes() for path in paths}
+
+    def count(self, name: str) -> int:
+        """Results that are on the disk, in whatever file."""
+        paths = [*(self.root / name).rglob("*.jsonl"), *(self.root / name).rglob(".*.partial")]
+        return sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, checkpoints, prompt_files) -> Runs:
+    """With the uninterrupted run's outputs in ``whole``."""
+    runs = Runs(tmp_path_factory.mktemp("runs"), checkpoints, prompt_files)
+    runs.finish("whole")
+    return runs
+
+
+def kill_with_children(process: subprocess.Popen) -> list[psutil.Process]:
+    """SIGKILL the script alone; return what it had started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    return children
+
+
 @pytest.mark.slow
-def test_equals_transformers_and_survives_sigkill(tmp_path, checkpoints, prompt_files):
-    """Every output is transformers' own; a run killed among its prompts ends with the bytes of a whole one."""
-    command = [sys.executable, script.__file__, "--checkpoints", *map(str, checkpoints), "--prompts"]
-    command += [*map(str, prompt_files), "--max_new_tokens", str(MAX_NEW_TOKENS), "--dtype", "float32"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-
-    def start(name: str) -> subprocess.Popen:
-        words = [*command, "--output_dir", str(tmp_path / name)]
-        return subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-
-    killed = start("killed")
-    first = tmp_path / "killed/checkpoint-1"
-    deadline = time.monotonic() + 200
-    while not (lines := [len(p.read_bytes().splitlines()) for p in first.glob(".*.partial")]) or sum(lines) < 5:
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    killed.kill()
-    killed.wait()
-    assert not (first / "run_info.json").exists()
-    # A kill within a write leaves half a line; it is not taken for a result.
-    with open(next(iter(first.glob(".*.partial"))), "a") as file:
-        file.write('{"id": "s29", "text": "ha')
-    for name in ("killed", "whole"):
-        process = start(name)
-        printed, _ = process.communicate()
-        assert process.returncode == 0
-        assert ("prompts were done before" in printed) == (name == "killed")
-
-    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.jsonl")]
-    assert sorted(map(str, files))[:4] == [
-        f"checkpoint-1/{n}.jsonl" for n in ("0_shot/flores_en-de", "5_shot/flores_en-de", "chat", "original")
-    ]
-    for file in files:
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    tasks = decoding.read_prompts(prompt_files)
-    for name, rows in tasks.items():
-        results = read_jsonl(tmp_path / "whole/checkpoint-1" / name)
+def test_outputs_are_transformers_own(runs, checkpoints, prompt_files):
+    names = [f"checkpoint-1/{n}.jsonl" for n in ("0_shot/flores_en-de", "5_shot/flores_en-de", "chat", "original")]
+    assert sorted(runs.files("whole"))[:4] == names
+    for name, rows in decoding.read_prompts(prompt_files).items():
+        results = read_jsonl(runs.root / "whole/checkpoint-1" / name)
         assert [result["id"] for result in results] == [row["id"] for row in rows]
         for result, row in zip(results, rows, strict=True):
             # vLLM keeps the space before the first word, transformers' decode drops it
             assert result["text"].removeprefix(" ") == transformers_greedy(checkpoints[0], row), (name, row["id"])
             assert result["reference"] == row["output"] and result["source"] == row.get("source")
-    info = json.loads((tmp_path / "whole/checkpoint-2/run_info.json").read_text())
-    assert sum(info["counts"]["finish_reasons"].values()) == info["counts"]["prompts"] == 78
-    again = start("whole")
-    assert again.communicate()[0].count("already done") == 2
+    counts = json.loads((runs.root / "whole/checkpoint-2/run_info.json").read_text())["counts"]
+    assert sum(counts["finish_reasons"].values()) == counts["prompts"] == 78
+    assert counts["cached_tokens"] > 0.2 * counts["prompt_tokens"]  # the five shots are the same in all of a file
+    assert runs.finish("whole").count("already done") == 2
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory, checkpoints) -> Runs:
+    """Three files of 300 prompts: seconds of decoding, so that there is something to kill."""
+    root = tmp_path_factory.mktemp("long_runs")
+    for file in range(3):
+        rows = [{"id": f"{i}", "instruction": f"boat {i * (file + 1)} and a dog", "output": "x"} for i in range(300)]
+        write_jsonl(root / f"prompts/file{file}.jsonl", rows)
+    return Runs(root, checkpoints[:1], sorted((root / "prompts").iterdir()))
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_with_the_same_bytes(long_runs, pytestconfig):
+    """By turns after a random number of results, wherever they are, and at a random second of a run."""
+    runs, generator = long_runs, random.Random(0)
+    began = time.monotonic()
+    runs.finish("whole")
+    seconds = time.monotonic() - began
+    survivors, torn = [], 0
+    for kill in range(pytestconfig.getoption("--kills")):
+        before, process, began = runs.count("killed"), runs.start("killed"), time.monotonic()
+        wanted = before + generator.randint(1, max(1, (900 - before) // 2)) if kill % 2 == 0 else 901
+        until = seconds * generator.uniform(0.05, 0.9) if kill % 2 else 200
+        while process.poll() is None and runs.count("killed") < wanted and time.monotonic() - began < until:
+            time.sleep(0.002)
+        if process.poll() is None:
+            survivors += kill_with_children(process)
+        else:  # it was done: begin anew for the kills that are left
+            process.communicate()
+            shutil.rmtree(runs.root / "killed")
+        for partial in (runs.root / "killed").rglob(".*.partial"):
+            # A kill within a write leaves half a line; it is not taken for a result.
+            with open(partial, "a") as file:
+                file.write('{"id": "29", "text": "ha')
+            torn += 1
+    assert survivors and torn
+    assert not psutil.wait_procs(survivors, timeout=20)[1], "an engine outlived the script"
+    printed = runs.finish("killed")
+    assert "of 900 prompts were done before" in printed
+    assert runs.files("killed") == runs.files("whole")
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_told_of_and_loses_nothing(long_runs):
+    process = long_runs.start("died")
+    while long_runs.count("died") < 5 and process.poll() is None:
+        time.sleep(0.002)
+    engine = max(psutil.Process(process.pid).children(recursive=True), key=lambda child: child.memory_info().rss)
+    engine.kill()
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None) and "Traceback" not in errors
+    assert "error: vLLM ended with status -9" in errors and "the same command goes on from there" in errors
+    assert not list((long_runs.root / "died").rglob("run_info.json"))
+    kept = long_runs.count("died")
+    assert kept >= 5
+    assert f"{kept:,} of 900 prompts were done before" in long_runs.finish("died")
+    if not (long_runs.root / "whole").is_dir():
+        long_runs.finish("whole")
+    assert long_runs.files("died") == long_runs.files("whole")
+
+
+@pytest.mark.slow
+def test_two_engines_and_sampling(long_runs):
+    """Two data-parallel engines give one engine's bytes, and a sample depends on its seed and its prompt alone."""
+    sampled = ("--temperature", "0.8", "--seed", "3")
+    long_runs.finish("sampled", *sampled)
+    long_runs.finish("sampled_by_two", *sampled, "--data_parallel_size", "2")
+    if not (long_runs.root / "whole").is_dir():
+        long_runs.finish("whole")
+    assert long_runs.files("sampled") == long_runs.files("sampled_by_two") != long_runs.files("whole")
 
 
 @pytest.mark.slow
