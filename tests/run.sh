@@ -8,7 +8,7 @@ if ! python3 -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && [[ $
     command -v apt-get >/dev/null; then
     apt-get update -qq && apt-get install -y -qq libnuma1 # vLLM on the CPU links it
 fi
-bash install.sh dev tiny smollm2
+bash install.sh dev tiny smollm2 comet
 export PATH="$PWD/.venv/bin:$PATH"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

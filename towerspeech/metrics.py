@@ -1,26 +1,36 @@
-"""Scores with 95% intervals and full signatures: BLEU and chrF2 for translation, WER and CER for transcription.
+"""Scores with 95% intervals and full signatures: for translation and for transcription.
 
-BLEU and chrF2 are sacreBLEU's, WER and CER jiwer's alignments over Whisper's Basic and English normalizers. Both
-normalizers are always reported and named: one sentence can score 0.64 under one and 0.0 under the other. BLEU and chrF
-lie in 0..100; WER and CER are shares of the reference's words or characters (0.25, not 25), and can exceed 1.
+BLEU, spBLEU, chrF2 and chrF2++ are sacreBLEU's, WER and CER jiwer's alignments over Whisper's Basic and English
+normalizers. Both normalizers are always reported and named: one sentence can score 0.64 under one and 0.0 under the
+other. sacreBLEU's scores lie in 0..100, COMET's (results/score.py) mostly in 0..1; WER and CER are shares of the
+reference's words or characters (0.25, not 25), and can exceed 1.
 """
 
 import csv
-import os
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from towerspeech.languages import language
-from towerspeech.stage import UserError, publish
+from towerspeech.stage import UserError, check_exists, hash_file, publish
 
 BOOTSTRAP_SAMPLES = 1000
 SEED = 12345  # sacreBLEU's default
 NORMALIZERS = ("basic", "english")
-TASKS = ("mt", "asr")
+TRANSLATION_TASKS = ("mt", "st", "cascaded_st")
+TASKS = (*TRANSLATION_TASKS, "asr")
+SACREBLEU_METRICS = ("bleu", "chrf2", "chrf2++", "spbleu")
+ERROR_RATES = {"wer": ("wer_", "runaway_"), "cer": ("cer_",)}  # and what rows its alignment gives
 RUNAWAY = (2, 5)  # an output of more words than 2 x the reference's + 5 is a runaway
+# What https://tinyurl.com/flores200sacrebleuspm gives, spBLEU's SentencePiece model. sacreBLEU checks no sum; this is
+# the one that the hub states for sentencepiece.bpe.model of facebook/nllb-200-distilled-600M, which is the same file.
+FLORES200_SHA256 = "14bb8dfb35c0ffdea7bc01e56cea38b9e3d5efcdcb9c251d6b40538e1aab555a"
+GET_SPBLEU = (
+    "fetch it where there is a network: python -c \"from sacrebleu.metrics import BLEU; BLEU(tokenize='flores200')\"; "
+    "or name the file with --spbleu_model"
+)
 
 COLUMNS = (
     *("model", "mixture", "checkpoint", "task", "dataset", "shots", "src_lang", "tgt_lang"),
@@ -44,57 +54,80 @@ def score(
     references: Sequence[str],
     target_lang: str,
     finish_reasons: Sequence[str | None] | None = None,
+    rows: Collection[str] | None = None,
+    spbleu_model: Path | None = None,
 ) -> list[Score]:
     """All scores of one test set.
 
     Args:
-        task: ``mt`` or ``asr``.
+        task: ``mt``, ``st``, ``cascaded_st`` or ``asr``.
         hypotheses: Raw outputs, one a segment.
         references: One reference a segment.
         target_lang: ISO 639-1 code of the output's language; chooses BLEU's tokenizer.
         finish_reasons: Why each output ended; with them, those cut off at the token limit (``length``) are counted.
+        rows: Those of ``signatures`` to compute; default: all.
+        spbleu_model: As in ``signatures``.
 
     Raises:
         UserError: No segments, unequal lengths, or an unknown task or language.
     """
     check_lengths(hypotheses, references)
-    signed = signatures(task, target_lang)
+    signed = signatures(task, target_lang, spbleu_model=spbleu_model)
+    wanted = [row for row in signed if rows is None or row in rows]
     n = len(references)
-    if task == "mt":
-        found = _translation(hypotheses, references, target_lang)
-    else:
+    if task == "asr":
+        units = [unit for unit, given in ERROR_RATES.items() if any(row.startswith(given) for row in wanted)]
         found = {}
         for name in NORMALIZERS:
-            found |= _transcription(hypotheses, references, name)
+            found |= _transcription(hypotheses, references, name, units)
+    else:
+        found = _translation(hypotheses, references, target_lang, wanted, spbleu_model)
     found["empty"] = (sum(not text.strip() for text in hypotheses), None, None)
     if finish_reasons is not None:
         found["truncated"] = (sum(reason == "length" for reason in finish_reasons), None, None)
-    return [Score(metric, *found[metric], n, signed[metric]) for metric in signed if metric in found]
+    return [Score(metric, *found[metric], n, signed[metric]) for metric in wanted if metric in found]
 
 
-def signatures(task: str, target_lang: str) -> dict[str, str]:
-    """The metrics of a task, in the order in which they are reported, and how each is computed."""
+def signatures(
+    task: str, target_lang: str, metrics: Collection[str] | None = None, spbleu_model: Path | None = None
+) -> dict[str, str]:
+    """The rows of a task, in the order in which they are reported, and how each is computed.
+
+    Args:
+        task: As in ``score``.
+        target_lang: As in ``score``.
+        metrics: Of SACREBLEU_METRICS and ERROR_RATES; those that are not for the task have no rows. Default: all;
+            spBLEU only if its model is there.
+        spbleu_model: spBLEU's SentencePiece model; default: the one in sacreBLEU's own cache.
+    """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}", f"name one of: {', '.join(TASKS)}")
-    if task == "mt":
-        signed = {}
-        for name, metric in _sacrebleu(target_lang).items():
-            metric.num_refs, metric.n_bootstrap, metric.seed = 1, BOOTSTRAP_SAMPLES, str(SEED)
-            signed[name] = str(metric.get_signature())
-    else:
-        language(target_lang)
+    language(target_lang)
+    if metrics is None:
+        without = () if spbleu_file(spbleu_model) else ("spbleu",)
+        metrics = [name for name in (*SACREBLEU_METRICS, *ERROR_RATES) if name not in without]
+    signed = {}
+    if task != "asr":
+        for name in SACREBLEU_METRICS:
+            if name in metrics:
+                metric = _sacrebleu(name, target_lang, spbleu_file(spbleu_model) if name == "spbleu" else None)
+                metric.num_refs, metric.n_bootstrap, metric.seed = 1, BOOTSTRAP_SAMPLES, str(SEED)
+                signed[name] = str(metric.get_signature())
+    elif units := [unit for unit in ERROR_RATES if unit in metrics]:
         made_by = "+".join(f"{name}-{metadata.version(name)}" for name in ("jiwer", "whisper-normalizer"))
         end = f"bs:{BOOTSTRAP_SAMPLES}|seed:{SEED}|version:{made_by}"
-        signed = {}
         for name in NORMALIZERS:
-            for unit, level in (("wer", "word"), ("cer", "char")):
+            for unit in units:
+                level = {"wer": "word", "cer": "char"}[unit]
                 for part in ("", "_substitutions", "_deletions", "_insertions"):
                     signed[f"{unit}_{name}{part}"] = f"level:{level}|norm:whisper-{name}|{end}"
             signed[f"empty_references_{name}"] = f"count|norm:whisper-{name}|version:{made_by}"
-            factor, extra = RUNAWAY
-            signed[f"runaway_{name}"] = f"count|words>{factor}*ref+{extra}|norm:whisper-{name}|version:{made_by}"
-    signed["empty"] = "count|blank output"
-    signed["truncated"] = "count|finish_reason:length"
+            if "wer" in units:
+                factor, extra = RUNAWAY
+                signed[f"runaway_{name}"] = f"count|words>{factor}*ref+{extra}|norm:whisper-{name}|version:{made_by}"
+    if signed:
+        signed["empty"] = "count|blank output"
+        signed["truncated"] = "count|finish_reason:length"
     return signed
 
 
@@ -108,23 +141,142 @@ def check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
         raise UserError("0 hypotheses for 0 references: nothing to score", "check the files")
 
 
+# --- Intervals -------------------------------------------------------------------------------------
+@lru_cache(maxsize=4)
+def _draws(n: int):
+    """How often each of n segments is in each of sacreBLEU's resamples: (samples, n), float64."""
+    import numpy as np
+
+    drawn = np.random.default_rng(SEED).choice(n, size=(BOOTSTRAP_SAMPLES, n), replace=True)
+    return np.stack([np.bincount(indices, minlength=n) for indices in drawn]).astype(np.float64)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A percentile interval of the mean of segments' scores, over resampled segments."""
+    import numpy as np
+
+    means = _draws(len(values)) @ np.asarray(values, dtype=np.float64) / len(values)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
 # --- Translation ----------------------------------------------------------------------------------
-def _sacrebleu(target_lang: str) -> dict:
-    """New metric objects. ``force`` silences a warning about tokenized text; it changes no score."""
+def spbleu_file(spbleu_model: Path | None) -> Path | None:
+    """spBLEU's SentencePiece model: the one given, else the one in sacreBLEU's cache, if it is there."""
+    if spbleu_model:
+        check_exists(spbleu_model, "check --spbleu_model")
+        return spbleu_model
+    from sacrebleu.tokenizers import tokenizer_spm
+
+    cached = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(tokenizer_spm.SPM_MODELS["flores200"]["url"]).name)
+    return cached if cached.is_file() and cached.stat().st_size else None
+
+
+@cache  # mecab's dictionary and SentencePiece models take long to load
+def _sacrebleu(name: str, target_lang: str, spbleu: Path | None = None):
+    """One of sacreBLEU's metrics. ``force`` silences a warning about tokenized text; it changes no score."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    return {"bleu": BLEU(tokenize=language(target_lang).bleu_tokenizer, force=True), "chrf2": CHRF()}
+    if name == "bleu":
+        return BLEU(tokenize=language(target_lang).bleu_tokenizer, force=True)
+    if name == "spbleu":
+        metric = BLEU(tokenize="none", force=True)
+        metric.tokenizer = _spbleu_tokenizer(spbleu)
+        metric.tokenizer_signature = metric.tokenizer.signature()
+        return metric
+    return CHRF(word_order=2 if name == "chrf2++" else 0)
 
 
-def _translation(hypotheses: Sequence[str], references: Sequence[str], target_lang: str) -> dict[str, tuple]:
-    os.environ["SACREBLEU_SEED"] = str(SEED)  # the only way to tell it; ours is also its default
+@cache
+def _spbleu_tokenizer(model: Path | None):
+    """sacreBLEU's flores200 tokenizer over a local file, which its own constructor does not take."""
+    from sacrebleu.tokenizers.tokenizer_spm import TokenizerSPM
+    from sentencepiece import SentencePieceProcessor
+
+    if not model:
+        raise UserError("spBLEU's SentencePiece model is not in sacreBLEU's cache", GET_SPBLEU)
+    sha256 = hash_file(model)
+    tokenizer = TokenizerSPM.__new__(TokenizerSPM)
+    tokenizer.name = "flores200" if sha256 == FLORES200_SHA256 else f"spm-sha256-{sha256[:16]}"
+    try:
+        tokenizer.sp = SentencePieceProcessor(model_file=str(model))
+    except RuntimeError:
+        raise UserError(f"{model} is no SentencePiece model", GET_SPBLEU) from None
+    return tokenizer
+
+
+def _translation(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    target_lang: str,
+    names: Collection[str],
+    spbleu_model: Path | None,
+) -> dict[str, tuple]:
+    """The scores and intervals that sacreBLEU's ``corpus_score`` gives, sooner.
+
+    Its statistics of a segment are counted once for chrF2 and chrF2++ (the former's come first among the latter's),
+    and all resamples are scored at once.
+    """
     found = {}
-    for name, metric in _sacrebleu(target_lang).items():
-        result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
-        # sacreBLEU's interval lies around the mean of its resamples, which is not exactly the score.
-        mean, half_width = result._mean, result._ci
-        found[name] = (float(result.score), float(mean - half_width), float(mean + half_width))
+    statistics = {}
+    for name in sorted(set(names) & set(SACREBLEU_METRICS), reverse=True):  # chrf2++ before chrf2
+        metric = _sacrebleu(name, target_lang, spbleu_file(spbleu_model) if name == "spbleu" else None)
+        if name == "chrf2" and "chrf2++" in statistics:
+            statistics[name] = [segment[: 3 * metric.order] for segment in statistics["chrf2++"]]
+        else:
+            statistics[name] = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
+        score = float(metric._aggregate_and_compute(statistics[name]).score)
+        found[name] = (score, *_sacrebleu_interval(statistics[name], _chrfs if "chrf" in name else _bleus))
     return found
+
+
+def _sacrebleu_interval(statistics: list[list[int]], score_all: Callable) -> tuple[float, float]:
+    """sacreBLEU's interval: around the mean of its resamples, which is not exactly the score."""
+    import numpy as np
+
+    totals = _draws(len(statistics)) @ np.array(statistics, dtype=np.float64)
+    scores = np.sort(score_all(totals.astype(np.float32)))  # sacreBLEU resamples in float32, and so must we
+    cut = BOOTSTRAP_SAMPLES // 40
+    half_width = 0.5 * (scores[-1 - cut] - scores[cut])
+    mean = scores.dtype.type(scores.mean(dtype=np.float64))
+    return float(mean - half_width), float(mean + half_width)
+
+
+def _bleus(totals):
+    """BLEU of many corpora, as sacreBLEU's ``compute_bleu`` with exponential smoothing.
+
+    Args:
+        totals: (corpora, 10), float32: lengths of output and reference, matches and counts of 1- to 4-grams.
+    """
+    import numpy as np
+
+    length, reference = totals[:, :2].astype(np.float64).T
+    correct, total = totals[:, 2:6], totals[:, 6:]
+    halvings = (2.0 ** np.cumsum(correct == 0, axis=1)).astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precisions = np.where(correct > 0, 100 * correct / total, 100 / (halvings * total))
+        logs = np.where(total > 0, np.log(precisions.astype(np.float64)), -9999999999)
+        brevity = np.where(length < reference, np.exp(1 - reference / length), 1)
+    return np.where(correct.any(axis=1), brevity * np.exp(logs.sum(axis=1) / 4), 0)
+
+
+def _chrfs(totals):
+    """chrF of many corpora, as sacreBLEU's ``_compute_f_score`` with beta 2.
+
+    Args:
+        totals: (corpora, 3 x orders), float32: n-grams in output, in reference, and matches, order by order.
+    """
+    import numpy as np
+
+    precision, recall, orders = np.zeros((3, len(totals)), dtype=np.float32)
+    for output, reference, match in totals.T.reshape(-1, 3, len(totals)):
+        counts = (output > 0) & (reference > 0)
+        precision += np.divide(match, output, where=counts, out=np.zeros_like(match))
+        recall += np.divide(match, reference, where=counts, out=np.zeros_like(match))
+        orders += counts
+    precision, recall = precision / np.maximum(orders, 1), recall / np.maximum(orders, 1)
+    weighted = 4 * precision + recall
+    return 100 * np.divide(5 * precision * recall, weighted, where=weighted > 0, out=np.zeros_like(weighted))
 
 
 # --- Transcription --------------------------------------------------------------------------------
@@ -169,11 +321,13 @@ def edits(hypotheses: Sequence[str], references: Sequence[str], characters: bool
     return counts
 
 
-def _transcription(hypotheses: Sequence[str], references: Sequence[str], name: str) -> dict[str, tuple]:
+def _transcription(
+    hypotheses: Sequence[str], references: Sequence[str], name: str, units: Sequence[str]
+) -> dict[str, tuple]:
     normalize = normalizer(name)
     hypotheses, references = [normalize(text) for text in hypotheses], [normalize(text) for text in references]
     found = {}
-    for unit in ("wer", "cer"):
+    for unit in units:
         counts = edits(hypotheses, references, characters=unit == "cer")
         if not counts[:, 3].sum():
             raise UserError(
@@ -201,12 +355,9 @@ def _rates_with_intervals(counts) -> list[tuple[float, float, float]]:
 
     errors = np.column_stack([counts[:, :3].sum(axis=1), counts[:, :3]])  # (segments, 4)
     lengths = counts[:, 3]
-    generator = np.random.default_rng(SEED)
-    samples = np.empty((BOOTSTRAP_SAMPLES, 4))
-    for i in range(BOOTSTRAP_SAMPLES):
-        drawn = generator.integers(len(lengths), size=len(lengths))
-        # A draw of empty references alone has no rate; with one word as its length it stays finite.
-        samples[i] = errors[drawn].sum(axis=0) / max(int(lengths[drawn].sum()), 1)
+    draws = _draws(len(lengths))
+    # A draw of empty references alone has no rate; with one word as its length it stays finite.
+    samples = draws @ errors / np.maximum(draws @ lengths, 1)[:, None]
     lows, highs = np.percentile(samples, [2.5, 97.5], axis=0)
     rates = errors.sum(axis=0) / lengths.sum()
     return [(float(rate), float(low), float(high)) for rate, low, high in zip(rates, lows, highs, strict=True)]

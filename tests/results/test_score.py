@@ -12,9 +12,12 @@ from pathlib import Path
 import jiwer
 import pytest
 import sacrebleu
+from sacrebleu.tokenizers import tokenizer_spm
 
+from results import score as script
 from results.score import score
 from towerspeech import metrics
+from towerspeech.decoding import prompt_hash
 from towerspeech.records import write_jsonl
 from towerspeech.stage import UserError, hash_file
 
@@ -24,6 +27,14 @@ MT = {"task": "mt", "dataset": "flores", "shots": 0, "src_lang": "de", "tgt_lang
 ASR = {"task": "asr", "dataset": "clean", "shots": 0, "src_lang": "en", "tgt_lang": "en"}
 TEXTS = ["the cat sat on the mat", "a dog ran home", "we all sing today"]
 OUTPUTS = ["the cat sat on a mat", "a dog ran", "we all sing today"]
+
+
+@pytest.fixture(autouse=True)
+def sacrebleu_dir(tmp_path, monkeypatch) -> Path:
+    """An empty cache of sacreBLEU's: whether this machine has spBLEU's model must not matter."""
+    monkeypatch.setenv("SACREBLEU", str(tmp_path / "sacrebleu"))
+    monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path / "sacrebleu"))
+    return tmp_path / "sacrebleu"
 
 
 def generated(facts: dict, texts=OUTPUTS, references=TEXTS, **changes) -> list[dict]:
@@ -78,6 +89,7 @@ def test_scores_equal_the_libraries(tmp_path, checkpoint):
     mt = values(tmp_path / "out/300.csv", task="mt")
     assert float(mt["bleu"]) == sacrebleu.corpus_bleu(OUTPUTS, [TEXTS]).score
     assert float(mt["chrf2"]) == sacrebleu.corpus_chrf(OUTPUTS, [TEXTS]).score
+    assert float(mt["chrf2++"]) == sacrebleu.corpus_chrf(OUTPUTS, [TEXTS], word_order=2).score
     asr = values(tmp_path / "out/300.csv", task="asr")
     assert float(asr["wer_basic"]) == jiwer.wer(TEXTS, OUTPUTS) == 2 / 14
     assert float(asr["wer_basic_deletions"]) == float(asr["wer_basic_substitutions"]) == 1 / 14
@@ -184,6 +196,64 @@ def test_killed_and_run_again(tmp_path):
     assert not list(path.parent.glob(".tmp-*"))
 
 
+# --- Metrics --------------------------------------------------------------------------------------
+def test_the_metrics_that_are_named_alone_and_others_beside_them_later(tmp_path, checkpoint, capsys):
+    score([checkpoint], "m", "5to1", tmp_path / "out", metrics=["bleu,chrf"])
+    path = tmp_path / "out/300.csv"
+    assert set(values(path)) == {"bleu", "chrf2", "empty", "truncated"}  # none is for transcription
+    path.write_text(path.read_text().replace(",bleu,", ",bleu,1"))  # to see whether it is computed again
+    marked = values(path)["bleu"]
+    score([checkpoint], "m", "5to1", tmp_path / "out", metrics=["chrf++", "wer"])
+    found = values(path, task="mt")
+    assert set(found) == {"bleu", "chrf2", "chrf2++", "empty", "truncated"} and found["bleu"] == marked
+    assert {name.split("_")[0] for name in values(path, task="asr")} == {"wer", "runaway", "empty", "truncated"}
+    capsys.readouterr()
+    before = path.read_bytes()
+    score([checkpoint], "m", "5to1", tmp_path / "out", metrics=["chrf2", "wer", "chrf2++"])
+    assert capsys.readouterr().out.count("already scored: ") == 2 and path.read_bytes() == before
+    score([checkpoint], "m", "5to1", tmp_path / "out")  # all: only CER is missing
+    score([checkpoint], "m", "5to1", tmp_path / "whole")
+    whole = (tmp_path / "whole/300.csv").read_bytes()
+    assert path.read_bytes() == whole.replace(b",bleu,", b",bleu,1")
+
+
+@pytest.mark.parametrize("task", ["st", "cascaded_st"])
+def test_translated_speech_is_scored_as_translation(tmp_path, task):
+    folder = write_generations(tmp_path / "base", {"st/fleurs.jsonl": generated({**MT, "task": task})})
+    score([folder], "m", "5to1", tmp_path / "out")
+    assert float(values(tmp_path / "out/base.csv", task=task)["bleu"]) == sacrebleu.corpus_bleu(OUTPUTS, [TEXTS]).score
+
+
+def test_spbleu_is_told_of_or_refused_where_its_model_is_missing(tmp_path, checkpoint, sacrebleu_dir, capsys):
+    score([checkpoint], "m", "5to1", tmp_path / "out")
+    assert capsys.readouterr().out.count("no spBLEU: its model is not in sacreBLEU's cache; fetch it") == 1
+    assert "spbleu" not in values(tmp_path / "out/300.csv")
+    with pytest.raises(UserError, match=r"flores_de-en\.jsonl: spBLEU's .*model is not in sacreBLEU's cache"):
+        score([checkpoint], "m", "5to1", tmp_path / "out", metrics=["spbleu"])
+    from sentencepiece import SentencePieceTrainer
+
+    model = sacrebleu_dir / "models" / "flores200sacrebleuspm"
+    model.parent.mkdir(parents=True)
+    with open(model, "wb") as file:
+        SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=20, minloglevel=2)
+    score([checkpoint], "m", "5to1", tmp_path / "out")
+    assert "no spBLEU" not in capsys.readouterr().out
+    expected = sacrebleu.corpus_bleu(OUTPUTS, [TEXTS], tokenize="flores200").score
+    assert float(values(tmp_path / "out/300.csv", task="mt")["spbleu"]) == expected
+
+
+def test_several_processes_write_the_same(tmp_path, monkeypatch):
+    files = {}
+    for i in range(3):
+        rows = generated({**MT, "dataset": f"set{i}"}, OUTPUTS * 20, TEXTS * 20)
+        files[f"0_shot/set{i}.jsonl"] = [{**row, "id": str(number)} for number, row in enumerate(rows)]
+    folder = write_generations(tmp_path / "sft", files)
+    score([folder], "m", "5to1", tmp_path / "one", processes=1)
+    monkeypatch.setattr(script, "SEGMENTS_A_PROCESS", 60)
+    score([folder], "m", "5to1", tmp_path / "two", processes=2)
+    assert (tmp_path / "one/sft.csv").read_bytes() == (tmp_path / "two/sft.csv").read_bytes()
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 def test_unfinished_changed_missing_and_foreign_files(tmp_path, checkpoint):
     def refused(message):
@@ -213,7 +283,7 @@ def test_unfinished_changed_missing_and_foreign_files(tmp_path, checkpoint):
         (lambda rows: rows[1].update(shots=5), r"clean\.jsonl:2: shots is 5, above 0"),
         (lambda rows: rows[1].update(text=None), r"clean\.jsonl:2: text and reference must be strings"),
         (lambda rows: [row.update(tgt_lang="xx") for row in rows], r"clean\.jsonl: unknown language 'xx'"),
-        (lambda rows: [row.update(task="st") for row in rows], r"clean\.jsonl: unknown task 'st'"),
+        (lambda rows: [row.update(task="sum") for row in rows], r"clean\.jsonl: unknown task 'sum'"),
         (lambda rows: [row.update(reference="?") for row in rows], r"clean\.jsonl: all 3 references are empty"),
     ],
 )
@@ -224,6 +294,62 @@ def test_bad_generations(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         score([folder], "m", "5to1", tmp_path / "out")
     assert not list(tmp_path.glob("out/*.csv"))
+
+
+def test_a_language_without_a_tokenizer_is_named_before_anything_is_scored(tmp_path, checkpoint):
+    files = {"0_shot/flores_en-ja.jsonl": generated({**MT, "src_lang": "en", "tgt_lang": "ja"})}
+    other = write_generations(tmp_path / "gen" / "sft", files)
+    with pytest.raises(UserError, match=r"flores_en-ja\.jsonl: unknown language 'ja'"):
+        score([checkpoint, other], "m", "5to1", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.csv"))
+
+
+def write_prompts(folder: Path) -> tuple[Path, dict[str, list[dict]]]:
+    """Prompts, and generations of them as generate.py writes them."""
+    rows = [{"id": f"clean:{i}", "instruction": f"Hear {i}", "output": text} for i, text in enumerate(TEXTS)]
+    write_jsonl(folder / "asr/clean.jsonl", rows)
+    answers = [{**row, "prompt_sha256": prompt_hash(prompt)} for row, prompt in zip(generated(ASR), rows, strict=True)]
+    return folder / "asr/clean.jsonl", {"asr/clean.jsonl": answers, "0_shot/flores_de-en.jsonl": generated(MT)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[1].update(instruction="Hear!"), "id 'clean:1' was generated from another prompt than .*:2"),
+        (lambda rows: rows[2].update(output="x"), "id 'clean:2' has another reference than .*:3"),
+        (lambda rows: rows[2].update(id="y"), "id 'clean:2' is none of the prompts from .*:1 on"),
+        (lambda rows: rows.append({**rows[0], "id": "z"}), "clean.jsonl has no output for .*:4, id 'z'"),
+    ],
+)
+def test_generations_of_other_prompts(tmp_path, change, message):
+    path, files = write_prompts(tmp_path / "prompts")
+    folder = write_generations(tmp_path / "gen" / "base", files)
+    score([folder], "m", "5to1", tmp_path / "out", prompts=[path])
+    assert (tmp_path / "out/base.csv").is_file()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows)
+    write_jsonl(path, rows)
+    with pytest.raises(UserError, match=message):
+        score([folder], "m", "5to1", tmp_path / "other", prompts=[path])
+    assert not (tmp_path / "other").exists()
+    path.rename(path.with_name("typo.jsonl"))
+    with pytest.raises(UserError, match=r"--prompts has asr/typo\.jsonl, of which there are no generations"):
+        score([folder], "m", "5to1", tmp_path / "other", prompts=[path.with_name("typo.jsonl")])
+
+
+def test_metrics_that_cannot_be(tmp_path, checkpoint, monkeypatch):
+    def refused(message, **arguments):
+        with pytest.raises(UserError, match=message):
+            score([checkpoint], "m", "5to1", tmp_path / "out", **arguments)
+        assert not list(tmp_path.glob("out/*.csv"))
+
+    refused("unknown metric 'blue'\n.*bleu, chrf2", metrics=["bleu,blue"])
+    refused("--processes is 0", processes=0)
+    monkeypatch.setattr(script, "COMET_ENVIRONMENT", tmp_path / "none")
+    refused("comet22 run in .*none, which is not there\n.*bash install.sh comet", metrics=["bleu", "comet22"])
+    write_generations(checkpoint, {"asr/clean.jsonl": generated(ASR)})
+    (checkpoint / "0_shot/flores_de-en.jsonl").unlink()
+    refused("none of bleu can be computed here", metrics=["bleu"])
 
 
 def test_malformed_line_is_named(tmp_path, checkpoint):
@@ -255,8 +381,11 @@ def test_two_folders_for_one_csv_and_a_csv_of_another_model(tmp_path, checkpoint
 def test_line_files_of_different_number(tmp_path):
     (tmp_path / "h").write_text("a\n" * 41)
     (tmp_path / "r").write_text("a\n" * 42)
+    args = dict(hypotheses=tmp_path / "h", target_lang="de", output=tmp_path / "o.csv")
     with pytest.raises(UserError, match=r"41 hypotheses in .*h for 42 references in .*r"):
-        score(hypotheses=tmp_path / "h", references=tmp_path / "r", target_lang="de", output=tmp_path / "o.csv")
+        score(references=tmp_path / "r", **args)
+    with pytest.raises(UserError, match=r"41 hypotheses in .*h for 42 sources in .*r"):
+        score(references=tmp_path / "h", sources=tmp_path / "r", **args)
     assert not (tmp_path / "o.csv").exists()
 
 
@@ -268,9 +397,9 @@ def test_other_references_are_another_score(tmp_path, capsys):
     (tmp_path / "r").write_text("v w x y z\n")
     score(**args)
     assert float(values(tmp_path / "o.csv")["bleu"]) < 50
-    assert len(read(tmp_path / "o.csv")) == 3  # bleu, chrf2, empty: replaced, not doubled
+    assert len(read(tmp_path / "o.csv")) == 4  # bleu, chrf2, chrf2++, empty: replaced, not doubled
     score(**args, task="asr")
-    assert len(read(tmp_path / "o.csv")) == 3 + len(metrics.signatures("asr", "de")) - 1  # nothing says "truncated"
+    assert len(read(tmp_path / "o.csv")) == 4 + len(metrics.signatures("asr", "de")) - 1  # nothing says "truncated"
 
 
 @pytest.mark.parametrize(
@@ -281,6 +410,8 @@ def test_other_references_are_another_score(tmp_path, capsys):
         {"hypotheses": "h", "references": "r", "target_lang": "de"},
         {"hypotheses": "h", "references": "r", "output": "o"},
         {"generations": ["g"], "output_dir": "d", "hypotheses": "h"},
+        {"generations": ["g"], "output_dir": "d", "sources": "s"},
+        {"hypotheses": "h", "references": "r", "target_lang": "de", "output": "o", "prompts": ["p"]},
         {
             "generations": ["g"],
             "output_dir": "d",
@@ -293,7 +424,8 @@ def test_other_references_are_another_score(tmp_path, capsys):
 )
 def test_exactly_one_of_the_two_ways(arguments):
     paths = {
-        k: [Path(v[0])] if k == "generations" else v if k == "target_lang" else Path(v) for k, v in arguments.items()
+        k: [Path(v[0])] if k in ("generations", "prompts") else v if k == "target_lang" else Path(v)
+        for k, v in arguments.items()
     }
     with pytest.raises(UserError, match="give either --generations"):
         score(**paths)
@@ -311,6 +443,12 @@ def test_command_line(tmp_path, checkpoint):
     base = write_generations(tmp_path / "gen" / "base", {"asr/clean.jsonl": generated(ASR)})
     done = call("--generations", checkpoint, base, "--model", "m", "--mixture", "x", "--output_dir", "out")
     assert done.returncode == 0 and (tmp_path / "out/300.csv").is_file() and (tmp_path / "out/base.csv").is_file()
+    (tmp_path / "h").write_text("a b c d\n")
+    lines = call(
+        *("--hypotheses", "h", "--references", "h", "--target_lang", "de", "--metrics", "bleu,chrf"),
+        *("--output", "o.csv"),
+    )
+    assert lines.returncode == 0 and "BLEU 100.00, chrF2 100.00" in lines.stdout
     failed = call("--generations", tmp_path / "none", "--model", "m", "--output_dir", "out")
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
     assert call("--generation", base).returncode != 0
