@@ -1,19 +1,31 @@
-"""The table's order, numbers and files; what is refused; same bytes again."""
+"""The tables' order, numbers and files; means, forgetting and figures; what is refused; same bytes again."""
 
 import csv
+import statistics
+import sys
+from pathlib import Path
 
 import pytest
 
-from results.summarize import summarize
-from towerspeech.metrics import write_results
-from towerspeech.stage import UserError
+sys.path.insert(0, str(Path(__file__).parents[2] / "results"))  # as for `python results/summarize.py`
+
+import plots  # noqa: E402
+
+from results import summarize as script  # noqa: E402
+from results.summarize import summarize  # noqa: E402
+from towerspeech.metrics import write_results  # noqa: E402
+from towerspeech.stage import UserError  # noqa: E402
+
+INTO_ENGLISH = ("de-en", "es-en", "fr-en")
+FROM_ENGLISH = ("en-de", "en-es", "en-fr")
+FIGURES = ("scores.png", "comet.png", "forgetting.png", "wer_parts.png")
 
 
-def row(checkpoint, metric, score, task="mt", dataset="flores", shots="0", pair="de-en", model="tiny"):
+def row(checkpoint, metric, score, task="mt", dataset="flores", shots="0", pair="de-en", model="tiny", mixture="ci"):
     src, tgt = pair.split("-")
     return {
         "model": model,
-        "mixture": "ci",
+        "mixture": mixture,
         "checkpoint": checkpoint,
         "task": task,
         "dataset": dataset,
@@ -99,6 +111,168 @@ def test_one_score_in_two_files(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def reported(row):
+    return row | {"signature": "reported|recorded elsewhere", "ci_low": "", "ci_high": ""}
+
+
+def write_wide(folder):
+    """Two mixtures over three checkpoints, six pairs, two numbers of shots, and ASR; returns the BLEU by its place."""
+    bleu = {}
+    for i, mixture in enumerate(("5to1", "5to3")):
+        for j, checkpoint in enumerate(("base", "300", "900")):
+            rows = []
+            for k, pair in enumerate((*INTO_ENGLISH, *FROM_ENGLISH)):
+                for shots in ("0", "5"):
+                    if (mixture, checkpoint, pair) == ("5to1", "900", "en-fr"):
+                        continue  # one output was lost
+                    score = 30 - 5 * i - (2 + i) * j + k + (shots == "5")
+                    bleu[mixture, checkpoint, pair, shots] = score
+                    rows.append(row(checkpoint, "bleu", score, pair=pair, shots=shots, mixture=mixture))
+                    rows.append(row(checkpoint, "spbleu", score + 2, pair=pair, shots=shots, mixture=mixture))
+                    rows.append(row(checkpoint, "comet22", score / 50, pair=pair, shots=shots, mixture=mixture))
+            for dataset, wer in (("clean", 0.9 - 0.2 * j), ("other", 1.0 - 0.2 * j)):
+                speech = dict(task="asr", dataset=dataset, pair="en-en", mixture=mixture)
+                if mixture == "5to3":
+                    rows.append(reported(row(checkpoint, "wer", wer + 1, **speech)))
+                    continue
+                rows.append(row(checkpoint, "wer_english", wer, **speech))
+                for part, share in (("substitutions", 0.5), ("deletions", 0.125), ("insertions", 0.375)):
+                    rows.append(row(checkpoint, f"wer_english_{part}", wer * share, **speech))
+                rows.append(row(checkpoint, "runaway_english", 7, **speech) | {"ci_low": "", "ci_high": ""})
+            rows.append(row(checkpoint, "bleu", 12, task="st", dataset="covost", pair="en-de", mixture=mixture))
+            cascaded = dict(task="cascaded_st", dataset="covost", pair="en-de", mixture=mixture)
+            rows.append(row(checkpoint, "bleu", 14, **cascaded))
+            write_results(folder / mixture / f"{checkpoint}.csv", rows)
+    return bleu
+
+
+def test_wide_table_shows_means_by_direction(tmp_path, capsys):
+    bleu = write_wide(tmp_path / "results")
+    summarize([tmp_path / "results"], tmp_path / "out")
+    blocks = [[line.split() for line in text.splitlines()] for text in capsys.readouterr().out.split("\n\n")]
+    asr, flores, covost, _ = blocks
+    assert [line[:2] for line in flores[5:]] == [[m, c] for m in ("5to1", "5to3") for c in ("base", "300", "900")]
+    assert flores[1] == ["xx-en", "(3)"] * 2 + ["en-xx", "(3)"] * 2 + ["xx-en", "(3)"] * 2 + ["en-xx", "(3)"] * 2
+    assert flores[3] == ["checkpoint", *["BLEU", "COMET"] * 4]  # spBLEU is in the files
+    mean = statistics.mean(bleu["5to3", "900", pair, "0"] for pair in INTO_ENGLISH)
+    assert flores[-1][2:4] == [f"{mean:.1f}", f"{2 * mean:.2f}"]
+    lost = statistics.mean(bleu["5to1", "900", pair, "0"] for pair in FROM_ENGLISH[:2])
+    assert flores[7][4:6] == [f"{lost:.1f}", "(2)"]  # of two pairs, and so it says
+    assert asr[2] == ["checkpoint", "WER", "WER", "reported", "WER", "WER", "reported"]
+    assert asr[4] == ["5to1", "base", "90.0", "-", "100.0", "-"] and asr[-1][2:] == ["-", "150.0", "-", "160.0"]
+    assert covost[5] == ["5to1", "base", "12.0", "14.0"]
+
+    sections = (tmp_path / "out/table.md").read_text().split("\n## ")
+    pairs = next(text for text in sections if text.startswith("flores 5-shot spBLEU\n")).splitlines()
+    names = [f"flores {pair} 5-shot spBLEU" for pair in (*INTO_ENGLISH, *FROM_ENGLISH)]
+    assert pairs[2] == f"| checkpoint | {' | '.join(names)} |"
+    numbers = (bleu.get(("5to1", "900", pair, "5")) for pair in (*INTO_ENGLISH, *FROM_ENGLISH))
+    assert pairs[6] == f"| 5to1 900 | {' | '.join('-' if n is None else f'{n + 2:.1f}' for n in numbers)} |"
+    errors = next(text for text in sections if text.startswith("Errors in transcription"))
+    assert "| 5to1 300 | 35.0 | 8.8 | 26.2 | 7 | 40.0 | 10.0 | 30.0 | 7 |" in errors
+    assert "- `wer|reported|recorded elsewhere`" in errors
+    with open(tmp_path / "out/table.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and rows[-1]["ASR_other_wer_reported"] == str(1.0 - 0.2 * 2 + 1)
+    assert rows[2]["flores_en-es_5-shot_bleu"] == str(bleu["5to1", "900", "en-es", "5"])
+    assert rows[2]["flores_en-fr_5-shot_bleu"] == "" and rows[0]["ASR_clean_runaway_english"] == "7"
+    assert rows[0]["cascaded_ST_covost_en-de_0-shot_bleu"] == "14"
+
+
+def test_forgetting_is_the_change_since_base_on_shared_test_sets(tmp_path):
+    bleu = write_wide(tmp_path / "results")
+    table, _ = script.read_table(script.find_tables([tmp_path / "results"], tmp_path))
+    changes, rates, sets = script.forgetting(table)
+    assert [(line.group, line.shots) for line in changes] == [
+        (mixture, shots) for mixture in ("5to1", "5to3") for shots in ("0-shot", "5-shot")
+    ]
+    for line in changes:
+        shared = [p for p in (*INTO_ENGLISH, *FROM_ENGLISH) if (line.group, p) != ("5to1", "en-fr")]
+        for point in line.points:
+            means = [
+                statistics.mean(bleu[line.group, checkpoint, pair, line.shots[0]] for pair in shared)
+                for checkpoint in (point.checkpoint, "base")
+            ]
+            assert point.value == pytest.approx(means[0] - means[1])
+    assert sets == ["clean", "other"]
+    assert [(line.group, line.reported) for line in rates] == [("5to1", False), ("5to3", True)]
+    assert [point.value for point in rates[0].points] == pytest.approx([95, 75, 55])
+    assert [point.value for point in rates[1].points] == pytest.approx([195, 175, 155])
+
+
+def test_forgetting_without_a_base(tmp_path):
+    folder = tmp_path / "results"
+    for checkpoint, score in (("300", 30), ("900", 28), ("sft", 31), ("control", 1)):
+        speech = row(checkpoint, "wer_english", score / 100, task="asr", dataset="clean", pair="en-en")
+        shuffled = speech | {"dataset": "clean_shuffled", "score": "1"}
+        write_results(folder / f"{checkpoint}.csv", [row(checkpoint, "bleu", score), speech, shuffled])
+    table, _ = script.read_table(script.find_tables([folder], tmp_path))
+    changes, rates, sets = script.forgetting(table)
+    (line,) = changes
+    assert [(point.checkpoint, point.value) for point in line.points] == [("300", 0), ("900", -2), ("sft", 1)]
+    assert [point.value for point in rates[0].points] == pytest.approx([30, 28, 31]) and sets == ["clean"]
+
+
+def test_panels_are_means_by_direction(tmp_path):
+    bleu = write_wide(tmp_path / "results")
+    write_results(tmp_path / "results/other.csv", [row("300", "bleu", 99, pair="en-de", mixture="bilingual")])
+    table, _ = script.read_table(script.find_tables([tmp_path / "results"], tmp_path))
+    panels = {panel.title: panel for panel in script.score_panels(table, "bleu", "BLEU")}
+    assert list(panels) == [
+        *("flores xx-en (3): BLEU", "flores en-xx (3): BLEU"),
+        *("ST covost en-de: BLEU", "cascaded ST covost en-de: BLEU"),
+    ]
+    lines = {(line.group, line.shots): line.points for line in panels["flores en-xx (3): BLEU"].lines}
+    assert set(lines) == {(m, s) for m in ("5to1", "5to3") for s in ("0-shot", "5-shot")}  # of one pair in three: none
+    for (mixture, shots), points in lines.items():
+        for point in points:
+            pairs = [pair for pair in FROM_ENGLISH if (mixture, point.checkpoint, pair, shots[0]) in bleu]
+            mean = statistics.mean(bleu[mixture, point.checkpoint, pair, shots[0]] for pair in pairs)
+            assert point.value == pytest.approx(mean) and point.low is None
+            assert point.note == ("2/3" if (mixture, point.checkpoint) == ("5to1", "900") else "")
+    point = panels["ST covost en-de: BLEU"].lines[0].points[0]
+    assert point[1:4] == pytest.approx((12, 12 * 0.9, 12 * 1.1))
+    ours, theirs = script.score_panels(table, "wer_english", "WER, %")[0].lines
+    assert (ours.group, ours.reported, theirs.group, theirs.reported) == ("5to1", False, "5to3", True)
+    assert ours.points[1].value == pytest.approx(70) and theirs.points[1].value == pytest.approx(170)
+
+
+def test_bars_are_the_parts_of_wer(tmp_path):
+    write_wide(tmp_path / "results")
+    table, _ = script.read_table(script.find_tables([tmp_path / "results"], tmp_path))
+    clean, other = script.error_bars(table)
+    assert clean.names == ["base", "300", "900"]  # of 5to3 there are reported scores alone
+    assert [sum(parts) for parts in clean.parts] == pytest.approx([90, 70, 50])
+    assert other.parts[0] == pytest.approx((50, 12.5, 37.5)) and other.above[0] == "100.0\n(7)"
+
+
+def test_figures_are_there_where_there_are_scores_for_them(tmp_path):
+    out = tmp_path / "out"
+    write_wide(tmp_path / "wide")
+    summarize([tmp_path / "wide"], out)
+    images = {name: (out / name).read_bytes() for name in FIGURES}
+    assert all(image.startswith(b"\x89PNG") and b"matplotlib" not in image for image in images.values())
+    summarize([tmp_path / "wide"], out)
+    assert images == {name: (out / name).read_bytes() for name in FIGURES}
+    write_results(tmp_path / "narrow/base.csv", [row("base", "bleu", 12)])
+    summarize([tmp_path / "narrow"], out)  # what no longer belongs there goes
+    assert [name for name in FIGURES if (out / name).exists()] == ["scores.png"]
+    asr = row("base", "wer_english", 0.5, task="asr", dataset="clean", pair="en-en")
+    write_results(tmp_path / "narrow/base.csv", [row("base", "chrf2", 12), asr])
+    summarize([tmp_path / "narrow"], out)
+    assert [name for name in FIGURES if (out / name).exists()] == ["scores.png"]
+    write_results(tmp_path / "narrow/base.csv", [row("base", "chrf2", 12)])
+    summarize([tmp_path / "narrow"], out)
+    assert not [name for name in FIGURES if (out / name).exists()]
+
+
+def test_positions_are_steps():
+    at, space = plots.positions({"1500", "base", "sft", "5000", "control"})
+    assert (at["base"], at["1500"], at["5000"]) == (0, 1500, 5000)
+    assert 5000 < at["sft"] < at["control"] == at["sft"] + space
+    assert plots.positions({"b", "a"})[0] == {"a": 1, "b": 2}
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="does not exist\n.*results/score.py"):
         summarize([tmp_path / "none"], tmp_path / "out")
@@ -111,7 +285,10 @@ def test_bad_input(tmp_path):
     write_results(tmp_path / "empty/x.csv", [row("base", "bleu", 1) | {"score": "12,3"}])
     with pytest.raises(UserError, match=r"x\.csv:2: score or interval is no number"):
         summarize([tmp_path / "empty"], tmp_path / "out")
+    write_results(tmp_path / "empty/x.csv", [row("base", "bleu", 1) | {"score": "nan"}])
+    with pytest.raises(UserError, match=r"x\.csv:2: score or interval is no number"):
+        summarize([tmp_path / "empty"], tmp_path / "out")
     write_results(tmp_path / "empty/x.csv", [row("base", "empty", 1)])
-    with pytest.raises(UserError, match="no wer_english, wer_basic, bleu, chrf2 in 1 CSVs"):
+    with pytest.raises(UserError, match="no wer_english, wer_basic, wer, bleu, .* in 1 CSVs"):
         summarize([tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
