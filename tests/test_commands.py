@@ -29,7 +29,9 @@ SCRIPTS = (
     "generate/generate.py",
     "generate/generate_ASR.py",
     "results/score.py",
+    "results/compare.py",
     "results/summarize.py",
+    "results/score_published.py",
 )
 
 
