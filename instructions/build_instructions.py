@@ -106,10 +106,11 @@ def read_pool(request: Request, name: str, pair: str) -> Parallel:
             raise Missing(f"no examples for {pair}: {request.example_file} has no rows of it", "add some")
         return test_sets.take(pool, None, "")
     wanted = parse_lines(request.example_lines, "example_lines")
-    remedy = (
-        "name a pool: --example_file (JSONL: src_lang, tgt_lang, source, target), or --example_lines FIRST-LAST of"
-        " the test split, apart from --test_lines"
-    )
+    test_split = test_sets.TEST_SPLITS.get(request.test_set)
+    option = "" if request.test_set == "wmt23" else f" with --example_split {test_split}"
+    remedy = "name a pool: --example_file (JSONL: src_lang, tgt_lang, source, target)"
+    if test_split:
+        remedy += f", or --example_lines FIRST-LAST of the test split, apart from --test_lines{option}"
     if request.test_set == "cascade" or (request.test_set == "wmt23" and not wanted):
         raise Missing(f"no examples for {pair}: {request.test_set} has no dev split", remedy)
     try:
@@ -282,8 +283,14 @@ def plan(request: Request) -> list[PromptFile]:
     """Read and check all that a request needs; nothing is written yet."""
     if request.shots and request.style == "spire":
         raise UserError(NO_SPIRE_EXAMPLES, "use --style original or chat with --shots 5")
-    if request.example_file and request.example_lines:
-        raise UserError("--example_file and --example_lines are two pools", "name one")
+    pool = {name: getattr(request, f"example_{name}") for name in ("file", "lines", "split")}
+    if not request.shots and any(pool.values()):
+        raise UserError("a pool of examples, but --shots 0", "add --shots 5, or leave the examples out")
+    if request.example_file and (request.example_lines or request.example_split):
+        raise UserError("--example_file is a pool of its own", "leave --example_lines and --example_split out")
+    for option, value in (("split", request.split), ("example_split", request.example_split)):
+        if value and request.test_set not in ("flores200", "towereval"):
+            raise UserError(f"{request.test_set} has no splits", f"leave --{option} out")
     if request.translations and request.test_set in TEXT_SETS:
         raise UserError("--translations are of utterances", "leave them out, or use --test_set units or cascade")
     if request.data_root is None and request.test_set != "wmt23":
@@ -410,6 +417,8 @@ def build_instructions(
         files, skipped = plan_all(data_root, common)
     elif test_set is None:
         raise UserError("no test set", "name one with --test_set, or build all with --all true")
+    elif examples == "fixed" and not shots:
+        raise UserError("--examples fixed, but --shots 0", "add --shots 5, or leave --examples out")
     else:
         files, skipped = plan(Request(**given)), []
     for file in files:

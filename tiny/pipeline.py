@@ -181,16 +181,16 @@ def pipeline(
         "pairs": ",".join(PAIRS),
         "split": "devtest" if split == "test" else "dev",
         "test_lines": "1-100",
-        "example_split": "dev",  # never the test split; when tuning, other lines of the same
-        "example_lines": "151-200",
     }
+    pool = {"example_split": "dev", "example_lines": "151-200"}  # never the test split; when tuning, other lines
     control = {"test": units / split, "shuffled_dir": units / f"{split}_shuffled"}
     do("tiny/make_controls.py", train=units / "train", nearest_dir=generations / "control_nearest", **control)
     scored = [generations / "control_nearest"]
     for style, names in (("original", ["base", *checkpoints]), ("chat", ["sft"])):
         prompts = root / "instructions" / style
         for shots in (0, 5):
-            do("instructions/build_instructions.py", shots=shots, style=style, output_dir=prompts, **lines)
+            shown = {"shots": shots, "style": style, **(pool if shots else {})}
+            do("instructions/build_instructions.py", output_dir=prompts, **shown, **lines)
         files = [prompts / f"{shots}_shot/tiny_{pair}.jsonl" for shots in (0, 5) for pair in PAIRS]
         heard = [units / split, *([units / f"{split}_shuffled"] if style == "chat" else [])]
         decoded = {"checkpoints": [models / name for name in names]}

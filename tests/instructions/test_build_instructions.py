@@ -177,7 +177,7 @@ def test_examples_of_a_file(tmp_path):
     assert drawn["de"] == drawn["en"] and all(len(set(lines)) == 5 for lines in drawn["de"])
     with pytest.raises(UserError, match=r"no examples for zh-en: .*pool\.jsonl has no rows"):
         build_instructions(tmp_path / "out", pairs="zh-en", **arguments)
-    with pytest.raises(UserError, match="are two pools"):
+    with pytest.raises(UserError, match="is a pool of its own"):
         build_instructions(tmp_path / "out", pairs="de-en", example_lines="1-9", **arguments)
     rows[7]["source"] = "de devtest sentence 3"  # en-de row 4: on the wrong side, so no test sentence of en-de
     rows[6]["source"] = "de devtest sentence 3"
@@ -645,3 +645,16 @@ def test_all_with_a_pool_for_what_has_no_dev_split(tmp_path, capsys):
     with pytest.raises(UserError, match="--translations are of utterances"):
         build_instructions(tmp_path / "new", "wmt23", data / "wmt23", translations=data / "examples.jsonl")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"example_lines": "1-10"}, "a pool of examples, but --shots 0"),
+        ({"examples": "fixed"}, "--examples fixed, but --shots 0"),
+        ({"test_set": "wmt23", "split": "dev"}, "wmt23 has no splits"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path, options, told):
+    with pytest.raises(UserError, match=told):
+        build_instructions(tmp_path / "out", **{"test_set": "flores200", "data_root": tmp_path, **options})
