@@ -53,6 +53,8 @@ def generate_ASR(
     arguments = dict(locals())
     if bool(units) == bool(prompts):
         raise UserError("speech is wanted once", "give either --units or --prompts")
+    if prompts and style != "original":
+        raise UserError("--style is of prompts made from units", "leave it out: prompt files have their own")
     from towerspeech.decoding import Decoding, decode, read_prompts
     from towerspeech.prompts import speech_rows
     from towerspeech.units import read_metadata

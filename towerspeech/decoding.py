@@ -30,7 +30,7 @@ class Decoding:
         temperature: 0 is greedy.
         top_p: Nucleus of sampling.
         seed: Of sampling; every prompt draws from its own stream.
-        dtype: vLLM's: auto takes the checkpoint's.
+        dtype: Of the computation: auto takes the checkpoint's.
         max_model_len: Limit of prompt and generation together; default: the model's context.
         tensor_parallel_size: GPUs a model is split over.
         data_parallel_size: Engines that share the prompts, each with GPUs (or CPU cores) of its own.
@@ -68,6 +68,8 @@ def read_prompts(files: list[Path]) -> dict[str, list[dict]]:
             asked = row.get("messages") or row.get("instruction")
             if not asked or not isinstance(asked, list if "messages" in row else str):
                 raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
+            if not isinstance(row["id"], str):
+                raise UserError(f"{where}: id is {row['id']!r}", "ids must be texts")
             if row["id"] in seen:
                 raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
             seen.add(row["id"])
@@ -190,6 +192,9 @@ def decode(
         arguments: The script's, for run_info.json.
         inputs: Names of those that are paths.
     """
+    for name in ("data_parallel_size", "tensor_parallel_size", "max_new_tokens"):
+        if getattr(decoding, name) < 1:
+            raise UserError(f"--{name} is {getattr(decoding, name)}", "it must be 1 or more")
     names = [path.resolve().name for path in checkpoints]
     if len(set(names)) < len(names):
         raise UserError(f"two checkpoints have the same name: {', '.join(sorted(names))}", "rename a folder")
@@ -206,7 +211,12 @@ def decode(
 def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, job) -> None:
     """Decode what is missing of all tasks with one checkpoint; a task's file appears when its last prompt is done."""
     config = read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
-    limit = min(decoding.max_model_len or config["max_position_embeddings"], config["max_position_embeddings"])
+    context = config["max_position_embeddings"]
+    limit = decoding.max_model_len or context
+    if limit > context:
+        raise UserError(
+            f"--max_model_len is {limit:,}, but the context of {checkpoint} is {context:,} tokens", "lower it"
+        )
     tokenizer, encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
     results, missing = {}, []
     for name, rows in tasks.items():
@@ -220,26 +230,32 @@ def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decodin
         print(f"{checkpoint.name}: {total - len(missing):,} of {total:,} prompts were done before", flush=True)
     if missing:
         stop_ids = prompts.stop_token_ids(tokenizer)
-        run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, decoding, job)
+        run_prompts(checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding, job)
     reasons: Counter = Counter()
     for name, rows in tasks.items():
         if partial_file(job.output_dir, name).is_file() or not (job.output_dir / name).is_file():
             finish(job.output_dir, name, rows, results[name])  # a kill came just before
         reasons.update(result["finish_reason"] for result in results[name].values())
-    job.counts.update({"prompts": total, "finish_reasons": dict(sorted(reasons.items()))})
+    new_tokens = sum(result["num_tokens"] for found in results.values() for result in found.values())
+    job.counts.update({"prompts": total, "new_tokens": new_tokens, "finish_reasons": dict(sorted(reasons.items()))})
     print(f"{checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {job.output_dir}", flush=True)
 
 
-def run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, decoding: Decoding, job) -> None:
+def run_prompts(
+    checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding: Decoding, job
+) -> None:
     """Put the missing prompts through vLLM; append each result to its task's partial file as it comes."""
     from tqdm import tqdm
 
-    from towerspeech.engine import Request, on_gpu, run_engines
+    from towerspeech.engine import Request, kv_cache_bytes, on_gpu, run_engines
 
     log = job.output_dir / "vllm.log"
+    dtype = decoding.dtype
+    if dtype == "auto":  # vLLM's own auto would decode a float32 checkpoint in half precision
+        dtype = config.get("dtype") or config.get("torch_dtype") or "auto"
     engine = {
         "model": str(checkpoint),
-        "dtype": decoding.dtype,
+        "dtype": dtype,
         "max_model_len": limit,
         "tensor_parallel_size": decoding.tensor_parallel_size,
         "gpu_memory_utilization": decoding.gpu_memory_utilization,
@@ -254,6 +270,9 @@ def run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, d
         seed = int(hashlib.sha256(f"{decoding.seed} {name} {row['id']}".encode()).hexdigest()[:8], 16)
         max_tokens = min(decoding.max_new_tokens, limit - len(ids))
         requests.append(Request(key, ids, max_tokens, seed, prompts.stop_strings(chat="messages" in row)))
+    if not on_gpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
+        engine["kv_cache_memory_bytes"] = kv_cache_bytes(config, lengths, decoding.data_parallel_size)
     left = Counter(name for name, _ in missing)
     print(f"{checkpoint.name}: starting vLLM for {len(missing):,} prompts (its log: {log})", flush=True)
     started, ready, num_tokens, cached = time.monotonic(), None, 0, 0
@@ -261,8 +280,9 @@ def run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, d
         partials = {}
         for result in run_engines(requests, engine, sampling, decoding.data_parallel_size, log):
             if result is None:
-                ready = ready or time.monotonic()
-                bar.reset()  # the rate is that of decoding, not of loading
+                if ready is None:
+                    ready = time.monotonic()
+                    bar.reset()  # the rate is that of decoding, not of loading
                 continue
             name, i = missing[result.key]
             row = tasks[name][i]
@@ -289,8 +309,9 @@ def run_prompts(checkpoint, tasks, encoded, missing, results, limit, stop_ids, d
                 bar.write(f"{checkpoint.name}: {name}: {len(tasks[name]):,} generations, finished by {told(reasons)}")
     seconds = time.monotonic() - ready
     prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-    speed = {"start_s": round(ready - started, 1), "decode_s": round(seconds, 1)}
-    job.counts.update({**speed, "new_tokens": num_tokens, "prompt_tokens": prompt_tokens, "cached_tokens": cached})
+    speed = {"start_s": round(ready - started, 1), "decode_s": round(seconds, 1), "new_tokens": num_tokens}
+    speed |= {"prompts": len(missing), "prompt_tokens": prompt_tokens, "cached_tokens": cached}
+    job.counts["last_attempt"] = speed  # a run that was killed before did a part of the work then
     print(
         f"{checkpoint.name}: {num_tokens:,} new tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s), "
         f"after {ready - started:.1f} s of starting; {cached / prompt_tokens:.0%} of {prompt_tokens:,} prompt tokens "

@@ -1,16 +1,16 @@
 """vLLM engines in processes of their own: one a data-parallel rank, gone with their memory when they are done.
 
 vLLM runs offline data parallelism as one process a rank, each with its share of the prompts (its own example,
-examples/features/data_parallel). With the engine apart, a crash in native code reaches us as an exit status, a GPU's
-memory is free for the next checkpoint, and on a CPU the allocator and threads that vLLM asks for can be preloaded.
+examples/features/data_parallel). With the engine apart, a crash in native code reaches us as an exit status, and a
+GPU's memory is free for the next checkpoint.
 """
 
 import ctypes
-import ctypes.util
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -63,12 +63,13 @@ def run_engines(
     """
     # A fork server imports vLLM once for all engines; its children come into being without a CUDA context.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm"])
+    context.set_forkserver_preload(["vllm.entrypoints.llm"])
     environments = [environment(rank, ranks, engine["tensor_parallel_size"]) for rank in range(ranks)]
     if "OMP_NUM_THREADS" in environments[0]:  # read when OpenMP is loaded: by the fork server's import
         os.environ["OMP_NUM_THREADS"] = environments[0]["OMP_NUM_THREADS"]
     processes: dict[Connection, multiprocessing.Process] = {}
     missing = len(requests)
+    log_size = log.stat().st_size if log.is_file() else 0  # what an earlier attempt said
     try:
         with quiet(log):
             for rank, variables in enumerate(environments):
@@ -83,13 +84,13 @@ def run_engines(
                     result = connection.recv()
                     missing -= result is not None
                     yield result
-                except EOFError:
+                except (EOFError, OSError):  # its end, or an end in the middle of a message
                     process = processes.pop(connection)
                     process.join()
                     if process.exitcode or (missing and not processes):
                         raise UserError(
                             f"vLLM ended with status {process.exitcode}, {missing:,} prompts not done: "
-                            f"{last_error(log)}",
+                            f"{last_error(log, log_size)}",
                             f"see {log}; what was decoded is kept, the same command goes on from there",
                         ) from None
     finally:
@@ -106,26 +107,35 @@ def serve(
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.environ.update(variables)
     with quiet(log):
-        from vllm import LLM, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        llm = LLM(**engine)
-        sender.send(None)
-        for request in requests:
-            params = SamplingParams(
-                **sampling,
-                max_tokens=request.max_tokens,
-                seed=request.seed if sampling["temperature"] else None,
-                stop=request.stop,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            llm.llm_engine.add_request(str(request.key), {"prompt_token_ids": request.prompt_token_ids}, params)
-        while llm.llm_engine.has_unfinished_requests():
-            for output in llm.llm_engine.step():
-                done = output.outputs[0]
-                own = (done.text, done.finish_reason, len(done.token_ids), output.num_cached_tokens or 0)
-                sender.send(Result(int(output.request_id), *own))
+        try:
+            run_engine(sender, requests, engine, sampling)
+        except Exception:
+            traceback.print_exc()  # here, while the log is open
+            sys.exit(1)
     sender.close()
+
+
+def run_engine(sender: Connection, requests: list[Request], engine: dict, sampling: dict) -> None:
+    """One engine, from its start to its last result."""
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    llm = LLM(**engine)
+    sender.send(None)
+    for request in requests:
+        params = SamplingParams(
+            **sampling,
+            max_tokens=request.max_tokens,
+            seed=request.seed if sampling["temperature"] else None,
+            stop=request.stop,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        llm.llm_engine.add_request(str(request.key), {"prompt_token_ids": request.prompt_token_ids}, params)
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            done = output.outputs[0]
+            own = (done.text, done.finish_reason, len(done.token_ids), output.num_cached_tokens or 0)
+            sender.send(Result(int(output.request_id), *own))
 
 
 def environment(rank: int, ranks: int, gpus: int) -> dict[str, str]:
@@ -144,19 +154,37 @@ def environment(rank: int, ranks: int, gpus: int) -> dict[str, str]:
                     "ask for more GPUs, or lower --data_parallel_size",
                 )
             return {**variables, "CUDA_VISIBLE_DEVICES": ",".join(visible[rank * gpus : (rank + 1) * gpus])}
-    else:
-        memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-        variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(memory_gb / 8 / ranks)))  # GB
-        if ranks > 1:
-            cores = sorted(os.sched_getaffinity(0))
-            own = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] or cores
-            variables["OMP_NUM_THREADS"] = str(max(1, len(cores) // ranks))
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
+    elif ranks > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] or cores
+        variables["OMP_NUM_THREADS"] = str(max(1, len(cores) // ranks))
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own))
     return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
-def last_error(log: Path) -> str:
-    """The last line of a log that tells of an error."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+def kv_cache_bytes(config: dict, lengths: list[int], ranks: int) -> int:
+    """What a CPU engine's cache is to hold: 256 requests (vLLM's own limit), the longest ones, in float32.
+
+    An eighth of the memory at most: the cache is cleared at the start, which takes a second a gigabyte.
+
+    Args:
+        config: The model's config.json.
+        lengths: Tokens of each request, prompt and generation together.
+        ranks: Engines that share the memory.
+    """
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // ranks
+    if not {"num_hidden_layers", "num_attention_heads", "hidden_size"} <= config.keys():
+        return most
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    a_token = 2 * 4 * config["num_hidden_layers"] * heads * width
+    block = 128  # tokens, vLLM's on a CPU
+    tokens = sum((length // block + 2) * block for length in sorted(lengths)[-256:])
+    return min(max(a_token * tokens, 1 << 26), most)
+
+
+def last_error(log: Path, start: int) -> str:
+    """The last line of a log that tells of an error, from byte ``start`` on."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines() if log.is_file() else []
     told = [line.strip() for line in lines if "Error" in line]
     return told[-1][:300] if told else "no word of why in its log"
