@@ -16,6 +16,12 @@ sys.path.insert(0, str(REPO / "tiny"))
 
 from check_scores import problems  # noqa: E402 (tiny/ is a folder of scripts)
 
+from benchmarks.other_ways import with_transformers  # noqa: E402
+from towerspeech.decoding import read_prompts  # noqa: E402
+from towerspeech.prompts import speech_rows  # noqa: E402
+from towerspeech.records import read_jsonl  # noqa: E402
+from towerspeech.units import read_metadata  # noqa: E402
+
 
 def start(root: Path) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP")}
@@ -63,6 +69,29 @@ def killed_run(tmp_path_factory) -> tuple[Path, str]:
 def test_it_learns(killed_run):
     """The limits were fixed on the tuning split, before the test split was opened: see the YAML."""
     assert problems(killed_run[0] / "results/tiny", REPO / "tiny/ci_limits.yaml") == []
+
+
+@pytest.mark.slow
+def test_every_output_of_the_tuned_model_is_transformers_own(killed_run):
+    """Greedy search in float32, token for token: translation 0- and 5-shot, speech, and shuffled speech."""
+    root = killed_run[0]
+    model = root / "models/sft"
+    prompts = read_prompts(list(root.glob("instructions/chat/*_shot/*.jsonl")))
+    tasks = {f"mt/sft/{name}": rows for name, rows in prompts.items()}
+    dsu = read_metadata(model)
+    for name in ("test", "test_shuffled"):
+        rows = speech_rows(root / "units" / name, name, "chat", dsu["offset"], dsu["num_units"])
+        tasks[f"asr/sft/asr/{name}.jsonl"] = rows
+    assert {name: len(rows) for name, rows in tasks.items()} == {
+        **{f"mt/sft/{shots}_shot/tiny_{pair}.jsonl": 100 for shots in (0, 5) for pair in ("de-en", "en-de")},
+        **{f"asr/sft/asr/{name}.jsonl": 200 for name in ("test", "test_shuffled")},
+    }
+    theirs, _ = with_transformers(model, tasks, max_new_tokens=64, batch_size=16)
+    for name, rows in tasks.items():
+        ours = read_jsonl(root / "generations" / name)
+        assert [row["id"] for row in ours] == [row["id"] for row in rows]
+        for row, (text, num_tokens) in zip(ours, theirs[name], strict=True):
+            assert (row["text"].strip(), row["num_tokens"]) == (text.strip(), num_tokens), (name, row["id"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,118 @@
+"""Decode prompt files as others do, for bench_evaluation.py to compare with.
+
+Usage: python benchmarks/other_ways.py --way transformers --model models/sft --prompts p.jsonl --output_dir out
+
+Reads prompt files as generate.py does; writes <output_dir>/<its folder>/<its name>.jsonl with id, text and
+num_tokens, and seconds.json: how long the decoding alone took, without start and loading.
+  vllm          a plain vLLM engine as the original TowerSpeech's scripts make it, and one call of LLM.generate a file
+  transformers  batches of generate(), sorted by length, padded on the left
+"""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from towerspeech import decoding, prompts
+from towerspeech.records import write_jsonl
+from towerspeech.stage import run, write_json
+
+
+def with_vllm(model: Path, tasks: dict, max_new_tokens: int) -> tuple[dict, float]:
+    """One engine for the files given; text goes in. Eager, as ours is on a CPU: compiling adds minutes to a start."""
+    import os
+
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(model), dtype="float32", enforce_eager=True)
+    params = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop=["\n"])
+    params.stop_token_ids = prompts.stop_token_ids(llm.get_tokenizer())
+    found, seconds = {}, 0.0
+    for name, rows in tasks.items():
+        began = time.perf_counter()
+        outputs = llm.generate([row["instruction"] for row in rows], params)
+        seconds += time.perf_counter() - began
+        found[name] = [(output.outputs[0].text, len(output.outputs[0].token_ids)) for output in outputs]
+    return found, seconds
+
+
+def with_transformers(model_dir: Path, tasks: dict, max_new_tokens: int, batch_size: int) -> tuple[dict, float]:
+    """Greedy search in float32, stopping where vLLM does.
+
+    A newline ends a generation as an id: each token that holds one. (``stop_strings`` does the same, but took most of
+    the time.)
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    stop_ids = prompts.stop_token_ids(tokenizer)
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    newlines = [i for i, piece in enumerate(pieces) if "\n" in piece]
+    found, seconds = {}, 0.0
+    for name, rows in tasks.items():
+        began = time.perf_counter()
+        chat = "messages" in rows[0]  # then an id alone ends it
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop_ids if chat else sorted({*stop_ids, *newlines}),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        ids = [decoding.token_ids(tokenizer, row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i, ids=ids: len(ids[i]))
+        found[name] = [("", 0)] * len(rows)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+            with torch.inference_mode():
+                output = model.generate(**padded, generation_config=config)
+            for i, new in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
+                found[name][i] = cut(tokenizer, new, stop_ids, chat)
+        seconds += time.perf_counter() - began
+    return found, seconds
+
+
+def cut(tokenizer, new: list[int], stop_ids: list[int], chat: bool) -> tuple[str, int]:
+    """The text up to the stop, and the tokens up to it, the stop's own included."""
+    length = next((i + 1 for i, token in enumerate(new) if token in stop_ids), len(new))
+    text = tokenizer.decode(new[:length], skip_special_tokens=True)
+    if "\n" in text and not chat:
+        length = next(i for i in range(1, length + 1) if "\n" in tokenizer.decode(new[:i], skip_special_tokens=True))
+        text = text.split("\n")[0]
+    return text, length
+
+
+def other_way(
+    way: Literal["vllm", "transformers"],
+    model: Path,
+    prompts: list[Path],
+    output_dir: Path,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> None:
+    """Decode.
+
+    Args:
+        way: vllm or transformers.
+        model: Model folder.
+        prompts: Prompt files.
+        output_dir: Folder of the outputs.
+        max_new_tokens: Limit of a generation.
+        batch_size: Of transformers.
+    """
+    tasks = decoding.read_prompts(prompts)
+    if way == "vllm":
+        found, seconds = with_vllm(model, tasks, max_new_tokens)
+    else:
+        found, seconds = with_transformers(model, tasks, max_new_tokens, batch_size)
+    for name, rows in tasks.items():
+        pairs = zip(rows, found[name], strict=True)
+        write_jsonl(output_dir / name, ({"id": row["id"], "text": text, "num_tokens": n} for row, (text, n) in pairs))
+    write_json(output_dir / "seconds.json", {"decode_s": seconds})
+
+
+if __name__ == "__main__":
+    run(other_way)
