@@ -166,7 +166,8 @@ def draw_lines(
                 color = colors[line.group]
                 axis.errorbar(xs, values, yerr=[below, above], fmt="none", ecolor=color, capsize=2, linewidth=0.9)
             for x, point in zip(xs, points, strict=True):
-                how = dict(xytext=(5, -2), textcoords="offset points", fontsize=6, color="0.4")
+                beside = (5, 3 if panel.zero_line else -2)  # not on the zero line
+                how = dict(xytext=beside, textcoords="offset points", fontsize=6, color="0.4")
                 axis.annotate(point.note, (x, point.value), **how)
             joined = sum(point.checkpoint.isdigit() or point.checkpoint == "base" for point in points)
             how = stroke(colors[line.group], line.shots, line.reported)

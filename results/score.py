@@ -11,7 +11,7 @@ Writes one CSV a checkpoint, <output_dir>/<step>.csv, in long form: model, mixtu
 src_lang, tgt_lang, metric, score, ci_low, ci_high, n, signature, generations_sha256. What is scored already stays, and
 other metrics come beside it; rows of changed outputs are replaced. WER and CER are shares (0.25), sacreBLEU's scores
 lie in 0..100, COMET's are as COMET gives them; rows such as `empty` are counts. With plain files the hash is that of
-the hashes of hypotheses and references.
+the hashes of hypotheses and references; dataset, and model unless it is given, are their paths, seen from the CSV.
 COMET-22 and CometKiwi (comet22, cometkiwi22) run in an environment of their own: bash install.sh comet.
 """
 
@@ -248,7 +248,9 @@ def opened(path: Path, outputs: Outputs) -> Iterator[list[dict[str, str]]]:
 
 
 def save(path: Path, rows: list[dict[str, str]], outputs: Outputs, new: list[dict[str, str]]) -> None:
-    """Add a test set's new rows to a CSV, and say so."""
+    """Add a test set's new rows to a CSV, and say so, and of how many rows of other outputs they take the place."""
+    of_test_set = [row for row in rows if all(row[name] == new[0][name] for name in TEST_SET)]
+    replaced = sum(row["generations_sha256"] != outputs.sha256 for row in of_test_set)
     rows[:] = merge(rows, new)
     write_results(path, rows)
     shown = {"bleu": "BLEU {:.2f}", "spbleu": "spBLEU {:.2f}", "chrf2": "chrF2 {:.2f}", "chrf2++": "chrF2++ {:.2f}"}
@@ -258,6 +260,8 @@ def save(path: Path, rows: list[dict[str, str]], outputs: Outputs, new: list[dic
         "wer_english": "WER (English) {:.4f}",
     }
     told = [shown[row["metric"]].format(float(row["score"])) for row in new if row["metric"] in shown]
+    if replaced:
+        told.append(f"in place of {replaced} rows of other outputs or references")
     print(f"scored {outputs.file}: {', '.join([f'{len(outputs.references):,} segments', *told])}", flush=True)
 
 
@@ -448,7 +452,7 @@ def score(
 
     Args:
         generations: Checkpoints' folders of generations, such as .../base .../checkpoint-300 .../sft.
-        model: The model's name, for the CSV.
+        model: The model's name, for the CSV. For line files it may be left out: their path then stands there.
         mixture: The training mixture's name, for the CSV.
         output_dir: Folder of the checkpoints' CSVs: results/<model>.
         prompts: Prompt files that the generations of the same name must have come from; refused if they did not.
@@ -485,8 +489,10 @@ def score(
             raise UserError("--model is missing", "name the model as it shall stand in the CSV")
         sets = read_checkpoints(generations, model, mixture, output_dir, prompts or [])
     else:
-        facts = {"model": model or hypotheses.name, "mixture": mixture, "checkpoint": ""}
-        facts |= {"task": task, "dataset": references.name, "shots": "", "src_lang": "", "tgt_lang": target_lang}
+        # Not their names alone: a/out.de and b/out.de are two systems. Seen from the CSV, wherever we are called from.
+        system, dataset = (os.path.relpath(path, output.parent) for path in (hypotheses, references))
+        facts = {"model": model or system, "mixture": mixture, "checkpoint": ""}
+        facts |= {"task": task, "dataset": dataset, "shots": "", "src_lang": "", "tgt_lang": target_lang}
         sets = [(output, read_line_files(hypotheses, references, sources, facts))]
     if comet and not any(outputs.sources for _, outputs in sets):
         remedy = "generate from prompts with a source" if generations else "give --sources"

@@ -8,8 +8,9 @@ Reads the saved files: one hypothesis a line, with the headers (``Data Path, Mod
 (generaltest2023.en-de.ref.refA.de). FLEURS needs no others: its English test utterances read sentences of FLORES
 devtest, and which one each of them reads is found from the transcripts.
 Writes <mixture>/<step>.csv in long form (results/score.py), named as the original's files and folders are (`unnamed`
-and `no_step` where these say nothing); rows of signature `reported|...` are scores that the original recorded;
-recorded.tsv: each recorded score beside ours; and last files.tsv: what became of each file. Figures only, no text.
+and `no_step` where these say nothing, `no_run_<step>` where the steps need not be of one training run); rows of
+signature `reported|...` are scores that the original recorded; recorded.tsv: each recorded score beside ours; and last
+files.tsv: what became of each file. Figures only, no text.
 What is scored already stays: the CSVs of changed outputs alone are made anew.
 """
 
@@ -51,6 +52,7 @@ NAMES = [
         rf"{BILINGUAL}/((?P<step>\d+)_)?((?P<mixture>\w+)_)?wmt(_(?P<shots>few))?\.txt",
     )
 ]
+NO_RUN = ("unnamed", "base")  # files of two models may meet under these names: their steps are not to be joined
 MODELS = {"llama": "Llama-2-7B"} | dict.fromkeys(("cpt", "text", "text_ext", "tiny_llama"), "TinyLlama-1.1B")
 
 # Sentences of FLORES devtest, counted from 0, that the original's English-German FLEURS lacks: with these left out its
@@ -177,7 +179,10 @@ def name_system(file: Saved) -> dict[str, str]:
         *_, folder, step = file.runs[0].model_path.split("/")
         mixture = mixture or folder
     model = MODELS.get(mixture, "tinyllama_llama") if bilingual else "TowerSpeech"
-    return {"model": model, "mixture": mixture or "unnamed", "checkpoint": step or "no_step"}
+    mixture = mixture or "unnamed"
+    if step and mixture in NO_RUN:
+        step = f"no_run_{step}"  # neither base nor a number, so that summarize.py draws no line through it
+    return {"model": model, "mixture": mixture, "checkpoint": step or "no_step"}
 
 
 def sort_out(file: Saved, texts: Texts) -> Case | str:

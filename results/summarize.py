@@ -8,7 +8,7 @@ Prints the table, and writes
   table.csv       every score of every metric, in full: one row a system
   scores.png      WER and BLEU by training step and mixture, a panel a test set and direction, with 95% intervals
   comet.png       the same for COMET-22
-  forgetting.png  change of MT's mean BLEU since the base model, above the mean WER
+  forgetting.png  change of MT's mean BLEU since the base model (or the first checkpoint), above the mean WER
   wer_parts.png   WER's substitutions, deletions and insertions
 the last three only where there are scores for them. Rows: base, the checkpoints by step, sft, then others such as
 control systems. WER is in percent, under Whisper's English and Basic normalizers; COMET times 100. A score that is not
@@ -225,7 +225,8 @@ def forgetting(table: Table) -> tuple[list[Line], list[Line], list[str]]:
     """What speech training costs in translation and gains in transcription, by mixture and step.
 
     A mixture's BLEU is compared with its base model's, or if that has none with its first checkpoint's, on the MT test
-    sets that all of its systems share with it. WER is the mean over the ASR test sets that all systems here share.
+    sets that all of its systems share with it; which of them it is stands beside the line's first point. WER is the
+    mean over the ASR test sets that all systems here share.
 
     Returns:
         Lines of changes in BLEU, lines of WER in percent, and the names of the ASR test sets.
@@ -245,6 +246,7 @@ def forgetting(table: Table) -> tuple[list[Line], list[Line], list[str]]:
                 continue
             means = [math.fsum(table[system][c].score for c in shared) / len(shared) for system in scored]
             points = [Point(s.checkpoint, mean - means[0]) for s, mean in zip(scored, means, strict=True)]
+            points[0] = points[0]._replace(note=f"since {scored[0].checkpoint}")
             changes.append(Line(group, shots, points))
     of_system = {}  # our own WERs, else reported ones; shuffled units are a control, which no model should hear
     for system in trained:
@@ -424,11 +426,8 @@ def draw(table: Table, folder: Path) -> list[str]:
     """Draw the figures that there are scores for; remove an earlier run's others. Returns their names."""
     changes, rates, asr_sets = forgetting(table)
     groups = sorted(set(group_names(list(table))))
-    since = (
-        "the base model" if all(line.points[0].checkpoint == "base" for line in changes) else "the first checkpoint"
-    )
     tradeoff = [
-        Panel(f"MT: change of mean BLEU since {since}", changes, zero_line=True),
+        Panel("MT: change of mean BLEU since each line's first point", changes, zero_line=True),
         Panel(f"ASR: WER, %, mean of {', '.join(asr_sets)}", rates, from_zero=True),
     ]
     scores = score_panels(table, "wer_english", "WER, %") + score_panels(table, "bleu", "BLEU")

@@ -11,11 +11,12 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
+from sacrebleu import significance
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "results"))  # as for `python results/compare.py`
 
-from results.compare import Comparison, compare  # noqa: E402
+from results.compare import NOTE, Comparison, compare, compare_transcriptions, p_value  # noqa: E402
 from towerspeech import metrics  # noqa: E402
 from towerspeech.records import write_jsonl  # noqa: E402
 from towerspeech.stage import UserError, hash_file  # noqa: E402
@@ -172,25 +173,43 @@ def test_transcription_equals_a_plain_loop_over_resamples(tmp_path):
         errors = [[rate(r, h) * length(r) for r, h in zip(spoken, one, strict=True)] for one in texts]
         lengths = [length(text) for text in spoken]
         drawn = np.random.default_rng(12345).choice(60, size=(1000, 60), replace=True)
-        differences = []
+        seen, as_far = scores[1] - scores[0], 0
         for sample in drawn:
             total = sum(lengths[i] for i in sample)
-            differences.append(abs(sum(errors[1][i] for i in sample) - sum(errors[0][i] for i in sample)) / total)
-        mean = sum(differences) / 1000
-        above = sum(difference - mean > abs(scores[1] - scores[0]) for difference in differences)
-        assert float(row["p"]) == (above + 1) / 1001
+            difference = (sum(errors[1][i] for i in sample) - sum(errors[0][i] for i in sample)) / total
+            as_far += abs(difference - seen) >= abs(seen) - 1e-12
+        assert float(row["p"]) == (as_far + 1) / 1001
 
 
-def test_p_of_equally_good_systems_is_uniform_enough():
-    """Both systems make the same kind of errors: about one comparison in twenty may be marked, not half of them."""
-    from results.compare import compare_transcriptions
-
+def test_one_equally_good_pair_in_twenty_is_marked():
+    """Both systems make the same kind of errors: about 5 % of the p are below 0.05, half of them above 0.5."""
     ps = []
-    for seed in range(40):
-        references = sentences(50, seed)
+    for seed in range(400):
+        references = sentences(40, seed)
         a, b = (garbled(references, 0.2, 1000 * seed + i) for i in (1, 2))
-        ps.append(compare_transcriptions(a, b, references, "en")["wer_basic"][2])
-    assert sum(p < 0.05 for p in ps) <= 6 and 0.2 < np.mean(ps) < 0.8
+        ps.append([p for *_, p, _ in compare_transcriptions(a, b, references, "en").values()])
+    marked = np.mean(np.array(ps) < 0.05, axis=0)  # (metrics,)
+    assert np.all(marked > 0.02) and np.all(marked < 0.08)
+    assert np.all(np.abs(np.median(ps, axis=0) - 0.5) < 0.1)
+
+
+def test_p_where_every_difference_has_one_length():
+    """On ties, by hand: shifted by 0.02 the differences are -0.03, -0.02, 0, 0.02, 0.03; four are as far as 0.02."""
+    differences = np.array([-1, 0, 2, 4, 5]) / 100
+    assert p_value(differences, 0.02) == p_value(-differences, -0.02) == 5 / 6
+    assert p_value(differences, 0.0) == 1.0
+
+
+def test_the_note_tells_how_often_sacrebleu_marks_equally_good_systems():
+    """By sacreBLEU's own functions, on bootstraps of normally distributed differences around a true one of 0."""
+    generator = np.random.default_rng(0)
+    ps = []
+    for seen in generator.normal(size=4000):
+        spread = np.abs(generator.normal(seen, 1, size=1000))
+        ps.append(significance._compute_p_value(spread - spread.mean(), abs(seen)))  # as in _paired_bs_test
+    assert "one in nine such pairs" in NOTE and "about one in twenty have p < 0.025" in NOTE
+    assert np.mean(np.array(ps) < 0.05) == pytest.approx(1 / 9, abs=0.015)
+    assert np.mean(np.array(ps) < 0.025) == pytest.approx(0.05, abs=0.01)
 
 
 # --- The table ------------------------------------------------------------------------------------

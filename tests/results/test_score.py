@@ -402,6 +402,30 @@ def test_other_references_are_another_score(tmp_path, capsys):
     assert len(read(tmp_path / "o.csv")) == 4 + len(metrics.signatures("asr", "de")) - 1  # nothing says "truncated"
 
 
+def test_line_files_of_one_name_in_two_folders_are_two_systems_and_two_test_sets(tmp_path, monkeypatch, capsys):
+    for i, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "out.de").write_text(f"a b c d e{' f' * i}\n")
+        (tmp_path / folder / "ref.de").write_text(f"a b c d e{' g' * i}\n")
+    found = []
+    for folder in "ab":
+        monkeypatch.chdir(tmp_path / folder)  # each user names what is in their own folder
+        for other in "ab":
+            references = Path("../", other, "ref.de")
+            score(hypotheses=Path("out.de"), references=references, target_lang="de", output=Path("../o.csv"))
+            found.append((f"{folder}/out.de", f"{other}/ref.de"))
+    rows = read(tmp_path / "o.csv")
+    assert sorted({(row["model"], row["dataset"]) for row in rows}) == found and len(rows) == 4 * 4
+    assert "in place of" not in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    Path("b/out.de").write_text("a b c d e g\n")  # changed: its rows are replaced, and we are told
+    score(hypotheses=Path("b/out.de"), references=Path("b/ref.de"), target_lang="de", output=Path("o.csv"))
+    assert "in place of 4 rows of other outputs or references" in capsys.readouterr().out
+    assert len(read(tmp_path / "o.csv")) == 4 * 4
+    assert float(values(tmp_path / "o.csv", model="b/out.de", dataset="b/ref.de")["bleu"]) == pytest.approx(100)
+    assert float(values(tmp_path / "o.csv", model="a/out.de", dataset="b/ref.de")["bleu"]) < 99
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

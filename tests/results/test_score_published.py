@@ -86,16 +86,16 @@ def test_a_score_without_outputs_and_bytes_that_are_no_text_are_refused(tmp_path
     ("name", "facts"),
     [
         ("MT/5_shot/3000/flores_5to3_base_ko-en", "TowerSpeech 5to3_base 3000 mt flores 5 ko en"),
-        ("MT/5_shot/base/flores_base_en-de", "TowerSpeech base base mt flores 5 en de"),
-        ("MT/5_shot/1500/flores_en-ru", "TowerSpeech unnamed 1500 mt flores 5 en ru"),
+        ("MT/5_shot/base/flores_base_en-de", "TowerSpeech base no_run_base mt flores 5 en de"),
+        ("MT/5_shot/1500/flores_en-ru", "TowerSpeech unnamed no_run_1500 mt flores 5 en ru"),
         ("MT/0_shot/flores_zh-en", "TowerSpeech unnamed no_step mt flores 0 zh en"),
         ("ASR/4500/ASR_5to1_ls_other.txt", "TowerSpeech 5to1 4500 asr ls_other 0 en en"),
-        ("ASR/base/ASR_covost.txt", "TowerSpeech unnamed base asr covost 0 en en"),
+        ("ASR/base/ASR_covost.txt", "TowerSpeech unnamed no_run_base asr covost 0 en en"),
         ("ASR/ASR_check_ls_clean.txt", "TowerSpeech check no_step asr ls_clean 0 en en"),
         ("BI/vllm_greedy/vllm_text_ext_flores_5", "TinyLlama-1.1B text_ext 1000 mt flores 5 en de"),
         ("BI/vllm_greedy/vllm_llama_wmt_0", "Llama-2-7B llama 1000 mt flores 0 en de"),
         ("BI/vllm_greedy/ASR_new.txt", "tinyllama_llama tiny 1000 asr covost 0 en en"),
-        ("BI/2250_wmt_few.txt", "tinyllama_llama unnamed 2250 mt flores few en de"),
+        ("BI/2250_wmt_few.txt", "tinyllama_llama unnamed no_run_2250 mt flores few en de"),
         ("BI/cpt_no_text_wmt.txt", "tinyllama_llama cpt_no_text no_step mt flores . en de"),
     ],
 )
@@ -193,7 +193,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_is_scored_and_every_file_accounted_for(folders, capsys):
     score_published(**folders, workers=1)
     out = folders["output_dir"]
-    assert set(contents(out)) == {"5to1/3000.csv", "base/base.csv", "files.tsv", "recorded.tsv"}
+    assert set(contents(out)) == {"5to1/3000.csv", "base/no_run_base.csv", "files.tsv", "recorded.tsv"}
     rows = metrics.read_results(out / "5to1/3000.csv")
     path = folders["outputs"] / "MT/5_shot/3000/flores_5to1_de-en"
     scores = {row["metric"]: row for row in rows if row["generations_sha256"] == hash_file(path)}
@@ -231,7 +231,7 @@ def test_scoring_again_is_a_no_op_and_what_changed_is_made_anew(folders, capsys)
     table = (out / "files.tsv").read_text().splitlines(keepends=True)
     (out / "files.tsv").write_text("".join(line for line in table if "base" not in line and "no score" not in line))
     (out / "recorded.tsv").unlink()
-    save(out, "base/.tmp-base.csv-1-abc", "half")
+    save(out, "base/.tmp-no_run_base.csv-1-abc", "half")
     score_published(**folders, workers=1)
     assert contents(out) == before and not list(out.rglob(".tmp-*"))
     assert (out / "5to1/3000.csv").stat().st_mtime_ns == times[out / "5to1/3000.csv"]
@@ -240,14 +240,14 @@ def test_scoring_again_is_a_no_op_and_what_changed_is_made_anew(folders, capsys)
     save(path.parent, path.name, "\n".join(reversed(GERMAN)) + "\n")
     save(folders["outputs"], "MT/5_shot/base2/flores_base_en-de", "")
     score_published(**folders, workers=1)
-    hashes = {row["generations_sha256"] for row in metrics.read_results(out / "base/base.csv")}
+    hashes = {row["generations_sha256"] for row in metrics.read_results(out / "base/no_run_base.csv")}
     assert hashes == {hash_file(path)} and contents(out)["5to1/3000.csv"] == before["5to1/3000.csv"]
 
     # Other references: the same outputs are scored anew.
-    scored = contents(out)["base/base.csv"]
+    scored = contents(out)["base/no_run_base.csv"]
     save(folders["flores"], "devtest/deu_Latn.devtest", "\n".join(reversed(GERMAN)) + "\n")
     score_published(**folders, workers=1)
-    assert contents(out)["base/base.csv"] != scored
+    assert contents(out)["base/no_run_base.csv"] != scored
 
 
 def test_a_csv_that_is_not_of_these_outputs_and_missing_folders_are_refused(folders, tmp_path):

@@ -18,6 +18,7 @@ from towerspeech.stage import UserError  # noqa: E402
 
 INTO_ENGLISH = ("de-en", "es-en", "fr-en")
 FROM_ENGLISH = ("en-de", "en-es", "en-fr")
+PUBLISHED = Path(__file__).parents[2] / "results/published"
 FIGURES = ("scores.png", "comet.png", "forgetting.png", "wer_parts.png")
 
 
@@ -210,7 +211,32 @@ def test_forgetting_without_a_base(tmp_path):
     changes, rates, sets = script.forgetting(table)
     (line,) = changes
     assert [(point.checkpoint, point.value) for point in line.points] == [("300", 0), ("900", -2), ("sft", 1)]
+    assert [point.note for point in line.points] == ["since 300", "", ""]
     assert [point.value for point in rates[0].points] == pytest.approx([30, 28, 31]) and sets == ["clean"]
+
+
+def test_each_line_says_what_its_change_is_since(tmp_path):
+    folder = tmp_path / "results"
+    for mixture, checkpoints in (("5to1", ("base", "300")), ("5to3", ("300", "900"))):
+        rows = [row(checkpoint, "bleu", 9, mixture=mixture) for checkpoint in checkpoints]
+        write_results(folder / f"{mixture}.csv", rows)
+    table, _ = script.read_table(script.find_tables([folder], tmp_path))
+    notes = {line.group: [point.note for point in line.points] for line in script.forgetting(table)[0]}
+    assert notes == {"5to1": ["since base", ""], "5to3": ["since 300", ""]}
+
+
+def test_no_line_joins_published_outputs_that_may_be_of_two_models():
+    """Of the committed figures: `unnamed` and `base` are no training runs, their scores are points alone."""
+    table, _ = script.read_table(script.find_tables([PUBLISHED], PUBLISHED / "none"))
+    changes, rates, _ = script.forgetting(table)
+    assert [line.group for line in changes] == ["TowerSpeech 5to1"]
+    panels = [*script.score_panels(table, "wer_english", ""), *script.score_panels(table, "bleu", "")]
+    groups = {line.group for panel in panels for line in panel.lines}
+    shared = {f"{model} {mixture}" for model, mixture, _ in table if mixture in ("unnamed", "base")}
+    assert shared == {"TowerSpeech base", "TowerSpeech unnamed", "tinyllama_llama unnamed"} <= groups
+    for line in [*changes, *rates, *(line for panel in panels for line in panel.lines)]:
+        joined = [point for point in line.points if plots.checkpoint_order(point.checkpoint)[0] < 2]
+        assert line.group not in shared or not joined
 
 
 def test_panels_are_means_by_direction(tmp_path):
