@@ -247,7 +247,7 @@ def run_prompts(
     """Put the missing prompts through vLLM; append each result to its task's partial file as it comes."""
     from tqdm import tqdm
 
-    from towerspeech.engine import Request, kv_cache_bytes, on_gpu, run_engines
+    from towerspeech.engine import CPU_BLOCK, Request, kv_cache_bytes, on_gpu, run_engines
 
     log = job.output_dir / "vllm.log"
     dtype = decoding.dtype
@@ -263,6 +263,8 @@ def run_prompts(
         "enforce_eager": not on_gpu(),  # on a CPU, compiling costs more than most runs take
         "seed": decoding.seed,
     }
+    if not on_gpu():
+        engine["block_size"] = CPU_BLOCK
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "stop_token_ids": stop_ids}
     requests = []
     for key, (name, i) in enumerate(missing):
@@ -275,7 +277,7 @@ def run_prompts(
         engine["kv_cache_memory_bytes"] = kv_cache_bytes(config, lengths, decoding.data_parallel_size)
     left = Counter(name for name, _ in missing)
     print(f"{checkpoint.name}: starting vLLM for {len(missing):,} prompts (its log: {log})", flush=True)
-    started, ready, num_tokens, cached = time.monotonic(), None, 0, 0
+    started, ready, last, num_tokens, cached = time.monotonic(), None, None, 0, 0
     with ExitStack() as files, tqdm(total=len(missing), unit=" prompts", desc=checkpoint.name, mininterval=1) as bar:
         partials = {}
         for result in run_engines(requests, engine, sampling, decoding.data_parallel_size, log):
@@ -284,6 +286,7 @@ def run_prompts(
                     ready = time.monotonic()
                     bar.reset()  # the rate is that of decoding, not of loading
                 continue
+            last = time.monotonic()
             name, i = missing[result.key]
             row = tasks[name][i]
             results[name][row["id"]] = {
@@ -307,7 +310,7 @@ def run_prompts(
                 finish(job.output_dir, name, tasks[name], results[name])
                 reasons = Counter(result["finish_reason"] for result in results[name].values())
                 bar.write(f"{checkpoint.name}: {name}: {len(tasks[name]):,} generations, finished by {told(reasons)}")
-    seconds = time.monotonic() - ready
+    seconds = last - ready  # of decoding: not of the engine's start and end
     prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
     speed = {"start_s": round(ready - started, 1), "decode_s": round(seconds, 1), "new_tokens": num_tokens}
     speed |= {"prompts": len(missing), "prompt_tokens": prompt_tokens, "cached_tokens": cached}
