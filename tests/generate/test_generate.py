@@ -192,8 +192,9 @@ def test_killed_at_random_it_ends_with_the_same_bytes(long_runs, pytestconfig):
             torn += 1
     assert survivors and torn
     assert not psutil.wait_procs(survivors, timeout=20)[1], "an engine outlived the script"
+    left = runs.count("killed")  # nothing, if the last kill came too late and all began anew
     printed = runs.finish("killed")
-    assert "of 900 prompts were done before" in printed
+    assert ("of 900 prompts were done before" in printed) == (left > 0)
     assert runs.files("killed") == runs.files("whole")
 
 
