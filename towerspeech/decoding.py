@@ -121,8 +121,7 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
             f"{checkpoint}: its tokenizer has {len(tokenizer):,} tokens, its model only {num_rows:,} embedding rows",
             "keep together the tokenizer and the model that train_bpe_tokenizer/extend_model.py made for it",
         )
-    has_units = (checkpoint / "speech_units.json").is_file()
-    dsu = read_metadata(checkpoint) if has_units else {"num_units": 0, "offset": OFFSET}
+    dsu = read_metadata(checkpoint, required=False)
     encoded = {}
     for name, rows in tasks.items():
         encoded[name] = []

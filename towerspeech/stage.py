@@ -13,6 +13,7 @@ if __name__ == "__main__":
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -42,7 +43,7 @@ class UserError(Exception):
 
 
 def run(function: Callable) -> None:
-    """Make a typed function the script's command line; a UserError becomes one message and exit status 1.
+    """Make a typed function the script's command line; what the user can mend becomes one message, exit status 1.
 
     Values of a list argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``.
     """
@@ -51,13 +52,14 @@ def run(function: Callable) -> None:
     lists = {f"--{name}" for name, kind in inspect.get_annotations(function).items() if "list[" in str(kind)}
     description = inspect.getdoc(sys.modules[function.__module__])
     try:
-        auto_cli(
-            function,
-            as_positional=False,
-            allow_abbrev=False,
-            description=description,
-            args=_gather(sys.argv[1:], lists),
-        )
+        with space_needed():
+            auto_cli(
+                function,
+                as_positional=False,
+                allow_abbrev=False,
+                description=description,
+                args=_gather(sys.argv[1:], lists),
+            )
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
@@ -82,6 +84,45 @@ def _gather(words: list[str], lists: set[str]) -> list[str]:
     return gathered
 
 
+# --- No space left --------------------------------------------------------------------------------
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FULL_BYTES = 1 << 16  # a disk with less room than this is full
+
+
+def no_space(error: BaseException, where: Path | None) -> bool:
+    """Whether an error is, or came from, a full disk or an exhausted quota.
+
+    Libraries hand on the system's error number, its message alone (safetensors, tokenizers), or neither (torch.save
+    tells of a wrong position in the file; a C++ library's log is just not there): then the disk is asked.
+    """
+    came_from: BaseException | None = error
+    while came_from:
+        if getattr(came_from, "errno", None) in NO_SPACE or any(os.strerror(c) in str(came_from) for c in NO_SPACE):
+            return True
+        came_from = came_from.__cause__ or came_from.__context__
+    if where is None or isinstance(error, OSError | KeyboardInterrupt | SystemExit | GeneratorExit):
+        return False
+    return shutil.disk_usage(where).free < FULL_BYTES
+
+
+@contextlib.contextmanager
+def space_needed(where: Path | None = None) -> Iterator[None]:
+    """Around whatever writes to a file or folder: no space left is the user's to mend, whichever library found out."""
+    folder = where and next(path for path in (where, *where.parents) if path.is_dir())
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not no_space(error, folder):
+            raise
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"no space left{f' for {where}' if where else ''}: {said[-1]}",
+            "make room on that disk (or quota) and run this again, or write to another one",
+        ) from error
+
+
 # --- Atomic files ---------------------------------------------------------------------------------
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -94,19 +135,20 @@ def _sync(path: Path) -> None:
 @contextlib.contextmanager
 def publish(target: Path) -> Iterator[Path]:
     """Give a temporary path beside ``target`` to write a file or a folder to; it appears whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        if temporary.is_dir():
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
-            if target.is_dir():  # a rename cannot replace a folder that holds files
-                shutil.rmtree(target)
-        else:
-            _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
+        with space_needed(target):
+            yield temporary
+            if temporary.is_dir():
+                for path in [*temporary.rglob("*"), temporary]:
+                    _sync(path)
+                if target.is_dir():  # a rename cannot replace a folder that holds files
+                    shutil.rmtree(target)
+            else:
+                _sync(temporary)
+            os.replace(temporary, target)
+            _sync(target.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -140,26 +182,27 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         UserError: Somebody else kept it all that time; the message names host, process and job.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + float(os.environ.get("TOWERSPEECH_LOCK_WAIT_S", "60"))
-    with open(path, "a+", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        f"{path.parent} is being written by {file.read().strip() or 'another process'}",
-                        "wait for it or end it, then run this again",
-                    ) from None
-                time.sleep(0.2)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        file.truncate(0)
-        file.write(", ".join(f"{key} {value}" for key, value in holder.items() if value))
-        file.flush()
-        yield
+    with space_needed(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        raise UserError(
+                            f"{path.parent} is being written by {file.read().strip() or 'another process'}",
+                            "wait for it or end it, then run this again",
+                        ) from None
+                    time.sleep(0.2)
+            holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+            file.truncate(0)
+            file.write(", ".join(f"{key} {value}" for key, value in holder.items() if value))
+            file.flush()
+            yield
 
 
 # --- Hashes ---------------------------------------------------------------------------------------
@@ -436,8 +479,10 @@ def quiet(log: Path) -> Iterator:
             os.dup2(file.fileno(), 2)
             yield terminal
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, old in zip((1, 2), saved, strict=True):
-                os.dup2(old, descriptor)
-                os.close(old)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # even if there was no space left for the log
+                for descriptor, old in zip((1, 2), saved, strict=True):
+                    os.dup2(old, descriptor)
+                    os.close(old)

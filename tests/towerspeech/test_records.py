@@ -2,12 +2,13 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from towerspeech import records
+from towerspeech import records, units
 from towerspeech.stage import UserError
 
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
@@ -145,6 +146,30 @@ def test_a_unit_out_of_range_is_named_by_file_and_row(tmp_path):
         UserError, match=r"00000-of-00003\.parquet, row 1 \(id 0-0\): unit id 4999 is outside 0\.\.499"
     ):
         list(records.read_units(folder, num_units=500))
+
+
+def test_unit_texts_are_those_of_the_rows(tmp_path):
+    generator = random.Random(0)
+    rows = [
+        {
+            "id": str(i),
+            "audio": "",
+            "language": "en",
+            "duration_s": 0.0,
+            "text": "",
+            "units": generator.choices(range(60), k=i % 7),
+        }
+        for i in range(2500)
+    ]
+    for shard in range(2):
+        records.write_units(tmp_path / f"{records.shard_name(shard, 2)}.parquet", rows[shard::2])
+    texts = [units.to_text(row["units"], 990000) for row in records.read_units(tmp_path)]
+    assert list(records.read_unit_texts(tmp_path, 60, offset=990000)) == texts
+    with pytest.raises(UserError) as wanted:
+        list(records.read_units(tmp_path, 59))
+    with pytest.raises(UserError) as got:
+        list(records.read_unit_texts(tmp_path, 59))
+    assert str(got.value) == str(wanted.value) and "unit id 59" in str(got.value)
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
