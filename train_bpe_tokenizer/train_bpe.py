@@ -3,15 +3,17 @@
 Usage: python train_bpe_tokenizer/train_bpe.py --units units/spgispeech units/mls --num_units 5000 --vocab_size 8000 \\
            --output_dir units_bpe/
 
-Reads units Parquet (folders or files) or .km text files (ids separated by spaces, an utterance a line; repeats already
-collapsed). Writes units_bpe.model (SentencePiece over units as private-use characters), units_bpe.vocab (its pieces as
-unit ids) and units_bpe.json (num_units, offset, vocab_size, counts, the corpora's hashes).
+Reads units Parquet (folders or files) or .km text files (ids separated by spaces, an utterance a line). Writes
+units_bpe.model (SentencePiece over units as private-use characters), units_bpe.vocab (its pieces as unit ids),
+units_bpe.json (num_units, offset, vocab_size, counts, the corpora's hashes), and compression.csv and .png: units a
+token on held-out utterances, for this vocabulary and for smaller ones, by which to choose its size.
 
 The corpus is streamed; what SentencePiece sees is a random sample of whole utterances, at most --max_units units, for
 which it takes about 93 bytes a unit. Every id below --num_units is a piece, whether the sample has it or not. Merges
 are at most 16 units long, SentencePiece's default.
 """
 
+import csv
 import heapq
 import json
 import random
@@ -20,80 +22,130 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.stage import UserError, check_exists, quiet, run, stage
+from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, read_json, run, stage
 
 MAX_SENTENCE_BYTES = 2**31 - 1  # SentencePiece's own limit on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
 NORMAL = 1  # SentencePiece's type of a piece that is no <unk>
+MAX_HELD_OUT = 500_000  # units: more would not make the report any better
+SMALLER = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the merges whose compression is reported
 
 
 # --- The corpus -----------------------------------------------------------------------------------
-def read_km(path: Path, num_units: int) -> Iterator[list[int]]:
-    """Stream the utterances of a .km file.
+def check_one_kmeans(paths: list[Path]) -> None:
+    """Raise UserError if units folders were labelled with different k-means: their ids mean different things."""
+    found = {}
+    for path in paths:
+        for info in sorted(path.glob(f"*{RUN_INFO}")) if path.is_dir() else ():
+            labelled = read_json(info, "label the audio anew").get("inputs", {}).get("kmeans")
+            if labelled:
+                found.setdefault(labelled[0], path)
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"{one} and {other} were labelled with different k-means: their unit ids mean different sounds",
+            "label all corpora with the same one (speech_units/label_audio.py)",
+        )
+
+
+def read_km(path: Path, num_units: int) -> Iterator[str]:
+    """Stream the utterances of a .km file as private-use text.
 
     Raises:
         UserError: A line is not a list of unit ids below ``num_units``; names file and line.
     """
     check_exists(path, "check --units")
+    chars = {str(unit).encode(): char for unit, char in enumerate(dsu.to_text(range(num_units)))}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            words = line.split()
             try:
-                units = [int(word) for word in line.split()]
-            except ValueError:
-                raise UserError(
-                    f"{path}:{number}: not unit ids separated by spaces: {line[:40]!r}",
-                    "name .km text files or units Parquet",
-                ) from None
-            dsu.check_range(units, num_units, f"{path}:{number}")
-            yield units
+                yield "".join([chars[word] for word in words])  # a look-up: three times as fast as int and chr
+            except KeyError:
+                try:
+                    units = [int(word) for word in words]
+                except ValueError:
+                    raise UserError(
+                        f"{path}:{number}: not unit ids separated by spaces: {line[:40]!r}",
+                        "name .km text files or units Parquet",
+                    ) from None
+                dsu.check_range(units, num_units, f"{path}:{number}")
+                yield dsu.to_text(units)  # written with leading zeros, say
 
 
-def read_corpus(paths: list[Path], num_units: int) -> Iterator[list[int]]:
-    """Stream the utterances of units folders, Parquet files and .km files, as unit ids."""
-    from towerspeech.records import read_units
+def read_corpus(paths: list[Path], num_units: int, collapse: bool) -> Iterator[str]:
+    """Stream the utterances of units folders, Parquet files and .km files, as private-use text."""
+    from towerspeech.records import read_unit_texts
 
     for path in paths:
-        if path.is_file() and path.suffix != ".parquet":
-            yield from read_km(path, num_units)
-        else:
-            yield from (row["units"] for row in read_units(path, num_units))
+        is_km = path.is_file() and path.suffix != ".parquet"
+        for text in read_km(path, num_units) if is_km else read_unit_texts(path, num_units):
+            yield "".join(dsu.collapse(text)) if collapse else text
 
 
 class Sample:
-    """A uniform sample of utterances that keeps a budget of units.
+    """Of utterances that come with random keys, those with the lowest, as many as fit into a budget of units.
 
-    Each utterance draws a random key; kept are those with the lowest keys, as many as fit into the budget. So it does
-    not depend on the corpus size, which is not known beforehand, and memory is that of the sample.
+    Their number need not be known beforehand, and memory is that of the sample.
     """
 
-    def __init__(self, max_units: int, seed: int):
+    def __init__(self, max_units: int):
         self.max_units, self.units = max_units, 0
-        self._random = random.Random(seed)
         self._heap: list[tuple[float, int, str]] = []  # (-key, -position, text): the highest key on top
         self._border = 2.0  # keys from here on no longer fit
-        self.seen = {"utterances": 0, "empty_utterances": 0, "units": 0}
 
-    def add(self, units: list[int]) -> None:
-        """Show the sample one utterance."""
-        key = self._random.random()
-        self.seen["utterances"] += 1
-        self.seen["units"] += len(units)
-        self.seen["empty_utterances"] += not units
-        if not units or key >= self._border:
-            return
-        heapq.heappush(self._heap, (-key, -self.seen["utterances"], dsu.to_text(units)))
-        self.units += len(units)
-        while self.units > self.max_units:
+    def add(self, key: float, position: int, text: str) -> None:
+        """Show the sample one utterance, of key 0..1."""
+        if 0 < len(text) <= self.max_units and key < self._border:  # one that never fits must not push others out
+            heapq.heappush(self._heap, (-key, -position, text))
+            self.units += len(text)
+            self.shrink(self.max_units)
+
+    def shrink(self, max_units: int) -> None:
+        """Give up the highest keys until the budget is kept."""
+        while self.units > max_units:
             key, _, text = heapq.heappop(self._heap)
             self.units -= len(text)
             self._border = -key
 
-    def texts(self) -> list[str]:
-        """The sampled utterances as private-use text, in the order of the corpus."""
-        return [text for _, text in sorted((-position, text) for _, position, text in self._heap)]
+    def texts(self) -> dict[int, str]:
+        """The sampled utterances by position, in the order of the corpus."""
+        return dict(sorted((-position, text) for _, position, text in self._heap))
+
+
+def draw(corpus: Iterator[str], max_units: int, share: float, seed: int) -> tuple[list[str], list[str], dict]:
+    """Draw utterances to train on and others to measure on: the lowest and the highest of random keys.
+
+    Returns:
+        Training texts (at most ``max_units`` units), held-out texts (that share of the corpus and of ``max_units``, at
+        most; none from a corpus that is too small for that), and counts of what was read.
+    """
+    from tqdm import tqdm
+
+    generator = random.Random(seed)
+    sample, held_out = Sample(max_units), Sample(min(int(max_units * share), MAX_HELD_OUT))
+    seen = {"utterances": 0, "empty_utterances": 0, "units": 0}
+    for text in tqdm(corpus, unit=" utterances", desc="reading", mininterval=1):
+        key = generator.random()
+        sample.add(key, seen["utterances"], text)
+        held_out.add(1 - key, seen["utterances"], text)
+        seen["utterances"] += 1
+        seen["units"] += len(text)
+        seen["empty_utterances"] += not text
+    held_out.shrink(int(seen["units"] * share))
+    held = held_out.texts()
+    return [text for position, text in sample.texts().items() if position not in held], list(held.values()), seen
 
 
 # --- Training -------------------------------------------------------------------------------------
+def count_characters(texts: list[str]) -> int:
+    """Number of different units in some texts."""
+    import numpy as np
+
+    units = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4") - dsu.OFFSET
+    return int(np.count_nonzero(np.bincount(units)))
+
+
 def train_sentencepiece(texts: list[str], num_merges: int, log: Path):
     """Train SentencePiece BPE; returns its proto: <unk>, at most ``num_merges`` merges, the texts' characters.
 
@@ -111,7 +163,7 @@ def train_sentencepiece(texts: list[str], num_merges: int, log: Path):
             sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
-            vocab_size=1 + num_merges + len(set().union(*texts)),  # 1: it needs an <unk>
+            vocab_size=1 + num_merges + count_characters(texts),  # 1: it needs an <unk>
             character_coverage=1.0,
             # Longer lines would be dropped with no more than a line in the log.
             max_sentence_length=UTF8_BYTES * max(map(len, texts)) + 1,
@@ -158,12 +210,52 @@ def complete(proto, num_units: int, vocab_size: int):
     return proto
 
 
+# --- The report -----------------------------------------------------------------------------------
+def compression(proto, num_units: int, texts: list[str]) -> list[dict]:
+    """Units a token on some texts, of a completed proto and of what it was after fewer merges.
+
+    BPE learns its merges one after another, so its first k are the BPE with k merges.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    most = len(proto.pieces) - 1 - num_units
+    num_read = sum(map(len, texts))
+    rows = []
+    for merges in sorted({round(most * share) for share in SMALLER}):
+        smaller = type(proto)()
+        smaller.CopyFrom(proto)
+        del smaller.pieces[1 + merges : 1 + most]
+        encoder = SentencePieceProcessor(model_proto=smaller.SerializeToString())
+        tokens = sum(map(len, encoder.encode(texts)))
+        row = {"vocab_size": num_units + merges, "merges": merges, "units": num_read, "tokens": tokens}
+        rows.append({**row, "units_per_token": round(num_read / tokens, 4)})
+    return rows
+
+
+def draw_compression(rows: list[dict], measured_on: str, path: Path) -> None:
+    """Plot ``compression``'s rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot([row["vocab_size"] for row in rows], [row["units_per_token"] for row in rows], marker="o")
+    axes.set(xlabel="vocabulary (units and merges)", ylabel="units a token", title=f"Measured on {measured_on}")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})  # the same bytes from every version
+    plt.close(figure)
+
+
+# --- The stage ------------------------------------------------------------------------------------
 def train_bpe(
     units: list[Path],
     num_units: int,
     output_dir: Path,
     vocab_size: int = 8000,
     max_units: int = 20_000_000,
+    held_out: float = 0.01,
+    collapse: bool = False,
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
@@ -175,6 +267,9 @@ def train_bpe(
         output_dir: New folder.
         vocab_size: Units and merges together; equal to num_units for no merges.
         max_units: Units to train on, sampled from the whole corpus by utterance.
+        held_out: Share of the corpus, and at most of max_units, that is kept from training, to report compression on;
+            0: report on some of the training utterances.
+        collapse: Drop consecutive repeats. label_audio.py has done it already; .km files may hold one id a frame.
         seed: Of the sample.
         overwrite: Replace the output of a run with other arguments.
     """
@@ -186,16 +281,15 @@ def train_bpe(
             f"--vocab_size {vocab_size} is smaller than --num_units {num_units}: every unit is a piece",
             f"give at least {num_units}, which means no merges",
         )
+    if max_units < 1:
+        raise UserError(f"--max_units {max_units} is not positive", "20000000 takes 2 GB")
+    if not 0 <= held_out < 1:
+        raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
+    check_one_kmeans(units)
     with stage(output_dir, arguments, inputs=["units"]) as job:
         if job.done:
             return
-        from sentencepiece import SentencePieceProcessor
-        from tqdm import tqdm
-
-        sample = Sample(max_units, seed)
-        for utterance in tqdm(read_corpus(units, num_units), unit=" utterances", desc="reading", mininterval=1):
-            sample.add(utterance)
-        seen, texts = sample.seen, sample.texts()
+        texts, apart, seen = draw(read_corpus(units, num_units, collapse), max_units, held_out, seed)
         if not seen["units"]:
             raise UserError(
                 f"{', '.join(map(str, units))}: no units in {seen['utterances']} utterances", "check --units"
@@ -205,23 +299,30 @@ def train_bpe(
         if len(max(texts, key=len)) * UTF8_BYTES >= MAX_SENTENCE_BYTES:
             raise UserError(f"an utterance of {len(max(texts, key=len)):,} units is too long", "cut it by the hour")
 
-        print(
-            f"training on {sample.units:,} of {seen['units']:,} units ({sample.units / seen['units']:.1%})", flush=True
-        )
+        sampled = sum(map(len, texts))
+        print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
         proto = train_sentencepiece(texts, vocab_size - num_units, output_dir / "sentencepiece.log")
-        model = complete(proto, num_units, vocab_size).SerializeToString(deterministic=True)
-        encoder = SentencePieceProcessor(model_proto=model)
-        num_tokens = sum(len(encoder.encode(text)) for text in tqdm(texts, unit=" utterances", desc="encoding"))
+        complete(proto, num_units, vocab_size)
+        measured_on = f"{len(apart):,} held-out utterances" if apart else "training utterances (none are held out)"
+        rows = compression(proto, num_units, apart or texts[: MAX_HELD_OUT // 100])
         counts = {
             **seen,
             "sampled_utterances": len(texts),
-            "sampled_units": sample.units,
-            "share_sampled": round(sample.units / seen["units"], 6),
+            "sampled_units": sampled,
+            "share_sampled": round(sampled / seen["units"], 6),
+            "held_out_utterances": len(apart),
             "merges": vocab_size - num_units,
-            "units_per_token": round(sample.units / num_tokens, 4),  # on the sample
+            "units_per_token": rows[-1]["units_per_token"],
+            "measured_on": measured_on,
         }
+        with job.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        with job.publish("compression.png") as path:
+            draw_compression(rows, measured_on, path)
         with job.publish("units_bpe.model") as path:
-            path.write_bytes(model)
+            path.write_bytes(proto.SerializeToString(deterministic=True))
         with job.publish("units_bpe.vocab") as path, open(path, "w", encoding="utf-8") as file:
             for piece in proto.pieces[1:]:
                 file.write(f"{' '.join(map(str, dsu.from_text(piece.piece, num_units)))}\t{piece.score:g}\n")
@@ -230,10 +331,10 @@ def train_bpe(
             facts["corpora_sha256"] = job.plan["inputs"]["units"]
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         job.counts.update(counts)
-        print(
-            f"{num_units:,} units + {counts['merges']:,} merges, {counts['units_per_token']} units a token: "
-            f"{output_dir}"
-        )
+        print(f"units a token on {measured_on}:")
+        for row in rows:
+            print(f"  vocabulary {row['vocab_size']:>7,} ({row['merges']:>6,} merges): {row['units_per_token']:.3f}")
+        print(f"{num_units:,} units + {counts['merges']:,} merges: {output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """train_bpe.py against a plain SentencePiece call and plain loops."""
 
+import csv
 import io
 import json
 import random
@@ -12,7 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from towerspeech import units as dsu
 from towerspeech.stage import UserError
-from train_bpe_tokenizer.train_bpe import Sample, train_bpe
+from train_bpe_tokenizer.train_bpe import Sample, draw, train_bpe
 
 NUM_UNITS = 50
 
@@ -40,37 +41,70 @@ def pieces(folder):
     return [loaded.id_to_piece(index) for index in range(1, loaded.get_piece_size())]
 
 
-def test_equals_plain_sentencepiece(tmp_path):
-    utterances = corpus()
-    train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=90)
-    plain = io.BytesIO()
+def plain_sentencepiece(texts, vocab_size):
+    model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter([dsu.to_text(units) for units in utterances]),
-        model_writer=plain,
+        sentence_iterator=iter(texts),
+        model_writer=model,
         model_type="bpe",
-        vocab_size=93,  # and <unk>, <s>, </s>
+        vocab_size=vocab_size + 3,  # and <unk>, <s>, </s>
         character_coverage=1.0,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         minloglevel=2,
     )
-    loaded = SentencePieceProcessor(model_proto=plain.getvalue())
-    wanted = [loaded.id_to_piece(index) for index in range(3, 93)]
+    return SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def test_equals_plain_sentencepiece(tmp_path):
+    utterances = corpus(800)
+    train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=90)
+    texts, held_out, _ = draw(map(dsu.to_text, utterances), 20_000_000, 0.01, 0)
+    plain = plain_sentencepiece(texts, 90)
+    wanted = [plain.id_to_piece(index) for index in range(3, 93)]
     assert pieces(tmp_path / "out") == [*wanted[:40], *dsu.to_text(range(NUM_UNITS))]
     assert sorted(wanted) == sorted(pieces(tmp_path / "out"))
     ours = SentencePieceProcessor(model_file=str(tmp_path / "out/units_bpe.model"))
-    for units in corpus(50, seed=1):
-        text = dsu.to_text(units)
-        assert ours.encode(text, out_type=str) == loaded.encode(text, out_type=str)
+    for text in held_out:
+        assert ours.encode(text, out_type=str) == plain.encode(text, out_type=str)
     facts = json.loads((tmp_path / "out/units_bpe.json").read_text())
-    tokens = sum(len(loaded.encode(dsu.to_text(units))) for units in utterances)
-    total = sum(map(len, utterances))
-    assert facts["counts"]["units_per_token"] == round(total / tokens, 4) > 1.2
-    assert facts["counts"]["units"] == facts["counts"]["sampled_units"] == total
+    counts = facts["counts"]
     assert (facts["num_units"], facts["offset"], facts["vocab_size"]) == (NUM_UNITS, dsu.OFFSET, 90)
+    assert counts["units"] == sum(map(len, utterances))
+    assert counts["sampled_units"] == counts["units"] - sum(map(len, held_out))
+    assert (counts["held_out_utterances"], counts["measured_on"]) == (
+        len(held_out),
+        f"{len(held_out)} held-out utterances",
+    )
     listed = (tmp_path / "out/units_bpe.vocab").read_text().splitlines()
     ids = [dsu.to_text(map(int, line.split("\t")[0].split())) for line in listed]
     assert ids == pieces(tmp_path / "out")
+
+
+def test_compression_is_that_of_vocabularies_trained_by_themselves(tmp_path):
+    utterances = corpus(800)
+    train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=98)
+    texts, held_out, _ = draw(map(dsu.to_text, utterances), 20_000_000, 0.01, 0)
+    with open(tmp_path / "out/compression.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["vocab_size"]) for row in rows] == [50, 53, 56, 62, 74, 86, 98]
+    for row in rows[1:]:
+        plain = plain_sentencepiece(texts, int(row["vocab_size"]))
+        tokens = sum(len(plain.encode(text)) for text in held_out)
+        assert (int(row["tokens"]), int(row["units"])) == (tokens, sum(map(len, held_out)))
+        assert float(row["units_per_token"]) == round(sum(map(len, held_out)) / tokens, 4) > 1
+    assert float(rows[0]["units_per_token"]) == 1
+    assert (tmp_path / "out/compression.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_utterances_are_a_hundredth_and_not_trained_on():
+    utterances = [dsu.to_text(units) for units in corpus(2000)]
+    texts, held_out, seen = draw(utterances, 20_000_000, 0.01, 0)
+    assert sorted([*texts, *held_out]) == sorted(utterances)
+    assert 0.009 < sum(map(len, held_out)) / seen["units"] <= 0.01
+    texts, held_out, _ = draw(utterances, 10_000, 0.01, 0)  # a sample: what is measured on is smaller too
+    assert sum(map(len, texts)) <= 10_000 and 50 < sum(map(len, held_out)) <= 100
+    assert draw(utterances[:20], 20_000_000, 0.01, 0)[:2] == (utterances[:20], [])
 
 
 def test_parquet_and_km_give_the_same(tmp_path, make_units):
@@ -105,31 +139,38 @@ def test_long_utterances_are_not_skipped(tmp_path):
 
 def test_sample_is_the_longest_prefix_of_a_shuffle_that_fits():
     for seed in range(30):
-        utterances = corpus(40, seed)
-        sample = Sample(400, seed)
-        for units in utterances:
-            sample.add(units)
+        texts = [dsu.to_text(units) for units in corpus(40, seed)]
         generator = random.Random(seed)
-        keys = [generator.random() for _ in utterances]
+        keys = [generator.random() for _ in texts]
+        sample = Sample(400)
+        for position, (key, text) in enumerate(zip(keys, texts, strict=True)):
+            sample.add(key, position, text)
         total, wanted = 0, []
-        for index in sorted(range(len(utterances)), key=keys.__getitem__):
-            total += len(utterances[index])
+        for index in sorted(range(len(texts)), key=keys.__getitem__):
+            total += len(texts[index])
             if total > 400:
                 break
             wanted.append(index)
-        assert sample.texts() == [dsu.to_text(utterances[index]) for index in sorted(wanted)]
-        assert sample.units == sum(len(utterances[index]) for index in wanted) <= 400
+        assert list(sample.texts().items()) == [(index, texts[index]) for index in sorted(wanted)]
+        assert sample.units == sum(len(texts[index]) for index in wanted) <= 400
 
 
-def test_sample_is_uniform():
+def test_draw_is_uniform():
+    texts = [dsu.to_text([index] * 10) for index in range(20)]
     counts = [0] * 20
     for seed in range(2000):
-        sample = Sample(50, seed)
-        for index in range(20):
-            sample.add([index] * 10)
-        for text in sample.texts():
+        for text in draw(texts, 50, 0.01, seed)[0]:
             counts[ord(text[0]) - dsu.OFFSET] += 1
     assert all(420 < count < 580 for count in counts)  # 500 each, standard deviation 19
+
+
+def test_repeats_are_collapsed_on_request(tmp_path):
+    frames = [[unit for unit in units for _ in range(3)] for units in corpus()]
+    frames_km, units_km = write_km(tmp_path / "frames.km", frames), write_km(tmp_path / "units.km", corpus())
+    train_bpe([frames_km], NUM_UNITS, tmp_path / "frames", vocab_size=80, collapse=True)
+    train_bpe([units_km], NUM_UNITS, tmp_path / "units", vocab_size=80)
+    one, two = ((tmp_path / name / "units_bpe.model").read_bytes() for name in ("frames", "units"))
+    assert one == two
 
 
 def test_same_seed_same_bytes_and_done_again(tmp_path, capsys):
@@ -158,6 +199,7 @@ def test_same_seed_same_bytes_and_done_again(tmp_path, capsys):
         ("1 2\n3 x 4\n", {}, r"a.km:2: not unit ids"),
         ("1 2\n", {"vocab_size": 49}, "--vocab_size 49 is smaller than --num_units 50"),
         ("1 2 1 2\n", {"vocab_size": 80}, r"50 units and 4 merges\n.*--vocab_size 54"),
+        ("1 2 3 4\n", {"held_out": 1.5}, "--held_out 1.5 is no share"),
         ("1 2 3 4\n", {"max_units": 3}, "--max_units 3 is less than one utterance"),
     ],
 )
@@ -168,6 +210,24 @@ def test_bad_input(tmp_path, content, options, message):
     with pytest.raises(UserError, match=message):
         train_bpe([path], NUM_UNITS, tmp_path / "out", **{"vocab_size": 50, **options})
     assert not list((tmp_path / "out").glob("units_bpe*")) and not (tmp_path / "out/run_info.json").exists()
+
+
+def test_leading_zeros_are_read(tmp_path):
+    train_bpe([write_km(tmp_path / "a.km", [[1, 2, 1, 2]])], NUM_UNITS, tmp_path / "one", vocab_size=51)
+    (tmp_path / "b.km").write_text("01 002 1\t2\r\n")
+    train_bpe([tmp_path / "b.km"], NUM_UNITS, tmp_path / "two", vocab_size=51)
+    assert (tmp_path / "one/units_bpe.model").read_bytes() == (tmp_path / "two/units_bpe.model").read_bytes()
+
+
+def test_units_of_two_kmeans_are_refused(tmp_path, make_units):
+    folders = [make_units(tmp_path / name, 20) for name in ("a", "b")]
+    for folder, kmeans in zip(folders, ("1", "2"), strict=True):
+        (folder / "units-00000-of-00001.run_info.json").write_text(
+            json.dumps({"inputs": {"kmeans": [kmeans]}, "outputs": {}})
+        )
+    with pytest.raises(UserError, match="a and .*b were labelled with different k-means"):
+        train_bpe(folders, NUM_UNITS, tmp_path / "out", vocab_size=50)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_num_units_and_parquet(tmp_path, make_units):
