@@ -2,25 +2,30 @@
 
 Usage: python train_bpe_tokenizer/merge_tokenizer.py --base Llama-2-7b/ --units_bpe units_bpe/ --output_dir tokenizer/
 
-Reads the base's tokenizer.model (SentencePiece BPE with byte fallback: Llama-2, Tower, TinyLlama, Mistral v1) and the
-folder that train_bpe.py wrote. Writes a Hugging Face folder (tokenizer.model, tokenizer.json, tokenizer_config.json,
-chat_template.jinja) and speech_units.json. New ids follow the base's, in SpireLM's order: <CLS> <EOD> <MASK> <PAD>
-<SEP>, the units 0..N-1, their merges, <|im_end|> <|im_start|>. Nothing is written before the result has been compared
-with the base tokenizer, and its two forms (SentencePiece's and Hugging Face's) with each other.
+Reads the base's tokenizer.model (SentencePiece BPE with byte fallback: Llama-2, Tower, TinyLlama, Mistral v1), or, if
+it has none, its tokenizer.json (byte-level BPE: Llama-3, Qwen, SmolLM2; see byte_level.py); and the folder that
+train_bpe.py wrote. Writes a Hugging Face folder (tokenizer.model where the base has one, tokenizer.json,
+tokenizer_config.json, chat_template.jinja) and speech_units.json. New ids follow the base's, in SpireLM's order: <CLS>
+<EOD> <MASK> <PAD> <SEP>, the units 0..N-1, their merges, <|im_end|> <|im_start|>. Nothing is written before the result
+has been compared with the base tokenizer and with the unit BPE.
 
-One difference between the two forms is Hugging Face's own, in the base as well: before a text that begins with a
+One difference between SentencePiece and Hugging Face is theirs, in the base as well: before a text that begins with a
 space SentencePiece puts a second one, LlamaTokenizer does not. And special tokens spelt out in a text are special
 tokens to Hugging Face, plain characters to SentencePiece.
 """
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import byte_level  # beside this script
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.stage import UserError, check_exists, hash_file, run, stage
+from towerspeech.stage import UserError, check_exists, hash_file, read_json, run, stage
 
 NORMAL, CONTROL = 1, 3  # SentencePiece's types of pieces
 BPE = 2  # SentencePiece's type of model
@@ -54,56 +59,42 @@ def read_proto(path: Path):
     return proto
 
 
-def base_model_file(base: Path) -> Path:
-    """The tokenizer.model of a base folder.
+def base_files(base: Path) -> list[Path]:
+    """The files of a base folder that are read, the one with the vocabulary first.
 
     Raises:
-        UserError: There is none, as in the folders of byte-level tokenizers (Llama-3, Qwen, SmolLM2).
+        UserError: It holds neither tokenizer.model nor tokenizer.json.
     """
-    check_exists(base, "name a folder that holds a tokenizer.model")
-    path = base / "tokenizer.model"
-    if not path.is_file():
-        byte_level = (base / "tokenizer.json").is_file()
+    check_exists(base, "name a folder that holds a tokenizer.model or a tokenizer.json")
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    found = [base / name for name in names if (base / name).is_file()]
+    if not found or found[0].name not in names[:2]:
         raise UserError(
-            f"{base} holds no tokenizer.model"
-            + (": its tokenizer.json alone, a byte-level BPE perhaps, cannot be extended" if byte_level else ""),
-            "name the folder of a model with a SentencePiece BPE, such as Llama-2, Tower, TinyLlama or Mistral v1",
+            f"{base} holds no tokenizer.model and no tokenizer.json", "name the folder of a model with its tokenizer"
         )
-    return path
+    return found
 
 
-def check_base(base: Path, proto) -> None:
-    """Raise UserError if this script cannot extend the base, or if somebody has extended it already."""
-    path = base_model_file(base)
-    known = "use a Llama-2-like tokenizer: SentencePiece BPE, byte fallback, identity normalization"
-    if proto.trainer_spec.model_type != BPE:
-        raise UserError(f"{path} is no BPE model", known)
-    if not proto.trainer_spec.byte_fallback:
-        raise UserError(f"{path} has no byte fallback", known)
-    if proto.normalizer_spec.precompiled_charsmap or proto.normalizer_spec.remove_extra_whitespaces:
-        raise UserError(f"{path} normalizes text, which LlamaTokenizer does not do", known)
-    pieces = [piece.piece for piece in proto.pieces]
-    wanted = {*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS}
-    added = [piece for piece in pieces if piece in wanted or any(ord(char) >= dsu.OFFSET for char in piece)]
-    if (base / METADATA).is_file() or added:
-        raise UserError(
-            f"{base} already has " + (f"{added[0]!r}" if added else "speech units"), "start from the base as published"
-        )
-    if (base / "tokenizer.json").is_file():
-        try:
-            saved = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{base}/tokenizer.json: not JSON ({error})", "copy it anew") from None
-        beyond = [token["content"] for token in saved.get("added_tokens", []) if token["id"] >= len(pieces)]
-        if beyond:
-            raise UserError(
-                f"{base}/tokenizer.json adds {beyond[0]!r} beyond tokenizer.model, where the units would go",
-                "start from the base model as published, before it was tuned",
-            )
+class UnitBpe(NamedTuple):
+    """What train_bpe.py made."""
+
+    proto: Any  # SentencePiece's model
+    num_units: int
+    merges: list[str]  # as private-use text, in the order in which they were learned
+    corpora_sha256: list[str]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """SentencePiece's tokens of unit lines: units are numbered 0..num_units-1, merges go on from there."""
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = [*dsu.to_text(range(self.num_units)), *self.merges]
+        numbers = {piece: number for number, piece in enumerate(pieces)}
+        encoded = SentencePieceProcessor(model_proto=self.proto.SerializeToString()).encode(texts, out_type=str)
+        return [[numbers[piece] for piece in line] for line in encoded]
 
 
-def read_units_bpe(folder: Path) -> tuple[dict, list[str]]:
-    """Read the unit BPE: units_bpe.json, and the merges in order, as private-use text.
+def read_units_bpe(folder: Path) -> UnitBpe:
+    """Read units_bpe.json and units_bpe.model.
 
     Raises:
         UserError: The folder is not finished, or its model does not hold exactly the units that it claims.
@@ -113,17 +104,56 @@ def read_units_bpe(folder: Path) -> tuple[dict, list[str]]:
     check_exists(folder, remedy)
     check_exists(path, remedy)
     check_exists(folder / "units_bpe.model", remedy)
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = read_json(path, remedy, ["num_units", "corpora_sha256"])
     num_units = facts["num_units"]
     proto = read_proto(folder / "units_bpe.model")
     pieces = [piece.piece for piece in proto.pieces if piece.type == NORMAL]
     alphabet = set(dsu.to_text(range(num_units)))
     if {piece for piece in pieces if len(piece) == 1} != alphabet or not alphabet.issuperset("".join(pieces)):
         raise UserError(f"{folder}/units_bpe.model does not hold the {num_units} units of units_bpe.json", remedy)
-    return facts, [piece for piece in pieces if len(piece) > 1]
+    return UnitBpe(proto, num_units, [piece for piece in pieces if len(piece) > 1], facts["corpora_sha256"])
 
 
-# --- Building -------------------------------------------------------------------------------------
+class Merged(NamedTuple):
+    """What a builder made of a base, and what to compare it with."""
+
+    fast: Any  # the Hugging Face tokenizer, as loaded from the new folder
+    tokens: list[str]  # all of them, in the order of their ids
+    base_tokens: list[str]
+    surfaces: list[str]  # the texts that the base's tokens stand for
+    base_encode: Callable[[list[str]], list[list[int]]]  # of text alone, by the base, without BOS
+    encode: Callable[[list[str]], list[list[int]]]  # of text and units, without BOS and without ``fast``
+    decoders: tuple[Callable[[list[list[int]]], list[str]], ...]
+    start: list[int]  # what the base puts before every text,
+    end: list[int]  # and after it
+    byte_pieces: int = 0
+
+
+# --- A SentencePiece base -------------------------------------------------------------------------
+def check_sentencepiece(base: Path, proto, wanted: Sequence[str]) -> None:
+    """Raise UserError if units cannot be added to a SentencePiece base, or if somebody has added them already."""
+    path = base / "tokenizer.model"
+    known = "use a Llama-2-like tokenizer: SentencePiece BPE, byte fallback, identity normalization"
+    if proto.trainer_spec.model_type != BPE:
+        raise UserError(f"{path} is no BPE model", known)
+    if not proto.trainer_spec.byte_fallback:
+        raise UserError(f"{path} has no byte fallback", known)
+    if proto.normalizer_spec.precompiled_charsmap or proto.normalizer_spec.remove_extra_whitespaces:
+        raise UserError(f"{path} normalizes text, which LlamaTokenizer does not do", known)
+    pieces = [piece.piece for piece in proto.pieces]
+    added = [piece for piece in pieces if piece in wanted or any(ord(char) >= dsu.OFFSET for char in piece)]
+    if added:
+        raise UserError(f"{base} already has {added[0]!r}", byte_level.AS_PUBLISHED)
+    if (base / "tokenizer.json").is_file():
+        saved = read_json(base / "tokenizer.json", "copy it anew")
+        beyond = [token["content"] for token in saved.get("added_tokens", []) if token["id"] >= len(pieces)]
+        if beyond:
+            raise UserError(
+                f"{base}/tokenizer.json adds {beyond[0]!r} beyond tokenizer.model, where the units would go",
+                "start from the base model as published, before it was tuned",
+            )
+
+
 def extend_proto(proto, new_pieces: Sequence[str]):
     """Append pieces to a copy of the base's proto: specials as control pieces, units and merges as normal ones.
 
@@ -158,36 +188,118 @@ def bpe_merges(proto) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in merges]
 
 
-def save_fast(proto, folder: Path):
+def own_settings(base: Path) -> tuple[str | None, str | None]:
+    """The padding token and the chat template of a base's Hugging Face files, if it has them."""
+    settings, template = base / "tokenizer_config.json", base / "chat_template.jinja"
+    found = read_json(settings, "copy it anew") if settings.is_file() else {}
+    pad = found.get("pad_token")
+    own = template.read_text(encoding="utf-8") if template.is_file() else found.get("chat_template")
+    return pad["content"] if isinstance(pad, dict) else pad, own
+
+
+def save_fast(proto, folder: Path, pad: str | None, chat_template: str | None):
     """Write the Hugging Face files of a SentencePiece BPE; returns the tokenizer as loaded from them."""
     from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
     spec = proto.trainer_spec
     controls = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
     named = {"unk_token": spec.unk_piece, "bos_token": spec.bos_piece, "eos_token": spec.eos_piece}
+    if pad in {piece.piece for piece in proto.pieces}:
+        named["pad_token"] = pad
     fast = LlamaTokenizer(
         vocab={piece.piece: index for index, piece in enumerate(proto.pieces)},
         merges=bpe_merges(proto),
         **named,
-        pad_token=prompts.PAD,
         extra_special_tokens=[
-            AddedToken(token, normalized=False, special=True)
-            for token in controls
-            if token not in {*named.values(), prompts.PAD}
+            AddedToken(token, normalized=False, special=True) for token in controls if token not in named.values()
         ],
         add_prefix_space=proto.normalizer_spec.add_dummy_prefix,
         add_bos_token=True,  # the Llama family was pretrained with it, and transformers 5 no longer adds it by itself
         legacy=False,  # no stray space after a special token
-        chat_template=prompts.CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
     fast.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def merge_sentencepiece(base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat: bool) -> Merged:
+    """Extend a base with a tokenizer.model; ``prove`` compares Hugging Face's form with SentencePiece's."""
+    from sentencepiece import SentencePieceProcessor
+
+    chat_tokens = prompts.CHAT_TOKENS if chat else ()
+    base_proto = read_proto(base / "tokenizer.model")
+    check_sentencepiece(base, base_proto, [*specials, *chat_tokens])
+    proto = extend_proto(
+        base_proto, [*specials, *dsu.to_text(range(units_bpe.num_units)), *units_bpe.merges, *chat_tokens]
+    )
+    pad, template = own_settings(base)
+    fast = save_fast(
+        proto, folder, prompts.PAD if prompts.PAD in specials else pad, prompts.CHAT_TEMPLATE if chat else template
+    )
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString(deterministic=True))
+    own = SentencePieceProcessor(model_proto=base_proto.SerializeToString())
+    slow = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    return Merged(
+        fast=fast,
+        tokens=[piece.piece for piece in proto.pieces],
+        base_tokens=[piece.piece for piece in base_proto.pieces],
+        surfaces=[own.decode([index]) for index in range(own.get_piece_size())],
+        base_encode=own.encode,
+        encode=slow.encode,
+        decoders=(fast.batch_decode, slow.decode),
+        start=[fast.bos_token_id],
+        end=[],
+    )
+
+
+# --- A byte-level base ----------------------------------------------------------------------------
+def merge_byte_level(base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat: bool) -> Merged:
+    """Extend a base with a tokenizer.json alone; ``prove`` compares with the base on text, the unit BPE on units."""
+    chat_tokens = prompts.CHAT_TOKENS if chat else ()
+    own, rebuilt = byte_level.load_base(base)
+    saved, vocabulary = json.loads(own.backend_tokenizer.to_str()), own.get_vocab()
+    byte_level.check_base(base, saved, vocabulary, specials)
+    joins = bpe_merges(units_bpe.proto)
+    extended, byte_pieces = byte_level.extend(
+        saved, vocabulary, specials, units_bpe.num_units, units_bpe.merges, joins, chat_tokens
+    )
+    fast = byte_level.save(folder, base, own, extended, specials, chat, rebuilt)
+    first, run = len(vocabulary) + len(specials), dsu.to_text([0, units_bpe.num_units - 1])
+    runs = re.compile(f"([{run[0]}-{run[1]}]+)")
+
+    def base_encode(texts: list[str]) -> list[list[int]]:
+        return own(texts, add_special_tokens=False)["input_ids"]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        split = [runs.split(text) for text in texts]  # text, units, text, ...
+        plain = iter(base_encode([part for parts in split for part in parts[::2]]))
+        numbers = units_bpe.encode([part for parts in split for part in parts[1::2]])
+        spoken = iter([[first + number for number in line] for line in numbers])
+        return [
+            [index for position in range(len(parts)) for index in next(spoken if position % 2 else plain)]
+            for parts in split
+        ]
+
+    bare, whole = base_encode(["x"])[0], own("x")["input_ids"]
+    at = whole.index(bare[0])
+    tokens = extended["model"]["vocab"]
+    return Merged(
+        fast=fast,
+        tokens=sorted(tokens, key=tokens.get),
+        base_tokens=sorted(vocabulary, key=vocabulary.get),
+        surfaces=own.batch_decode([[index] for index in range(len(vocabulary))]),
+        base_encode=base_encode,
+        encode=encode,
+        decoders=(fast.batch_decode,),
+        start=whole[:at],
+        end=whole[at + len(bare) :],
+        byte_pieces=byte_pieces,
+    )
+
+
 # --- The proof ------------------------------------------------------------------------------------
-def probe_texts(base, num_units: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
-    """Texts to compare tokenizers on: plain text (with every base piece in it), unit lines, mixtures of both."""
-    surfaces = [base.decode([index]) for index in range(base.get_piece_size())]
+def probe_texts(surfaces: Sequence[str], units_bpe: UnitBpe, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
+    """Texts to compare tokenizers on: plain text (``surfaces`` in it), unit lines, mixtures of both."""
     plain = [
         *SENTENCES,
         *(prompts.mt_0_shot("en", "de", sentence) for sentence in SENTENCES),
@@ -195,14 +307,16 @@ def probe_texts(base, num_units: int, seed: int = 0) -> tuple[list[str], list[st
         "two  spaces,   three,\ttabs\t\tand\n\nlines ",
     ]
     generator = random.Random(seed)
-    lines = [dsu.to_text(range(num_units))] + [
-        dsu.to_text(generator.choices(range(num_units), k=generator.randint(1, 200))) for _ in range(200)
-    ]
+    units = dsu.to_text(range(units_bpe.num_units))
+    lines = [units]
+    for pieces in (units, [*units, *units_bpe.merges]):  # random units alone would hold few merges
+        lines += ["".join(generator.choices(pieces, k=generator.randint(1, 200))) for _ in range(200)]
     mixed = []
     for index, line in enumerate(lines):
         sentence = SENTENCES[index % len(SENTENCES)]
         mixed += [prompts.speech_document(line, sentence), prompts.asr(line), f"{sentence}{line}{sentence} {line}\n"]
-    return plain, lines, mixed
+        mixed.append(f"{sentence}  {line}'s {line}\n\n{line}!")  # where pre-tokenizers look beyond a border
+    return plain, [*lines, *units_bpe.merges], mixed
 
 
 def _same(texts: Sequence[str], got, wanted, what: str) -> None:
@@ -214,86 +328,108 @@ def _same(texts: Sequence[str], got, wanted, what: str) -> None:
             )
 
 
-def prove(base_proto, merged_proto, fast, num_units: int, first_unit: int) -> int:
-    """Compare the merged tokenizer with the base, and its two forms with each other; returns the number of texts.
+def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
+    """Compare the merged tokenizer with the base, with the unit BPE, and with a second way of encoding mixtures.
+
+    Returns:
+        The number of texts.
 
     Raises:
         UserError: They differ; names the text.
     """
-    from sentencepiece import SentencePieceProcessor
+    fast, tokens = merged.fast, merged.tokens
+    before = len(merged.base_tokens)
+    _same(["the vocabulary"], [tokens[:before]], [merged.base_tokens], "merged and base tokens")
+    _same(["the vocabulary"], [fast.convert_ids_to_tokens(range(len(fast)))], [tokens], "Hugging Face and merged ids")
 
-    base = SentencePieceProcessor(model_proto=base_proto.SerializeToString())
-    slow = SentencePieceProcessor(model_proto=merged_proto.SerializeToString())
-    vocabulary = fast.get_vocab()
-    pieces = [piece.piece for piece in merged_proto.pieces]
-    before = [piece.piece for piece in base_proto.pieces]
-    _same(["the vocabulary"], [pieces[: len(before)]], [before], "base and merged pieces")
-    _same(["the vocabulary"], [sorted(vocabulary, key=vocabulary.get)], [pieces], "Hugging Face and SentencePiece ids")
-
-    plain, lines, mixed = probe_texts(base, num_units)
-    _same(plain, slow.encode(plain), base.encode(plain), "merged and base tokenizer")
-    for texts in (plain, lines, mixed):
+    plain, lines, mixed = probe_texts(merged.surfaces, units_bpe)
+    for texts, wanted in ((plain, merged.base_encode(plain)), (lines, None), (mixed, None)):
         ids = fast(texts, add_special_tokens=False)["input_ids"]
-        _same(texts, ids, slow.encode(texts), "Hugging Face and SentencePiece ids")
-        wanted = [[fast.bos_token_id, *text_ids] for text_ids in ids]
-        _same(texts, fast(texts)["input_ids"], wanted, "ids with and without BOS")
-    for texts in (lines, mixed):
-        ids = slow.encode(texts)
-        _same(texts, fast.batch_decode(ids), texts, "decoded and encoded text")
-        _same(texts, slow.decode(ids), texts, "decoded and encoded text")
+        if wanted:
+            _same(texts, ids, wanted, "ids of the merged and the base tokenizer")
+        _same(texts, ids, merged.encode(texts), "ids of the merged tokenizer, encoded in two ways,")
+        whole = [[*merged.start, *text_ids, *merged.end] for text_ids in ids]
+        _same(texts, fast(texts)["input_ids"], whole, "ids with and without the base's BOS and EOS")
+        if texts is not plain:
+            for decode in merged.decoders:
+                _same(texts, decode(ids), texts, "decoded and encoded text")
 
-    start = slow.encode("x")  # a unit at the beginning of a text would have the word-start piece before it
-    after = [f"x{dsu.to_text([unit])}" for unit in range(num_units)]
-    _same(after, slow.encode(after), [[*start, first_unit + unit] for unit in range(num_units)], "a unit's ids")
+    # A unit that begins a text would have SentencePiece's word-start piece before it, so not after it either.
+    start = merged.base_encode(["x"])[0]
+    lines += dsu.to_text(range(units_bpe.num_units))
+    ids = [[*start, *(first_unit + number for number in numbers)] for numbers in units_bpe.encode(lines)]
+    _same(lines, fast([f"x{line}" for line in lines], add_special_tokens=False)["input_ids"], ids, "unit tokens")
+    single = [[*start, first_unit + unit] for unit in range(units_bpe.num_units)]
+    _same(lines[-units_bpe.num_units :], ids[-units_bpe.num_units :], single, "a unit's ids")
     return len(plain) + len(lines) + len(mixed)
 
 
 # --- The stage ------------------------------------------------------------------------------------
-def merge_tokenizer(base: Path, units_bpe: Path, output_dir: Path, overwrite: bool = False) -> None:
+def check_special_tokens(tokens: Sequence[str]) -> None:
+    """Raise UserError unless the special tokens are some of ours, in our order."""
+    if tuple(tokens) != tuple(token for token in prompts.SPECIAL_TOKENS if token in tokens):
+        raise UserError(
+            f"--special_tokens {' '.join(tokens)} are not some of ours, in our order",
+            f"choose from {' '.join(prompts.SPECIAL_TOKENS)}, or give '[]' for none",
+        )
+
+
+def merge_tokenizer(
+    base: Path,
+    units_bpe: Path,
+    output_dir: Path,
+    special_tokens: list[str] | None = None,
+    chat: bool = True,
+    overwrite: bool = False,
+) -> None:
     """Merge a unit BPE into a base tokenizer.
 
     Args:
-        base: Folder with the base's tokenizer.model; a model beside it is not read.
+        base: Folder with the base's tokenizer.model or tokenizer.json; a model beside it is not read.
         units_bpe: Folder written by train_bpe.py.
         output_dir: New folder.
+        special_tokens: Some of <CLS> <EOD> <MASK> <PAD> <SEP>, in that order, or '[]'; default: all. Without <PAD>
+            the base's own padding token stays, if it has one.
+        chat: Add the ChatML tokens that the base lacks, and TowerSpeech's chat template.
         overwrite: Replace the output of a run with other arguments.
     """
-    model_file = base_model_file(base)
-    arguments = {"base": model_file, "units_bpe": units_bpe, "overwrite": overwrite}
-    with stage(output_dir, arguments, inputs=["base", "units_bpe"]) as job:
+    specials = list(prompts.SPECIAL_TOKENS) if special_tokens is None else special_tokens
+    check_special_tokens(specials)
+    files = base_files(base)
+    arguments = {"base": files, "units_bpe": units_bpe, "special_tokens": specials, "chat": chat}
+    with stage(output_dir, {**arguments, "overwrite": overwrite}, inputs=["base", "units_bpe"]) as job:
         if job.done:
             return
-        base_proto = read_proto(model_file)
-        check_base(base, base_proto)
-        facts, merges = read_units_bpe(units_bpe)
-        num_units = facts["num_units"]
-        specials = (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS)
-        new = [*prompts.SPECIAL_TOKENS, *dsu.to_text(range(num_units)), *merges, *prompts.CHAT_TOKENS]
-        merged = extend_proto(base_proto, new)
-        first_unit = len(base_proto.pieces) + len(prompts.SPECIAL_TOKENS)
-        ids = {piece.piece: index for index, piece in enumerate(merged.pieces)}
-
+        if (base / METADATA).is_file():
+            raise UserError(f"{base} already has speech units", byte_level.AS_PUBLISHED)
+        units = read_units_bpe(units_bpe)
+        build = merge_sentencepiece if files[0].name == "tokenizer.model" else merge_byte_level
         with job.publish() as folder:
-            fast = save_fast(merged, folder)
-            texts = prove(base_proto, merged, fast, num_units, first_unit)
-            (folder / "tokenizer.model").write_bytes(merged.SerializeToString(deterministic=True))
+            merged = build(base, folder, units, specials, chat)
+            base_size = len(merged.base_tokens)
+            texts = prove(merged, units, base_size + len(specials))
+            named = [*specials, *(prompts.CHAT_TOKENS if chat else ())]
             metadata = {
-                "num_units": num_units,
+                "num_units": units.num_units,
                 "offset": dsu.OFFSET,
-                "first_unit_id": first_unit,
-                "merges": len(merges),
-                "special_tokens": {token: ids[token] for token in specials},
-                "base_vocab_size": len(base_proto.pieces),
-                "vocab_size": len(merged.pieces),
-                "base_sha256": hash_file(model_file),
-                "corpora_sha256": facts["corpora_sha256"],
+                "first_unit_id": base_size + len(specials),
+                "merges": len(units.merges),
+                "special_tokens": {token: merged.tokens.index(token) for token in named},
+                "byte_pieces": merged.byte_pieces,
+                "base_vocab_size": base_size,
+                "vocab_size": len(merged.tokens),
+                "base_sha256": hash_file(files[0]),
+                "corpora_sha256": units.corpora_sha256,
                 "units_bpe_sha256": hash_file(units_bpe / "units_bpe.model"),
             }
             (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-        job.counts.update({**{k: metadata[k] for k in ("num_units", "merges", "vocab_size")}, "texts_compared": texts})
+        counts = ("num_units", "merges", "byte_pieces", "vocab_size")
+        job.counts.update({**{name: metadata[name] for name in counts}, "texts_compared": texts})
+        added = [token for token in named if token not in merged.base_tokens]
         print(
-            f"{len(base_proto.pieces):,} base pieces + {len(specials)} special tokens + {num_units:,} units + "
-            f"{len(merges):,} merges = {len(merged.pieces):,}; compared on {texts:,} texts: {output_dir}"
+            f"{base_size:,} base tokens + {len(added)} special tokens + {units.num_units:,} units + "
+            f"{len(units.merges):,} merges + {merged.byte_pieces} pieces of units' bytes = {len(merged.tokens):,}; "
+            f"compared on {texts:,} texts: {output_dir}"
         )
 
 

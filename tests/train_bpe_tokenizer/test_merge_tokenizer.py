@@ -17,12 +17,17 @@ from train_bpe_tokenizer.merge_tokenizer import SENTENCES, merge_tokenizer
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 UNIT_LINES = st.lists(st.integers(0, 49), max_size=60).map(dsu.to_text)
-# A text that begins with a space is the one known difference; special tokens spelt out cannot come from here.
+# A text that begins with a space, and special tokens spelt out, are the known differences.
 TEXTS = st.one_of(
     st.text(max_size=40),
     st.text(alphabet="aehn \t\n.üß中▁=", max_size=40),
     st.sampled_from(SENTENCES),
-).filter(lambda text: not text.startswith((" ", "▁")))
+).filter(
+    lambda text: (
+        not text.startswith((" ", "▁"))
+        and not any(token in text for token in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS, "<unk>", "<s>", "</s>"))
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,32 @@ def test_same_bytes_and_done_again(tmp_path, tokenizer_dir, base_model_dir, unit
     assert "already done" in capsys.readouterr().out
 
 
+def test_fewer_tokens_as_asked(tmp_path, base_model_dir, units_bpe_dir):
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(base_model_dir, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "</s>", "chat_template": "hello"}))
+    for name, specials, chat in (("a", [], False), ("b", ["<EOD>", "<PAD>"], True), ("c", ["<EOD>"], True)):
+        merge_tokenizer(base, units_bpe_dir, tmp_path / name, special_tokens=specials, chat=chat)
+        fast = AutoTokenizer.from_pretrained(tmp_path / name, local_files_only=True)
+        facts, first = dsu.read_metadata(tmp_path / name), 400 + len(specials)
+        chat_ids = {"<|im_end|>": first + 80, "<|im_start|>": first + 81} if chat else {}
+        assert facts["special_tokens"] == {token: 400 + i for i, token in enumerate(specials)} | chat_ids
+        assert facts["first_unit_id"] == first and encode(fast, dsu.to_text([0]))[-1] == first
+        assert len(fast) == facts["vocab_size"] == first + 80 + len(chat_ids)
+        assert fast.pad_token == ("<PAD>" if "<PAD>" in specials else "</s>")
+        assert fast.chat_template == (prompts.CHAT_TEMPLATE if chat else "hello")
+
+
+@pytest.mark.parametrize("tokens", [["<PAD>", "<EOD>"], ["<X>"], ["<EOD>", "<EOD>"]])
+def test_special_tokens_that_are_not_ours(tmp_path, base_model_dir, units_bpe_dir, tokens):
+    with pytest.raises(UserError, match="are not some of ours, in our order"):
+        merge_tokenizer(base_model_dir, units_bpe_dir, tmp_path / "out", special_tokens=tokens)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_mistral_v1(tmp_path, units_bpe_dir):
     """A real 32,000-piece tokenizer, whose runs of spaces are scored -1e9."""
@@ -221,10 +252,10 @@ def test_bad_folders(tmp_path, base_model_dir, units_bpe_dir, tokenizer_dir):
     refused("already has", base=tokenizer_dir)
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused("holds no tokenizer.model", base=empty)
+    refused("holds no tokenizer.model and no tokenizer.json", base=empty)
     refused("units_bpe.json does not exist", units_bpe=empty)
     (empty / "tokenizer.json").write_text("{}")
-    refused("a byte-level BPE perhaps", base=empty)
+    refused("tokenizer.json does not load", base=empty)
     (empty / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
     refused("is no SentencePiece model", base=empty)
 
