@@ -5,7 +5,7 @@ Usage: python train_bpe_tokenizer/extend_model.py --model Llama-2-7b/ --tokenize
 Reads a Hugging Face model folder (safetensors, in shards or one file) and the folder that merge_tokenizer.py wrote.
 Writes one folder with model and tokenizer. Weights are streamed: only the files that hold the input embeddings and the
 output head are rewritten, the others are hard-linked, or copied where that is impossible. Old rows stay as they are,
-bit for bit; memory is about two embedding matrices in float32.
+bit for bit. Memory: at most two embedding matrices in float32, and 1 GB.
 """
 
 import json
@@ -17,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from towerspeech.prompts import PAD
 from towerspeech.stage import RUN_INFO, UserError, check_exists, read_json, run, stage
-from towerspeech.units import read_metadata
+from towerspeech.units import read_metadata, unit_tokens
 
 INDEX = "model.safetensors.index.json"
 MODEL_FOLDER = "name a Hugging Face model folder"
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # by safetensors' names
 COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
+CHUNK_ROWS = 1024
 CHUNK_BYTES = 1 << 24
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -69,24 +71,27 @@ def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO) -> No
         count -= len(chunk)
 
 
-def rewrite(source: Path, target: Path, keep_rows: int, new_rows: dict[str, Callable]) -> None:
+def rewrite(source: Path, target: Path, keep_rows: int, num_rows: int, new_rows: dict[str, Callable]) -> None:
     """Copy a safetensors file; the named matrices keep their first ``keep_rows`` rows and get new ones after them.
 
     Args:
-        new_rows: By tensor name, a function that gives the new rows, (num_new, hidden), in the file's dtype.
+        num_rows: Old and new rows together.
+        new_rows: By tensor name, a function that gives the new rows, (num_new, hidden), in the file's dtype. It is
+            called when they are written, so that only one matrix is in memory at a time.
     """
+    import torch
+
     header, data = read_header(source)
     metadata = header.pop("__metadata__", None)
     names = sorted(header, key=lambda name: header[name]["data_offsets"])
     changed, position = {}, 0
-    rows = {name: new_rows[name]() for name in names if name in new_rows}
     for name in names:
         entry = header[name]
         start, end = entry["data_offsets"]
         shape, size = list(entry["shape"]), end - start
-        if name in rows:
-            size = size // shape[0] * (keep_rows + len(rows[name]))
-            shape[0] = keep_rows + len(rows[name])
+        if name in new_rows:
+            size = size // shape[0] * num_rows
+            shape[0] = num_rows
         changed[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [position, position + size]}
         position += size
     text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **changed}, separators=(",", ":")).encode()
@@ -95,38 +100,39 @@ def rewrite(source: Path, target: Path, keep_rows: int, new_rows: dict[str, Call
         new.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             start, end = header[name]["data_offsets"]
-            if name in rows:
+            if name in new_rows:
                 end = start + (end - start) // header[name]["shape"][0] * keep_rows
             copy_bytes(old, data + start, end - start, new)
-            if name in rows:
-                new.write(_raw(rows[name]))
-
-
-def _raw(tensor) -> bytes:
-    import torch
-
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            if name in new_rows:
+                new.write(new_rows[name]().view(torch.uint8).numpy())
 
 
 # --- New rows -------------------------------------------------------------------------------------
-def make_rows(old, count: int, init: Literal["normal", "mean"], seed: int):
+Init = Literal["normal", "mean", "merge_mean"]
+
+
+def make_rows(old, count: int, init: Init, seed: int, merges: dict[int, list[int]] | None = None):
     """Draw new embedding rows from the old ones' statistics.
 
     Args:
         old: (num_old, hidden), any dtype.
         count: Number of new rows.
-        init: ``normal``: mean of the old rows and COVARIANCE times their covariance; ``mean``: equal to the mean.
+        init: ``normal``: mean of the old rows and COVARIANCE times their covariance; ``mean``: equal to the mean;
+            ``merge_mean``: as ``normal``, but a merge is the mean of its units.
         seed: Of the draw.
+        merges: For ``merge_mean``: the numbers of the merges among the new rows, each with those of its units.
 
     Returns:
-        (count, hidden), in ``old``'s dtype.
+        (count, hidden), computed in float32, cast to ``old``'s dtype.
     """
     import torch
 
     matrix = old.to(torch.float32, copy=True)
-    mean = matrix.mean(0, dtype=torch.float64).to(torch.float32)
+    # In chunks: torch would make a float64 copy of the whole matrix.
+    total = sum(chunk.sum(0, dtype=torch.float64) for chunk in matrix.split(CHUNK_ROWS))
+    mean = (total / len(matrix)).to(torch.float32)
     rows = mean.repeat(count, 1)
-    if init == "normal":
+    if init != "mean":
         # With X the centred rows and z standard normal, z @ X / sqrt(n) has exactly their covariance: no
         # (hidden, hidden) matrix, and no Cholesky factor that rounding could make impossible.
         matrix -= mean
@@ -135,7 +141,34 @@ def make_rows(old, count: int, init: Literal["normal", "mean"], seed: int):
         for start in range(0, count, 512):
             noise = torch.randn(min(512, count - start), len(matrix), generator=generator)
             rows[start : start + 512] += scale * (noise @ matrix)
+    if init == "merge_mean":
+        for merge, units in merges.items():
+            rows[merge] = rows[units].mean(0)
     return rows.to(old.dtype)
+
+
+def merge_rows(tokenizer: Path, metadata: dict) -> dict[int, list[int]]:
+    """Number the merges among the new rows, each with the numbers of its units.
+
+    Raises:
+        UserError: The tokenizer's units and merges are not those of its speech_units.json.
+    """
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    tokens = unit_tokens(loaded, metadata["num_units"], metadata["offset"])
+    row = {units[0]: index - metadata["base_vocab_size"] for index, units in tokens.items() if len(units) == 1}
+    found = f"{len(row):,} units and {len(tokens) - len(row):,} merges"
+    wanted = f"{metadata['num_units']:,} units and {metadata['merges']:,} merges"
+    if found != wanted or min(row.values()) < 0:
+        raise UserError(
+            f"{tokenizer} has {found}, its speech_units.json {wanted}", "make it anew with merge_tokenizer.py"
+        )
+    return {
+        index - metadata["base_vocab_size"]: [row[unit] for unit in units]
+        for index, units in tokens.items()
+        if len(units) > 1
+    }
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -253,7 +286,7 @@ def extend_model(
     model: Path,
     tokenizer: Path,
     output_dir: Path,
-    init: Literal["normal", "mean"] = "normal",
+    init: Init = "normal",
     seed: int = 0,
     pad_to_multiple_of: int = 64,
     overwrite: bool = False,
@@ -264,7 +297,8 @@ def extend_model(
         model: Hugging Face folder of a causal language model with its base tokenizer.
         tokenizer: Folder written by merge_tokenizer.py from that base tokenizer.
         output_dir: New folder, for model and tokenizer.
-        init: New rows: drawn around the mean of the old ones, with 1e-5 of their covariance, or equal to it.
+        init: New rows: drawn around the mean of the old ones, with 1e-5 of their covariance (normal); equal to that
+            mean (mean); or drawn, but a BPE merge equal to the mean of its units (merge_mean).
         seed: Of the draw.
         pad_to_multiple_of: The number of rows is rounded up to a multiple of this.
         overwrite: Replace the output of a run with other arguments.
@@ -286,11 +320,13 @@ def extend_model(
         keep = metadata["base_vocab_size"]
         check_belongs(model, tokenizer, old_rows, keep)
         rows = math.ceil(metadata["vocab_size"] / pad_to_multiple_of) * pad_to_multiple_of
+        merges = merge_rows(tokenizer, metadata) if init == "merge_mean" else None
 
         def new_rows(index: int):
             # A head that is tied but stored must stay equal to the embeddings.
             name = matrices[0 if tied else index]
-            return make_rows(load_rows(files[name], name, keep), rows - keep, init, seed + (0 if tied else index))
+            own_seed = seed + (0 if tied else index)
+            return make_rows(load_rows(files[name], name, keep), rows - keep, init, own_seed, merges)
 
         make = {name: (lambda index=index: new_rows(index)) for index, name in enumerate(matrices)}
         rewritten = {files[name] for name in matrices}
@@ -299,7 +335,7 @@ def extend_model(
                 continue
             with job.publish(path.name) as temporary:
                 if path in rewritten:
-                    rewrite(path, temporary, keep, make)
+                    rewrite(path, temporary, keep, rows, make)
                 else:
                     link_or_copy(path, temporary)
         grown = 0  # bytes
@@ -309,15 +345,12 @@ def extend_model(
             grown += (rows - old_rows) * hidden * DTYPE_BYTES[old["dtype"]]
         with job.publish() as folder:
             copy_small_files(model, tokenizer, folder)
-            config["vocab_size"] = rows
-            pad = metadata["special_tokens"]["<PAD>"]
-            config["pad_token_id"] = pad
-            _dump(folder / "config.json", config)
+            pad = metadata["special_tokens"].get(PAD)  # the base's own stays if the tokenizer has none
+            padding = {} if pad is None else {"pad_token_id": pad}
+            _dump(folder / "config.json", {**config, "vocab_size": rows, **padding})
             if (model / "generation_config.json").is_file():
-                _dump(
-                    folder / "generation_config.json",
-                    {**read_json(model / "generation_config.json", MODEL_FOLDER), "pad_token_id": pad},
-                )
+                generation = read_json(model / "generation_config.json", MODEL_FOLDER)
+                _dump(folder / "generation_config.json", {**generation, **padding})
             if (model / INDEX).is_file():
                 index = read_json(model / INDEX, MODEL_FOLDER)
                 if "total_size" in index.get("metadata", {}):

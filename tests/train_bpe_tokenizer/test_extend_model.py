@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.stage import UserError
 from train_bpe_tokenizer.extend_model import COVARIANCE, extend_model, make_rows
+from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer
 
 spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
 shared = importlib.util.module_from_spec(spec)
@@ -146,6 +148,39 @@ def test_rows_have_the_old_statistics():
     assert not torch.equal(make_rows(old, 3, "normal", 5), make_rows(old, 3, "normal", 6))
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_merge_is_the_mean_of_its_units(request, tmp_path, kind, base_model_dir, model_dir, tokenizer_dir):
+    """Against a plain loop over SentencePiece's pieces; all other rows are those of --init normal."""
+    before, normal = base_model_dir, model_dir
+    if kind == "untied":
+        before, normal = (request.getfixturevalue(name) for name in ("untied_dir", "untied_extended"))
+    extend_model(before, tokenizer_dir, tmp_path / "out", init="merge_mean")
+    pieces = SentencePieceProcessor(model_file=str(tokenizer_dir / "tokenizer.model"))
+    rows, got = tensors(normal), tensors(tmp_path / "out")
+    for name in (EMBEDDINGS, HEAD) if kind == "untied" else (EMBEDDINGS,):
+        wanted, merges = rows[name].clone(), 0
+        for index in range(405, 485):
+            units = [405 + ord(char) - dsu.OFFSET for char in pieces.id_to_piece(index)]
+            if len(units) > 1:
+                merges += 1
+                total = torch.zeros(64, dtype=torch.float64)
+                for unit in units:
+                    total += rows[name][unit]
+                wanted[index] = total / len(units)
+        assert merges == 30
+        assert torch.allclose(got[name][455:485], wanted[455:485], rtol=1e-6, atol=1e-7)
+        assert torch.equal(got[name][:455], rows[name][:455]) and torch.equal(got[name][485:], rows[name][485:])
+        assert not torch.allclose(got[name][455:485], rows[name][455:485], rtol=1e-6, atol=1e-7)
+
+
+def test_a_merges_mean_is_computed_in_float32():
+    old = torch.randn(300, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    merges = {5: [0, 1, 1, 2], 6: [3, 4]}
+    wanted = make_rows(old.float(), 7, "merge_mean", 3, merges)
+    assert torch.allclose(wanted[5], (wanted[0] + 2 * wanted[1] + wanted[2]) / 4)
+    assert torch.equal(make_rows(old, 7, "merge_mean", 3, merges), wanted.bfloat16())
+
+
 def test_same_bytes_done_again_and_resumed(tmp_path, untied_dir, untied_extended, tokenizer_dir, capsys, monkeypatch):
     """Killed after its first shard and run again, it writes the same bytes."""
     import train_bpe_tokenizer.extend_model as script
@@ -172,6 +207,65 @@ def test_same_bytes_done_again_and_resumed(tmp_path, untied_dir, untied_extended
     assert "already done" in capsys.readouterr().out
     with pytest.raises(UserError, match="seed was 0, now 1"):
         extend_model(untied_dir, tokenizer_dir, tmp_path / "out", seed=1)
+
+
+# --- Byte-level bases -----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def byte_level_dir(tmp_path_factory):
+    """A random Llama with a byte-level BPE: 350 tokens and three added ones, ChatML's among them, in 384 rows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(shared.make_sentences(400), trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    folder = tmp_path_factory.mktemp("byte_level") / "model"
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    ids = {"bos_token_id": None, "eos_token_id": 352, "pad_token_id": 350}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **ids, num_attention_heads=2))
+    model.get_input_embeddings().weight.data[353:] = 1e3
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("special_tokens", [None, []])
+def test_byte_level_base(tmp_path, byte_level_dir, units_bpe_dir, special_tokens):
+    """ChatML tokens keep their rows; without <PAD> the base's padding stays; a unit's byte pieces are no merges."""
+    merge_tokenizer(byte_level_dir, units_bpe_dir, tmp_path / "tokenizer", special_tokens=special_tokens)
+    metadata = dsu.read_metadata(tmp_path / "tokenizer")
+    assert metadata["base_vocab_size"] == 353 and metadata["special_tokens"]["<|im_end|>"] == 352
+    extend_model(byte_level_dir, tmp_path / "tokenizer", tmp_path / "out", init="merge_mean")
+    base, out = (json.loads((folder / "config.json").read_text()) for folder in (byte_level_dir, tmp_path / "out"))
+    pad = metadata["special_tokens"].get("<PAD>", 350)
+    assert (pad == 350) == (special_tokens == [])
+    assert out == {**base, "vocab_size": 448, "pad_token_id": pad}
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["pad_token_id"] == pad
+
+    old, new = load(byte_level_dir), load(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    for text in ["<|im_start|>user\nhello<|im_end|>\n", *shared.make_sentences(3)]:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            assert torch.equal(old(ids).logits[..., :353], new(ids).logits[..., :353])
+
+    rows = tensors(tmp_path / "out")[EMBEDDINGS]
+    assert len(rows) == 448 and rows[353:].abs().max() < 1
+    extend_model(byte_level_dir, tmp_path / "tokenizer", tmp_path / "normal")
+    differs = (rows != tensors(tmp_path / "normal")[EMBEDDINGS]).any(1)
+    merges = [index for index in range(448) if len(tokenizer.decode([index])) > 1 and index >= 353]
+    merges = [index for index in merges if set(tokenizer.decode([index])) <= set(dsu.to_text(range(50)))]
+    assert len(merges) == 30 and differs.nonzero().flatten().tolist() == merges
+    first = metadata["first_unit_id"]
+    for index in merges:
+        units = [first + ord(char) - dsu.OFFSET for char in tokenizer.decode([index])]
+        assert torch.allclose(rows[index], sum(rows[unit] for unit in units) / len(units), rtol=1e-6, atol=1e-7)
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -249,3 +343,11 @@ def test_broken_weights(refused, copy, untied_dir, tmp_path):
     shutil.copytree(untied_dir, shards)
     next(shards.glob("*.safetensors")).unlink()
     refused("safetensors does not exist", model=shards)
+
+
+def test_metadata_of_another_tokenizer(tmp_path, refused, tokenizer_dir):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, folder)
+    metadata = json.loads((folder / "speech_units.json").read_text())
+    (folder / "speech_units.json").write_text(json.dumps({**metadata, "merges": 31}))
+    refused("has 50 units and 30 merges, its speech_units.json 50 units and 31", tokenizer=folder, init="merge_mean")
