@@ -6,19 +6,32 @@ Usage: python data_mixture/build_mixture.py --config data_mixture/mixtures/tower
 Reads units Parquet and JSONL text; writes, for each source, <source>.bin and .idx in Megatron's indexed format, and
 manifest.json: documents, tokens, budget, epochs, and the data_path that a Megatron trainer takes. All documents of a
 source are tokenized; which of them are trained on, up to the budget, the trainer's seeded shuffle decides.
+
+The tokens are those of the Hugging Face tokenizer called on each document. Text is encoded by it, on all cores; runs
+of units by SentencePiece, which does the same merges several times as fast. The two are compared before they are used.
 """
 
+import itertools
 import json
+import os
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from towerspeech.stage import UserError, check_exists, run, stage, write_json
 
 BATCH_DOCUMENTS = 2048  # tokenized at once, on all cores; also how much a killed run repeats at most, times 16
+COMPARED_DOCUMENTS = 64  # of each source, with the tokenizer's own ids
+UNKNOWN, BPE = 2, 2  # SentencePiece's types of the <unk> piece and of a model
 
 
+# --- Reading --------------------------------------------------------------------------------------
 @dataclass
 class Source:
     """One source of the mixture.
@@ -46,61 +59,178 @@ def text_of(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def documents(source: Source, num_units: int, offset: int) -> Iterator[str]:
-    """Stream a source's documents as text, in the order of its files."""
+def documents(source: Source, num_units: int, offset: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Stream a source's documents in the order of its files, each as its text and the units of its run, (n,) uint32.
+
+    In the text, unit 0 stands for the whole run, as the first unit in it. Without a run the text is the document.
+    """
     from towerspeech import prompts, records, units
 
+    stand_in, no_units = units.to_text([0], offset), np.zeros(0, np.uint32)
     for path in map(Path, source.paths):
         if source.kind == "speech":
-            for row in records.read_units(path, num_units):
-                if row["text"] is None:
-                    raise UserError(f"{path}: utterance {row['id']} has no text", "label it from a manifest with text")
-                yield prompts.speech_document(units.to_text(row["units"], offset), row["text"])
+            for flat, ends, batch in records.read_unit_arrays(path, num_units, ["text"]):
+                texts = batch.column("text").to_pylist()
+                for row, (speech, text) in enumerate(zip(np.split(flat, ends[:-1]), texts, strict=True)):
+                    if text is None:
+                        name = batch.column("id")[row].as_py()
+                        raise UserError(f"{path}: utterance {name} has no text", "label it from a manifest with text")
+                    yield prompts.speech_document(stand_in if len(speech) else "", text), speech
         elif source.kind == "text":
             for where, row in records.iter_jsonl(path, ["text"]):
-                yield text_of(row, "text", where)
+                yield text_of(row, "text", where), no_units
         else:
             fields = ("src_lang", "source", "tgt_lang", "target")
             for where, row in records.iter_jsonl(path, fields):
-                yield prompts.parallel_document(*(text_of(row, field, where) for field in fields))
+                yield prompts.parallel_document(*(text_of(row, field, where) for field in fields)), no_units
 
 
-def tokenize(job, source: Source, tokenizer, texts: Iterator[str], bos: bool, eod_id: int) -> None:
+# --- Encoding -------------------------------------------------------------------------------------
+def ranks_of_merges(tokenizer) -> dict[str, int]:
+    """The tokens that a Hugging Face BPE's merges make, each with the rank of the best of them."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", ())
+    return {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
+
+
+def unit_processor(pieces: list[str]):
+    """A SentencePiece BPE of these pieces, the best first; they follow <unk>, which has id 0."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.trainer_spec.model_type = BPE
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    proto.pieces.add(piece="<unk>", score=0, type=UNKNOWN)
+    for rank, piece in enumerate(pieces):
+        proto.pieces.add(piece=piece, score=-rank)
+    return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+class Encoder:
+    """Encodes documents as a Hugging Face tokenizer does, without special tokens, several times as fast.
+
+    merge_tokenizer.py sees to it that no token crosses the border between text and units, and that the tokens of a run
+    of units do not depend on what is around it. So the tokenizer encodes the text, with one unit in the run's place;
+    SentencePiece encodes the run; and the run's tokens replace that unit's, whose place is known from the text before
+    it, which all speech documents share.
+    """
+
+    def __init__(self, tokenizer, num_units: int, offset: int):
+        """Prepare for ``num_units`` units; 0 if there are to be no runs."""
+        from towerspeech import prompts, units
+        from towerspeech.indexed import token_dtype
+
+        self.tokenizer, self.offset, self.dtype = tokenizer, offset, token_dtype(len(tokenizer))
+        self.stand_in = units.to_text([0], offset)
+        before = prompts.speech_document(self.stand_in, "").partition(self.stand_in)[0]
+        self.position = len(self.reference(before + self.stand_in)) - 1  # of the stand-in's token
+
+        tokens = units.unit_tokens(tokenizer, num_units, offset) if num_units else {}
+        names = dict(zip(tokens, tokenizer.convert_ids_to_tokens(list(tokens)), strict=True))
+        # A token of a word start and units decodes to the units alone; no run has one.
+        tokens = {index: found for index, found in tokens.items() if not names[index].startswith("▁")}
+        singles = {found[0]: index for index, found in tokens.items() if len(found) == 1}
+        missing = sorted(set(range(num_units)) - set(singles))
+        if missing:
+            remedy = "make it anew with train_bpe_tokenizer/merge_tokenizer.py"
+            raise UserError(f"the tokenizer has no token for unit {missing[0]}", remedy)
+        ranks = ranks_of_merges(tokenizer) if len(tokens) > num_units else {}  # their ids may have another order
+        merged = [index for index, found in tokens.items() if len(found) > 1 and names[index] in ranks]
+        merged.sort(key=lambda index: ranks[names[index]])
+        ids = [singles[unit] for unit in range(num_units)]
+        self.processor = None  # without merges, a unit's id is looked up
+        if merged:
+            ids = [*merged, *ids]
+            self.processor = unit_processor([units.to_text(tokens[index], offset) for index in ids])
+            ids = [0, *ids]  # <unk> does not occur
+        self.lookup = np.array(ids, self.dtype)
+
+    def reference(self, text: str) -> list[int]:
+        """The tokenizer's own ids of a text."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def run_of(self, speech: np.ndarray) -> str:
+        """Units, (n,) uint32, as private-use characters; units.to_text for arrays."""
+        return (speech + self.offset).tobytes().decode("utf-32-le")
+
+    def __call__(self, batch: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
+        """Token ids, (num_tokens,), of each of some ``documents``."""
+        # The tokenizer's own call, but without offsets, masks and types: they take most of its time.
+        # Truncation and padding are off: calls of ``reference`` have seen to that.
+        backend = self.tokenizer.backend_tokenizer
+        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        runs = [speech for _, speech in batch if len(speech)]
+        if self.processor is not None and runs:
+            runs = self.processor.encode([self.run_of(speech) for speech in runs], return_type="numpy")
+        runs = iter(runs)
+        rows = []
+        for (_, speech), encoding in zip(batch, encodings, strict=True):
+            ids = np.array(encoding.ids, self.dtype)
+            if len(speech):
+                ids = np.concatenate([ids[: self.position], self.lookup[next(runs)], ids[self.position + 1 :]])
+            rows.append(ids)
+        return rows
+
+    def compare(self, batch: list[tuple[str, np.ndarray]]) -> None:
+        """Raise UserError if the ids of some ``documents`` are not the tokenizer's own."""
+        for (text, speech), ids in zip(batch, self(batch), strict=True):
+            document = text.replace(self.stand_in, self.run_of(speech), 1) if len(speech) else text
+            if ids.tolist() != self.reference(document):
+                raise UserError(
+                    f"the tokenizer's tokens of units depend on the text around them: {document[:80]!r}",
+                    "make it anew with train_bpe_tokenizer/merge_tokenizer.py",
+                )
+
+
+def encode_ahead(encoder: Encoder, batches: Iterator[list]) -> Iterator[list[np.ndarray]]:
+    """Encode batches in their order, two in the background while others are read and written."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = deque()
+        for batch in batches:
+            waiting.append(pool.submit(encoder, batch))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def tokenize(job, source: Source, encoder: Encoder, stream: Iterator[tuple], before: list[int], eod_id: int) -> None:
     """Write a source's .bin and .idx. Every 16 batches are noted, and a killed run goes on from the last note."""
-    import itertools
-    import os
-
-    import numpy as np
     from tqdm import tqdm
 
-    from towerspeech.indexed import token_dtype, write_index
+    from towerspeech.indexed import write_index
 
-    dtype = token_dtype(len(tokenizer))
-    before = [tokenizer.bos_token_id] if bos else []
+    dtype = encoder.dtype
+    begin, end = np.array(before, dtype), np.array([eod_id], dtype)
     partial, sizes_file = job.output_dir / f".{source.name}.bin", job.output_dir / f".{source.name}.sizes"
     note = job.output_dir / f".{source.name}.json"
     done = json.loads(note.read_text()) if note.is_file() else {"documents": 0, "tokens": 0}
     with open(partial, "ab") as data, open(sizes_file, "ab") as sizes:
+
+        def note_down() -> None:
+            for file in (data, sizes):
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(note, done)
+
         data.truncate(done["tokens"] * np.dtype(dtype).itemsize)
         sizes.truncate(done["documents"] * 4)
         progress = tqdm(initial=done["documents"], unit=" documents", desc=source.name, mininterval=1)
-        rest = itertools.islice(texts, done["documents"], None)
-        for number in itertools.count(1):
-            batch = list(itertools.islice(rest, BATCH_DOCUMENTS))
-            if not batch or number % 16 == 0:
-                for file in (data, sizes):
-                    file.flush()
-                    os.fsync(file.fileno())
-                write_json(note, done)
-            if not batch:
-                break
-            encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-            rows = [[*before, *ids, eod_id] for ids in encoded]
-            np.array([token for row in rows for token in row], dtype).tofile(data)
-            np.array([len(row) for row in rows], np.int32).tofile(sizes)
+        rest = itertools.islice(stream, done["documents"], None)
+        batches = iter(lambda: list(itertools.islice(rest, BATCH_DOCUMENTS)), [])
+        for number, rows in enumerate(encode_ahead(encoder, batches), 1):
+            lengths = np.array([len(begin) + len(ids) + 1 for ids in rows], np.int32)
+            data.write(
+                np.concatenate([part for ids in rows for part in (begin, ids, end)])
+            )  # tofile hides a full disk
+            sizes.write(lengths)
             done["documents"] += len(rows)
-            done["tokens"] += sum(map(len, rows))
+            done["tokens"] += int(lengths.sum(dtype=np.int64))
             progress.update(len(rows))
+            if number % 16 == 0:
+                note_down()
+        note_down()
         progress.close()
     with job.publish(f"{source.name}.idx") as path:
         write_index(path, np.fromfile(sizes_file, np.int32), dtype)
@@ -109,6 +239,7 @@ def tokenize(job, source: Source, tokenizer, texts: Iterator[str], bos: bool, eo
     note.unlink()
 
 
+# --- The stage ------------------------------------------------------------------------------------
 def build_mixture(
     tokenizer: Path,
     output_dir: Path,
@@ -159,11 +290,17 @@ def build_mixture(
             raise UserError(
                 f"{tokenizer} has no {'BOS' if eod_id is not None else '<EOD> or EOS'} token", "name another"
             )
-        manifest_sources = []
+        encoder = Encoder(loaded, dsu["num_units"], dsu["offset"])
+        for source in sources:
+            first = itertools.islice(documents(source, dsu["num_units"], dsu["offset"]), COMPARED_DOCUMENTS)
+            encoder.compare(list(first))
+        manifest_sources, began = [], time.perf_counter()
         for source in sources:
             prefix = output_dir / source.name
             if not prefix.with_name(f"{source.name}.bin").is_file():
-                tokenize(job, source, loaded, documents(source, dsu["num_units"], dsu["offset"]), bos, eod_id)
+                before = [loaded.bos_token_id] if bos else []
+                stream = documents(source, dsu["num_units"], dsu["offset"])
+                tokenize(job, source, encoder, stream, before, eod_id)
             tokens = IndexedTokens(prefix)
             total = int(tokens.sizes.sum(dtype="int64"))
             epochs = source.budget / total if total else float("inf")
@@ -186,6 +323,7 @@ def build_mixture(
                     "epochs": round(epochs, 4),
                 }
             )
+        job.counts["last_attempt"] = {"tokenize_s": round(time.perf_counter() - began, 3)}
         budget = sum(source.budget for source in sources)
         with job.publish("manifest.json") as path:
             manifest = {
