@@ -1,0 +1,250 @@
+"""Measure extend_model.py on a model of Llama-2-7B's shapes, beside transformers' resize_token_embeddings.
+
+Usage: python benchmarks/bench_extend_model.py --output_dir runs/bench_extend_model
+
+Makes a bfloat16 model in three shards under --output_dir (embeddings and head random, the layers sparse zeros), and
+Mistral's 32,000-piece tokenizer with 5000 units and 3000 merges; extends the one for the other in processes of their
+own: ours with --init normal and merge_mean; theirs as from_pretrained, resize_token_embeddings (with mean_resizing,
+its default) and save_pretrained. Ends with one JSON line a comparison: our peak resident memory against its limit (two
+embedding matrices in float32, and 1 GB), then memory and seconds beside theirs. Mapped pages of weight files count as
+resident. Ours hashes what it reads and writes, and waits until all is on the disk; theirs does neither. The model
+folders are deleted, the logs stay. Needs 16 GB of disk, and as much memory for theirs (less with fewer layers:
+--theirs_layers).
+"""
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from towerspeech.stage import UserError, run
+
+REPO = Path(__file__).resolve().parent.parent
+TOKENS, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32_000, 4096, 11_008, 32, 32  # Llama-2-7B
+SHARDS = 3  # as TowerBase-7B has
+NUM_UNITS, NUM_MERGES = 5000, 3000
+DISK_BYTES = 16e9
+LIMIT_BYTES = 2 * TOKENS * HIDDEN * 4 + 1e9
+THEIRS = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM
+
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, end this and nobody else
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", local_files_only=True)
+    model.resize_token_embeddings(int(sys.argv[2]), pad_to_multiple_of=64)
+    model.save_pretrained(sys.argv[3])
+""")
+
+
+# --- The model and its tokenizer ------------------------------------------------------------------
+def tensors(layers: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a Llama's weights, in order."""
+    layer = {
+        "input_layernorm": (HIDDEN,),
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+        "post_attention_layernorm": (HIDDEN,),
+        **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "kqvo"},
+    }
+    inner = [(f"model.layers.{i}.{name}.weight", shape) for i in range(layers) for name, shape in layer.items()]
+    ends = ("model.embed_tokens.weight", (TOKENS, HIDDEN)), ("lm_head.weight", (TOKENS, HIDDEN))
+    return [ends[0], *inner, ("model.norm.weight", (HIDDEN,)), ends[1]]
+
+
+def write_shard(path: Path, weights: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Write one safetensors file of bfloat16; only embeddings and head take room on the disk."""
+    import numpy as np
+
+    header, position = {}, 0
+    for name, shape in weights:
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    generator = np.random.default_rng(0)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in weights:
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            for _ in range(shape[0] if shape[0] == TOKENS else 0):
+                row = generator.standard_normal(HIDDEN, np.float32) * np.float32(0.02)
+                file.write((row.view(np.uint32) >> 16).astype(np.uint16))  # the upper half of a float32
+        file.truncate(8 + len(text) + position)
+        os.fsync(file.fileno())
+
+
+def write_model(folder: Path, layers: int, tokenizer: Path) -> None:
+    """Write a model folder of Llama-2-7B's shapes with so many layers."""
+    weights = tensors(layers)
+    folder.mkdir(parents=True)
+    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "num_hidden_layers": layers,
+        "vocab_size": TOKENS,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weight_map = {}
+    for shard in range(SHARDS):
+        name = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        own = weights[len(weights) * shard // SHARDS : len(weights) * (shard + 1) // SHARDS]
+        write_shard(folder / name, own)
+        weight_map |= {tensor: name for tensor, _ in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def make_tokenizer(root: Path) -> tuple[Path, Path]:
+    """Mistral's tokenizer.model, and the folder in which merge_tokenizer.py has added units and merges."""
+    import mistral_common
+
+    generator = random.Random(0)
+    units = root / "units.km"
+    root.mkdir(parents=True, exist_ok=True)
+    with open(units, "w") as file:
+        for _ in range(5000):
+            line = [generator.randrange(NUM_UNITS)]
+            while len(line) < 60:  # a unit often has the same follower, so that there are merges to find
+                follower = (line[-1] * 7 + 3) % NUM_UNITS
+                line.append(follower if generator.random() < 0.6 else generator.randrange(NUM_UNITS))
+            file.write(" ".join(map(str, line)) + "\n")
+    base = root / "base"
+    base.mkdir(exist_ok=True)
+    shutil.copyfile(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1", base / "tokenizer.model")
+    sizes = ["--num_units", NUM_UNITS, "--vocab_size", NUM_UNITS + NUM_MERGES]
+    script("train_bpe.py", root / "units_bpe", "--units", units, *sizes)
+    script("merge_tokenizer.py", root / "tokenizer", "--base", base, "--units_bpe", root / "units_bpe")
+    return base / "tokenizer.model", root / "tokenizer"
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+def measure(command: list, log: Path) -> tuple[float, float]:
+    """Run a command; its seconds, from outside, and its peak resident memory in bytes.
+
+    The kernel counts what the starting process held in at first, so this one must stay small.
+
+    Raises:
+        UserError: It failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    os.sync()  # not to wait for what an earlier one wrote
+    began = time.perf_counter()
+    with open(log, "w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"{log.stem} ended with status {process.returncode}", f"see {log}")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024
+
+
+def script(name: str, output_dir: Path, *words) -> tuple[float, float]:
+    """Run one of train_bpe_tokenizer's scripts."""
+    command = [sys.executable, REPO / "train_bpe_tokenizer" / name, *words, "--output_dir", output_dir]
+    print(" ".join(["$ python", f"train_bpe_tokenizer/{name}", *map(str, command[2:])]), flush=True)
+    return measure(command, output_dir.with_suffix(".log"))
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of a model folder's weights."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def ours(model: Path, tokenizer: Path, init: str, output_dir: Path) -> tuple[tuple[float, float], dict]:
+    """extend_model.py: seconds and bytes, and the shapes that it wrote."""
+    try:
+        measured = script("extend_model.py", output_dir, "--model", model, "--tokenizer", tokenizer, "--init", init)
+        return measured, shapes(output_dir)
+    finally:
+        shutil.rmtree(output_dir, ignore_errors=True)
+
+
+def theirs(model: Path, tokens: int, output_dir: Path) -> tuple[tuple[float, float], dict]:
+    """transformers: seconds and bytes, and the shapes that it wrote."""
+    print(f"$ from_pretrained({model}), resize_token_embeddings, save_pretrained", flush=True)
+    try:
+        measured = measure([sys.executable, "-c", THEIRS, model, tokens, output_dir], output_dir.with_suffix(".log"))
+        return measured, shapes(output_dir)
+    finally:
+        shutil.rmtree(output_dir, ignore_errors=True)
+
+
+def line(name: str, ours: float, theirs: float, unit: str, **facts) -> dict:
+    """One comparison; the ratio is how many times as much theirs takes."""
+    told = {"name": name, "ours": round(ours, 2), "theirs": round(theirs, 2), "unit": unit}
+    return {
+        **told,
+        "ratio": round(theirs / ours, 2),
+        "goal": 1.0,
+        "holds": theirs >= ours and facts.get("same_shapes", True),
+        **facts,
+    }
+
+
+def bench_extend_model(output_dir: Path, layers: int = LAYERS, theirs_layers: int = LAYERS) -> None:
+    """Run the comparisons.
+
+    Args:
+        output_dir: Scratch folder.
+        layers: Of the model on which we are measured; Llama-2-7B has 32.
+        theirs_layers: Of the one on which both are; as many as fit into memory. 0 leaves theirs out.
+    """
+    output_dir = output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(output_dir).free < DISK_BYTES:
+        raise UserError(f"{output_dir} has less than {DISK_BYTES / 1e9:.0f} GB of room", "name another --output_dir")
+    print(f"{os.cpu_count()} cores, load before the start {os.getloadavg()[0]:.1f}", flush=True)
+    root, lines = output_dir / "scratch", []
+    shutil.rmtree(root, ignore_errors=True)
+    try:
+        pieces, tokenizer = make_tokenizer(root)
+        tokens = json.loads((tokenizer / "speech_units.json").read_text())["vocab_size"]
+        measured = {}
+        for size in sorted({layers, theirs_layers} - {0}, reverse=True):
+            model = root / f"model_{size}"
+            write_model(model, size, pieces)
+            where = f"{size} layers"
+            for init in ("normal", "merge_mean"):
+                (seconds, memory), found = ours(model, tokenizer, init, output_dir / f"ours_{size}_{init}")
+                measured[init] = seconds, memory
+                limit = line(f"{where}, --init {init}: peak memory, at most", memory / 1e9, LIMIT_BYTES / 1e9, "GB")
+                lines.append({**limit, "seconds": round(seconds, 1)})
+            if size == theirs_layers:
+                (seconds, memory), wanted = theirs(model, tokens, output_dir / f"theirs_{size}")
+                facts = {"same_shapes": found == wanted}
+                own_s, own_bytes = measured["normal"]
+                beside = f"{where}, --init normal, beside resize_token_embeddings"
+                lines.append(line(f"{beside}: peak memory", own_bytes / 1e9, memory / 1e9, "GB", **facts))
+                lines.append(line(f"{beside}: whole run", own_s, seconds, "s", **facts))
+            shutil.rmtree(model)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    for told in lines:
+        print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    run(bench_extend_model)

@@ -1,0 +1,112 @@
+"""Train a unit BPE and encode units as others do, for bench_tokenizer.py to compare with.
+
+Usage: python benchmarks/other_tokenizers.py --way sentencepiece --source corpus.txt --output_dir out
+       python benchmarks/other_tokenizers.py --way lines --source units/ --tokenizer tokenizer/ --output_dir out
+
+  sentencepiece  a plain SentencePieceTrainer call on a file of private-use text, an utterance a line
+  tokenizers     the tokenizers library's BPE trainer on the same file
+  lines          speech documents of a units folder, each encoded by one call of the fast tokenizer; <EOD> follows
+
+Writes model.model, tokenizer.json or tokens.bin, and seconds.json: how long the call, or the calls, alone took.
+"""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from towerspeech.stage import check_exists, run, write_json
+
+
+def with_sentencepiece(source: Path, merges: int, num_units: int, output_dir: Path) -> float:
+    """SentencePiece reads the file itself; the options are train_bpe.py's."""
+    from sentencepiece import SentencePieceTrainer
+
+    began = time.perf_counter()
+    SentencePieceTrainer.train(
+        input=str(source),
+        model_prefix=str(output_dir / "model"),
+        model_type="bpe",
+        vocab_size=1 + num_units + merges,
+        character_coverage=1.0,
+        max_sentence_length=1_000_000,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+    )
+    return time.perf_counter() - began
+
+
+def with_tokenizers(source: Path, merges: int, num_units: int, output_dir: Path) -> float:
+    """No pre-tokenizer: a line is one word. An iterator, since files come with their newlines."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = Tokenizer(BPE())
+    began = time.perf_counter()
+    with open(source, encoding="utf-8") as file:
+        trainer = BpeTrainer(vocab_size=num_units + merges, max_token_length=16, show_progress=False)
+        tokenizer.train_from_iterator((line.removesuffix("\n") for line in file), trainer)
+    seconds = time.perf_counter() - began
+    tokenizer.save(str(output_dir / "tokenizer.json"))
+    return seconds
+
+
+def line_by_line(source: Path, tokenizer: Path, output_dir: Path) -> float:
+    """Reading and writing are not in the seconds."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from towerspeech import prompts, units
+    from towerspeech.indexed import token_dtype
+    from towerspeech.records import read_units
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    facts = units.read_metadata(tokenizer)
+    eod_id, seconds = loaded.convert_tokens_to_ids(prompts.EOD), 0.0
+    with open(output_dir / "tokens.bin", "wb") as file:
+        for row in read_units(source):
+            document = prompts.speech_document(units.to_text(row["units"], facts["offset"]), row["text"])
+            began = time.perf_counter()
+            ids = loaded(document, add_special_tokens=False)["input_ids"]
+            seconds += time.perf_counter() - began
+            np.array([*ids, eod_id], token_dtype(len(loaded))).tofile(file)
+    return seconds
+
+
+def main(
+    way: Literal["sentencepiece", "tokenizers", "lines"],
+    source: Path,
+    output_dir: Path,
+    tokenizer: Path | None = None,
+    num_units: int = 5000,
+    merges: int = 3000,
+) -> None:
+    """Do one thing in one way.
+
+    Args:
+        way: How.
+        source: Text file, or for ``lines`` a units folder.
+        output_dir: Scratch folder.
+        tokenizer: Folder of a tokenizer with units, for ``lines``.
+        num_units: Size of the k-means, for training.
+        merges: How many to learn, for training.
+    """
+    check_exists(source, "check --source")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if way == "lines":
+        seconds = line_by_line(source, tokenizer, output_dir)
+    else:
+        train = with_sentencepiece if way == "sentencepiece" else with_tokenizers
+        seconds = train(source, merges, num_units, output_dir)
+    write_json(output_dir / "seconds.json", {"seconds": seconds})
+
+
+if __name__ == "__main__":
+    run(main)
