@@ -18,12 +18,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from towerspeech.records import check_one_kmeans
 from towerspeech.stage import UserError, check_exists, run, stage, write_json
 
 BATCH_DOCUMENTS = 2048  # tokenized at once, on all cores; also how much a killed run repeats at most, times 16
@@ -128,8 +129,6 @@ class Encoder:
 
         tokens = units.unit_tokens(tokenizer, num_units, offset) if num_units else {}
         names = dict(zip(tokens, tokenizer.convert_ids_to_tokens(list(tokens)), strict=True))
-        # A token of a word start and units decodes to the units alone; no run has one.
-        tokens = {index: found for index, found in tokens.items() if not names[index].startswith("▁")}
         singles = {found[0]: index for index, found in tokens.items() if len(found) == 1}
         missing = sorted(set(range(num_units)) - set(singles))
         if missing:
@@ -267,12 +266,15 @@ def build_mixture(
             check_exists(Path(path), f"check paths of source {source.name!r}")
         if source.budget <= 0 or not source.paths:
             raise UserError(f"source {source.name!r} needs paths and a positive budget", "mend the config")
+    check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.paths)
     arguments = {key: value for key, value in locals().items() if key in build_mixture.__annotations__}
     # Paths are compared by content, the rest of a source by value.
     arguments["paths"] = [path for source in sources for path in source.paths]
-    arguments["sources"] = [{**asdict(source), "paths": len(source.paths)} for source in sources]
+    arguments["sources"] = [[source.name, source.kind, len(source.paths)] for source in sources]
+    arguments["budgets"] = {source.name: [source.budget, source.max_epochs] for source in sources}
 
-    with stage(output_dir, arguments, inputs=["tokenizer", "paths"]) as job:
+    # Tokens do not depend on budgets: if one is too large, what was tokenized stays.
+    with stage(output_dir, arguments, inputs=["tokenizer", "paths"], late=["budgets", "seed"]) as job:
         if job.done:
             return
         from transformers import AutoTokenizer
@@ -297,7 +299,10 @@ def build_mixture(
         manifest_sources, began = [], time.perf_counter()
         for source in sources:
             prefix = output_dir / source.name
-            if not prefix.with_name(f"{source.name}.bin").is_file():
+            if prefix.with_name(f"{source.name}.bin").is_file():
+                for kind in ("sizes", "json"):  # a kill came just before they were removed
+                    (output_dir / f".{source.name}.{kind}").unlink(missing_ok=True)
+            else:
                 before = [loaded.bos_token_id] if bos else []
                 stream = documents(source, dsu["num_units"], dsu["offset"])
                 tokenize(job, source, encoder, stream, before, eod_id)
@@ -307,7 +312,8 @@ def build_mixture(
             if epochs > source.max_epochs:
                 raise UserError(
                     f"source {source.name!r} has {total:,} tokens for a budget of {source.budget:,}",
-                    f"add data, lower its budget, or allow max_epochs: {epochs:.2f} (it is {source.max_epochs})",
+                    f"add data, or lower its budget or allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and "
+                    "run this again: what is tokenized stays",
                 )
             print(
                 f"{source.name}: {len(tokens.sizes):,} documents, {total:,} tokens, budget {source.budget:,}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.stage import UserError, check_exists, publish
+from towerspeech.stage import RUN_INFO, UserError, check_exists, publish, read_json
 
 UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
 
@@ -122,6 +122,26 @@ def unit_shards(folder: Path) -> list[Path]:
     return shards
 
 
+def check_one_kmeans(paths: Iterable[Path]) -> None:
+    """Raise UserError if units folders or Parquet files were labelled with different k-means.
+
+    Their ids would mean different sounds. It is known of what label_audio.py wrote, not of .km files.
+    """
+    found = {}
+    for path in paths:
+        infos = path.glob(f"*{RUN_INFO}") if path.is_dir() else [path.with_suffix(f".{RUN_INFO}")]
+        for info in sorted(info for info in infos if info.is_file()):
+            labelled = read_json(info, "label the audio anew").get("inputs", {}).get("kmeans")
+            if labelled:
+                found.setdefault(labelled[0], path)
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"{one} and {other} were labelled with different k-means: their unit ids mean different sounds",
+            "label all corpora with the same one (speech_units/label_audio.py)",
+        )
+
+
 def read_units(folder: Path, num_units: int | None = None) -> Iterator[dict]:
     """Stream the rows of a units folder (or one file): id, audio, language, duration_s, units, text.
 
@@ -147,7 +167,7 @@ def read_unit_arrays(folder: Path, num_units: int, columns: Iterable[str] = ()) 
         (num_rows,) int64; and the pyarrow.RecordBatch with the columns asked for, and id.
 
     Raises:
-        UserError: As ``read_units``; or a row's units are null.
+        UserError: As ``read_units``; or a row's units, or one of them, are null.
     """
     import numpy as np
 
@@ -156,7 +176,11 @@ def read_unit_arrays(folder: Path, num_units: int, columns: Iterable[str] = ()) 
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise UserError(f"{shard}, row {first + row}: units is null", "remove the row; no speech is an empty list")
-        units, ends = column.flatten().to_numpy().astype("<u4"), column.value_lengths().to_numpy().cumsum(dtype="i8")
+        flat = column.flatten()
+        if flat.null_count:
+            row = next(row for row, units in enumerate(column.to_pylist()) if None in units)
+            raise UserError(f"{shard}, row {first + row}: a unit is null", "mend or remove the row")
+        units, ends = flat.to_numpy().astype("<u4"), column.value_lengths().to_numpy().cumsum(dtype="i8")
         if len(units) and units.max() >= num_units:
             row = int(np.searchsorted(ends, int(np.argmax(units >= num_units)), side="right"))
             where = f"{shard}, row {first + row} (id {batch.column('id')[row].as_py()})"
@@ -171,9 +195,16 @@ def read_unit_texts(folder: Path, num_units: int, offset: int = dsu.OFFSET) -> I
         UserError: As ``read_unit_arrays``.
     """
     for units, ends, _ in read_unit_arrays(folder, num_units):
-        text = (units + offset).tobytes().decode("utf-32-le")
-        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-            yield text[start:end]
+        yield from split_units(units, ends, offset)
+
+
+def split_units(units, ends, offset: int = dsu.OFFSET) -> Iterator[str]:
+    """Private-use text of each row, from all rows' units, (num_units,) uint32, and where a row's end, (num_rows,)."""
+    text = (units + offset).tobytes().decode("utf-32-le")
+    start = 0
+    for end in ends.tolist():
+        yield text[start:end]
+        start = end
 
 
 def _unit_batches(folder: Path, columns: Iterable[str]) -> Iterator[tuple]:

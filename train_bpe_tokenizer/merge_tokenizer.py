@@ -66,7 +66,9 @@ def base_files(base: Path) -> list[Path]:
         UserError: It holds neither tokenizer.model nor tokenizer.json.
     """
     check_exists(base, "name a folder that holds a tokenizer.model or a tokenizer.json")
-    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    names = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    if not (base / names[0]).is_file():  # transformers asks these too
+        names += ["config.json", "special_tokens_map.json", "added_tokens.json"]
     found = [base / name for name in names if (base / name).is_file()]
     if not found or found[0].name not in names[:2]:
         raise UserError(

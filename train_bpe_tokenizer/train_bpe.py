@@ -22,55 +22,54 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, read_json, run, stage
+from towerspeech.records import check_one_kmeans
+from towerspeech.stage import UserError, check_exists, quiet, run, stage
 
 MAX_SENTENCE_BYTES = 2**31 - 1  # SentencePiece's own limit on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
 NORMAL = 1  # SentencePiece's type of a piece that is no <unk>
 MAX_HELD_OUT = 500_000  # units: more would not make the report any better
+KM_BYTES = 1 << 22  # of a .km file, read at once
 SMALLER = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the merges whose compression is reported
 
 
 # --- The corpus -----------------------------------------------------------------------------------
-def check_one_kmeans(paths: list[Path]) -> None:
-    """Raise UserError if units folders were labelled with different k-means: their ids mean different things."""
-    found = {}
-    for path in paths:
-        for info in sorted(path.glob(f"*{RUN_INFO}")) if path.is_dir() else ():
-            labelled = read_json(info, "label the audio anew").get("inputs", {}).get("kmeans")
-            if labelled:
-                found.setdefault(labelled[0], path)
-    if len(found) > 1:
-        one, other = list(found.values())[:2]
-        raise UserError(
-            f"{one} and {other} were labelled with different k-means: their unit ids mean different sounds",
-            "label all corpora with the same one (speech_units/label_audio.py)",
-        )
-
-
 def read_km(path: Path, num_units: int) -> Iterator[str]:
     """Stream the utterances of a .km file as private-use text.
 
     Raises:
         UserError: A line is not a list of unit ids below ``num_units``; names file and line.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from towerspeech.records import split_units
+
     check_exists(path, "check --units")
-    chars = {str(unit).encode(): char for unit, char in enumerate(dsu.to_text(range(num_units)))}
+    number = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            words = line.split()
-            try:
-                yield "".join([chars[word] for word in words])  # a look-up: three times as fast as int and chr
-            except KeyError:
-                try:
-                    units = [int(word) for word in words]
-                except ValueError:
-                    raise UserError(
-                        f"{path}:{number}: not unit ids separated by spaces: {line[:40]!r}",
-                        "name .km text files or units Parquet",
-                    ) from None
-                dsu.check_range(units, num_units, f"{path}:{number}")
-                yield dsu.to_text(units)  # written with leading zeros, say
+        while lines := file.readlines(KM_BYTES):
+            try:  # twice as fast as line by line
+                words = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(pa.array(lines, pa.string())))
+                units = words.flatten().cast(pa.uint32()).to_numpy()
+                if units.max(initial=0) >= num_units:
+                    raise pa.ArrowInvalid
+                yield from split_units(units, words.value_lengths().to_numpy().cumsum(dtype="i8"))
+            except pa.ArrowInvalid:  # an empty line, or one to be named
+                for count, line in enumerate(lines, number + 1):
+                    yield parse_km(line, num_units, f"{path}:{count}")
+            number += len(lines)
+
+
+def parse_km(line: bytes, num_units: int, where: str) -> str:
+    """One line of a .km file as private-use text; ``where`` names file and line."""
+    try:
+        units = [int(word) for word in line.split()]
+    except ValueError:
+        problem = f"{where}: not unit ids separated by spaces: {line[:40]!r}"
+        raise UserError(problem, "name .km text files or units Parquet") from None
+    dsu.check_range(units, num_units, where)
+    return dsu.to_text(units)
 
 
 def read_corpus(paths: list[Path], num_units: int, collapse: bool) -> Iterator[str]:
@@ -138,16 +137,8 @@ def draw(corpus: Iterator[str], max_units: int, share: float, seed: int) -> tupl
 
 
 # --- Training -------------------------------------------------------------------------------------
-def count_characters(texts: list[str]) -> int:
-    """Number of different units in some texts."""
-    import numpy as np
-
-    units = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4") - dsu.OFFSET
-    return int(np.count_nonzero(np.bincount(units)))
-
-
-def train_sentencepiece(texts: list[str], num_merges: int, log: Path):
-    """Train SentencePiece BPE; returns its proto: <unk>, at most ``num_merges`` merges, the texts' characters.
+def train_sentencepiece(texts: list[str], vocab_size: int, log: Path):
+    """Train SentencePiece BPE; returns its proto: <unk>, merges, the texts' characters; ``vocab_size`` + 1 at most.
 
     Raises:
         RuntimeError: SentencePiece left utterances out.
@@ -163,7 +154,7 @@ def train_sentencepiece(texts: list[str], num_merges: int, log: Path):
             sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
-            vocab_size=1 + num_merges + count_characters(texts),  # 1: it needs an <unk>
+            vocab_size=1 + vocab_size,  # 1: it needs an <unk>. Units that the texts lack leave room for more merges
             character_coverage=1.0,
             # Longer lines would be dropped with no more than a line in the log.
             max_sentence_length=UTF8_BYTES * max(map(len, texts)) + 1,
@@ -176,7 +167,6 @@ def train_sentencepiece(texts: list[str], num_merges: int, log: Path):
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            num_threads=1,  # training is serial anyway; more threads measured no faster, and gave the same pieces
             minloglevel=0,
         )
     with open(log, "rb") as file:
@@ -198,6 +188,7 @@ def complete(proto, num_units: int, vocab_size: int):
         UserError: There are fewer merges than ``vocab_size`` wants.
     """
     merges = [piece.piece for piece in proto.pieces if piece.type == NORMAL and len(piece.piece) > 1]
+    del merges[vocab_size - num_units :]  # the first k are the BPE with k merges
     if len(merges) != vocab_size - num_units:
         raise UserError(
             f"--vocab_size {vocab_size} is more than this corpus gives: {num_units} units and {len(merges)} merges",
@@ -211,7 +202,7 @@ def complete(proto, num_units: int, vocab_size: int):
 
 
 # --- The report -----------------------------------------------------------------------------------
-def compression(proto, num_units: int, texts: list[str]) -> list[dict]:
+def compression(proto, num_units: int, texts: list[str], measured_on: str) -> list[dict]:
     """Units a token on some texts, of a completed proto and of what it was after fewer merges.
 
     BPE learns its merges one after another, so its first k are the BPE with k merges.
@@ -228,7 +219,7 @@ def compression(proto, num_units: int, texts: list[str]) -> list[dict]:
         encoder = SentencePieceProcessor(model_proto=smaller.SerializeToString())
         tokens = sum(map(len, encoder.encode(texts)))
         row = {"vocab_size": num_units + merges, "merges": merges, "units": num_read, "tokens": tokens}
-        rows.append({**row, "units_per_token": round(num_read / tokens, 4)})
+        rows.append({**row, "units_per_token": round(num_read / tokens, 4), "measured_on": measured_on})
     return rows
 
 
@@ -267,8 +258,8 @@ def train_bpe(
         output_dir: New folder.
         vocab_size: Units and merges together; equal to num_units for no merges.
         max_units: Units to train on, sampled from the whole corpus by utterance.
-        held_out: Share of the corpus, and at most of max_units, that is kept from training, to report compression on;
-            0: report on some of the training utterances.
+        held_out: Share of the corpus (at most of max_units, and 500,000 units) that is kept from training, to report
+            compression on; 0: report on some of the training utterances.
         collapse: Drop consecutive repeats. label_audio.py has done it already; .km files may hold one id a frame.
         seed: Of the sample.
         overwrite: Replace the output of a run with other arguments.
@@ -301,10 +292,13 @@ def train_bpe(
 
         sampled = sum(map(len, texts))
         print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
-        proto = train_sentencepiece(texts, vocab_size - num_units, output_dir / "sentencepiece.log")
+        proto = train_sentencepiece(texts, vocab_size, output_dir / "sentencepiece.log")
         complete(proto, num_units, vocab_size)
         measured_on = f"{len(apart):,} held-out utterances" if apart else "training utterances (none are held out)"
-        rows = compression(proto, num_units, apart or texts[: MAX_HELD_OUT // 100])
+        if held_out and not apart:
+            print(f"note: no utterance is as small as {held_out:.2%} of the corpus: none are held out", flush=True)
+        # Without any, a random choice of those that it was trained on
+        rows = compression(proto, num_units, apart or draw(iter(texts), MAX_HELD_OUT, 0, seed)[0], measured_on)
         counts = {
             **seen,
             "sampled_utterances": len(texts),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,24 @@ def test_a_budget_beyond_the_data_is_refused_with_both_numbers(tmp_path, model_d
     with pytest.raises(UserError, match=r"source 'mono' has [\d,]+ tokens for a budget of 10,000,000"):
         build_mixture(model_dir, tmp_path / "mix", [greedy])
     assert not (tmp_path / "mix/run_info.json").exists()
+    # The tokens are kept for a smaller one; a finished mixture is not changed.
+    tokens = tmp_path / "mix/mono.bin"
+    made = tokens.stat()
+    build_mixture(model_dir, tmp_path / "mix", [replace(greedy, budget=30)])
+    assert (tokens.stat().st_ino, tokens.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    assert json.loads((tmp_path / "mix/manifest.json").read_text())["sources"][0]["budget"] == 30
+    with pytest.raises(UserError, match=r"was written by another run: budgets was .*30.*, now .*29"):
+        build_mixture(model_dir, tmp_path / "mix", [replace(greedy, budget=29)])
+
+
+def test_corpora_of_two_kmeans_are_refused(tmp_path, model_dir, make_units):
+    folders = [make_units(tmp_path / name, 5) for name in ("a", "b")]
+    for folder in folders:
+        labelled = {"inputs": {"kmeans": [folder.name]}, "outputs": {}}
+        (folder / "units-00000-of-00001.run_info.json").write_text(json.dumps(labelled))
+    speech = [Source(folder.name, "speech", [str(folder)], 10) for folder in folders]
+    with pytest.raises(UserError, match="a and .*b were labelled with different k-means"):
+        build_mixture(model_dir, tmp_path / "mix", speech)
 
 
 def test_bad_input_is_named(tmp_path, base_model_dir, model_dir, sources, make_units):

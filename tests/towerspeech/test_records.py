@@ -148,6 +148,13 @@ def test_a_unit_out_of_range_is_named_by_file_and_row(tmp_path):
         list(records.read_units(folder, num_units=500))
 
 
+def test_a_null_among_units_is_named_by_file_and_row(tmp_path):
+    rows = [{**dict.fromkeys(records.UNIT_COLUMNS), "units": units} for units in ([1, 2], [1, None, 2])]
+    records.write_units(tmp_path / "units-00000-of-00001.parquet", rows)
+    with pytest.raises(UserError, match="units-00000-of-00001.parquet, row 2: a unit is null"):
+        list(records.read_unit_texts(tmp_path, 50))
+
+
 def test_unit_texts_are_those_of_the_rows(tmp_path):
     generator = random.Random(0)
     rows = [

@@ -345,9 +345,30 @@ def test_broken_weights(refused, copy, untied_dir, tmp_path):
     refused("safetensors does not exist", model=shards)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1", "is no SentencePiece model"),
+        ("tokenizer.json", "{}", "'model' is missing"),
+        (None, "", "has no tokenizer.json and no tokenizer.model"),
+    ],
+)
+def test_broken_tokenizers(tmp_path, refused, copy, tokenizer_dir, name, content, message):
+    """Of the base model, and (without a name) of the merged tokenizer's folder."""
+    if name:
+        for old in ("tokenizer.json", "tokenizer.model"):
+            (copy / old).unlink()
+        (copy / name).write_text(content)
+        refused(message, model=copy)
+    else:
+        (tmp_path / "tokenizer").mkdir()
+        shutil.copyfile(tokenizer_dir / "speech_units.json", tmp_path / "tokenizer/speech_units.json")
+        refused(message, tokenizer=tmp_path / "tokenizer")
+
+
 def test_metadata_of_another_tokenizer(tmp_path, refused, tokenizer_dir):
     folder = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, folder)
     metadata = json.loads((folder / "speech_units.json").read_text())
     (folder / "speech_units.json").write_text(json.dumps({**metadata, "merges": 31}))
-    refused("has 50 units and 30 merges, its speech_units.json 50 units and 31", tokenizer=folder, init="merge_mean")
+    refused("has 50 units and 30 merges, its metadata say 50 units and 31", tokenizer=folder, init="merge_mean")

@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import random
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -219,14 +219,15 @@ def test_leading_zeros_are_read(tmp_path):
     assert (tmp_path / "one/units_bpe.model").read_bytes() == (tmp_path / "two/units_bpe.model").read_bytes()
 
 
-def test_units_of_two_kmeans_are_refused(tmp_path, make_units):
+@pytest.mark.parametrize("name", [".", "units-00000-of-00001.parquet"])
+def test_units_of_two_kmeans_are_refused(tmp_path, make_units, name):
     folders = [make_units(tmp_path / name, 20) for name in ("a", "b")]
     for folder, kmeans in zip(folders, ("1", "2"), strict=True):
         (folder / "units-00000-of-00001.run_info.json").write_text(
             json.dumps({"inputs": {"kmeans": [kmeans]}, "outputs": {}})
         )
-    with pytest.raises(UserError, match="a and .*b were labelled with different k-means"):
-        train_bpe(folders, NUM_UNITS, tmp_path / "out", vocab_size=50)
+    with pytest.raises(UserError, match="a.* and .*b.* were labelled with different k-means"):
+        train_bpe([folder / name for folder in folders], NUM_UNITS, tmp_path / "out", vocab_size=50)
     assert not (tmp_path / "out").exists()
 
 
@@ -242,9 +243,10 @@ def test_bad_input_num_units_and_parquet(tmp_path, make_units):
 @pytest.mark.parametrize("script", ["train_bpe", "merge_tokenizer", "extend_model"])
 def test_help_is_quick_and_flags_are_exact(script):
     path = f"train_bpe_tokenizer/{script}.py"
-    started = time.process_time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
-    assert "--output_dir" in shown.stdout and time.process_time() - started < 1
+    assert "--output_dir" in shown.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
     wrong = subprocess.run([sys.executable, path, "--output", "x"], capture_output=True, text=True)
     assert wrong.returncode and "Traceback" not in wrong.stderr
 
