@@ -7,7 +7,8 @@ Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py \\
 Reads a Hugging Face model folder and a mixture; writes checkpoint-<step>/ (torch.distributed.checkpoint: fp32 weights
 and AdamW states; run_info.json: step, loss, tokens of each source) and train.log (JSON lines). Every step is a pure
 function of the checkpoint before it, so a run that was killed goes on as if nothing had happened. A checkpoint of one
-mesh can be continued on another one. Also runs without torchrun, and on CPU.
+mesh can be continued on another one. Also runs without torchrun, and on CPU. A file named .stop in the output folder
+asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
@@ -73,6 +74,16 @@ def agree(value):
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def agree_on_flag(value: bool) -> bool:
+    """Rank 0's flag, on all ranks: an ``agree`` that is quick enough for every step."""
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor(value)
+    dist.broadcast(flag, src=0)
+    return bool(flag)
 
 
 def leave() -> None:
@@ -327,7 +338,8 @@ def train(
             logged_targets += num_targets
             progress.update()
 
-            saving = step in wanted or step % save_every == 0
+            stopping = step < steps and agree_on_flag(bool(job and job.asked_to_stop()))
+            saving = stopping or step in wanted or step % save_every == 0
             if saving or step % log_every == 0:
                 dist.all_reduce(loss_sum)
                 mean_loss = loss_sum.item() / logged_targets
@@ -355,6 +367,13 @@ def train(
                 )
                 if rank == 0:
                     remove_old(output_dir, wanted)
+            if stopping:
+                progress.close()
+                leave()
+                if rank:
+                    sys.exit(1)  # the first process says it for all
+                problem = f"asked to stop: saved {output_dir}/checkpoint-{step} of {steps:,} steps"
+                raise UserError(problem, "run this again, and it goes on from there")
         progress.close()
         if rank == 0:
             remove_old(output_dir, wanted)  # also what a kill after the last save left

@@ -13,7 +13,8 @@ train.log. Weights train in float32 (bf16: true adds autocast on a GPU) and are 
 
 The loss is on the assistant's content and the <|im_end|> that closes it, nothing else. Ids are those of the chat
 template, so what generation feeds (``apply_chat_template(..., add_generation_prompt=True)``) is their beginning.
-A killed run goes on from its newest whole checkpoint-<step> folder; they are deleted at the end.
+A killed run goes on from its newest whole checkpoint-<step> folder; they are deleted at the end. A file named .stop in
+the output folder asks it to write one and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
@@ -23,9 +24,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import typing
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -339,8 +341,15 @@ def is_last(checkpoint: Path | None) -> bool:
 
 
 # --- Training -------------------------------------------------------------------------------------
-def make_trainer(model, prepared: Prepared, terminal=None):
-    """An SFTTrainer whose order of examples depends on the seed and the epoch alone, so that it can be resumed."""
+def make_trainer(model, prepared: Prepared, terminal=None, asked_to_stop: Callable[[], bool] | None = None):
+    """An SFTTrainer whose order of examples depends on the seed and the epoch alone, so that it can be resumed.
+
+    Args:
+        model: The model, in float32.
+        prepared: What ``prepare`` gives.
+        terminal: For the progress bar.
+        asked_to_stop: Called after each step, on all processes; if true, a checkpoint is written and training ends.
+    """
     import torch
     from tqdm import tqdm
     from transformers import PrinterCallback, TrainerCallback
@@ -396,7 +405,12 @@ def make_trainer(model, prepared: Prepared, terminal=None):
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
 
-    callbacks = [Progress()] if terminal else []
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if asked_to_stop():
+                control.should_save = control.should_training_stop = True
+
+    callbacks = [*([Progress()] if terminal else []), *([Stop()] if asked_to_stop else [])]
     trainer = Trainer(
         model,
         prepared.sft_config,
@@ -489,8 +503,20 @@ def train(
                 print(f"{len(prepared.dataset):,} examples, {count_tokens(prepared.dataset):,} tokens")
                 if checkpoint:
                     print(f"going on from {checkpoint}", flush=True)
+
+            def asked_to_stop() -> bool:  # the first process decides for all
+                flag = [bool(job and job.asked_to_stop())]
+                if processes > 1:
+                    broadcast_object_list(flag)
+                return flag[0]
+
             with quiet(output_dir / "train.log") as terminal:
-                weights = tune(model, prepared, checkpoint, terminal if first else None)
+                weights = tune(model, prepared, checkpoint, terminal if first else None, asked_to_stop)
+            if weights is None:
+                if not first:
+                    sys.exit(1)  # the first process says it for all
+                saved = newest_checkpoint(output_dir, processes)
+                raise UserError(f"asked to stop: saved {saved}", "run this again, and it goes on from there")
             if job:
                 with job.publish() as folder:
                     save_model(weights, prepared, model, folder)
@@ -511,8 +537,14 @@ def count_tokens(dataset) -> int:
     return pc.sum(pc.list_value_length(dataset.data.column("input_ids"))).as_py()
 
 
-def tune(model: Path, prepared: Prepared, checkpoint: Path | None, terminal) -> dict:
-    """Train from ``checkpoint``, or from the start; returns the final weights (all of them on the first process)."""
+def tune(
+    model: Path, prepared: Prepared, checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]
+) -> dict | None:
+    """Train from ``checkpoint``, or from the start.
+
+    Returns:
+        The final weights (all of them on the first process), or None if it was asked to stop before the last step.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -522,8 +554,10 @@ def tune(model: Path, prepared: Prepared, checkpoint: Path | None, terminal) -> 
     )
     if finished:
         return weights.state_dict()
-    trainer = make_trainer(weights, prepared, terminal)
+    trainer = make_trainer(weights, prepared, terminal, asked_to_stop)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 

@@ -4,9 +4,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if ! python3 -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && [[ $EUID == 0 ]] &&
-    command -v apt-get >/dev/null; then
-    apt-get update -qq && apt-get install -y -qq libnuma1 # vLLM on the CPU links it
+packages=()
+python3 -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || packages+=(libnuma1) # vLLM on the CPU links it
+for program in munged slurmctld slurmd sbatch; do # tests/test_slurm.py starts a Slurm of its own
+    PATH="$PATH:/usr/sbin" command -v "$program" >/dev/null || packages+=(munge slurmctld slurmd slurm-client)
+done
+if ((${#packages[@]})) && [[ $EUID == 0 ]] && command -v apt-get >/dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
 fi
 bash install.sh dev tiny smollm2 comet
 export PATH="$PWD/.venv/bin:$PATH"
@@ -18,7 +23,7 @@ export PYTHONUNBUFFERED=1 # progress reaches a log file as it happens
 ruff check
 ruff format --check
 shopt -s nullglob
-shellcheck ./*.sh ./*/*.sh ./sbatch/*.sbatch .ci/run
+shellcheck -x ./*.sh ./*/*.sh ./sbatch/*.sbatch .ci/run
 
 # Quick ones first: a mistake shows within minutes. Both parts run in any case; 5 means that nothing was selected.
 status=5

@@ -262,8 +262,12 @@ class Stage:
         self.counts: dict = {}
 
     def asked_to_stop(self) -> bool:
-        """Whether somebody (sbatch/job.sh, before a time limit) has put STOP into the folder since this run began."""
-        return (self.output_dir / STOP).exists()
+        """Whether somebody (sbatch/job.sh, before a time limit) has put STOP into the folder; takes it out."""
+        try:
+            (self.output_dir / STOP).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def own(self, name: str) -> Path:
         """The path of a file of ours in the output folder, told apart from other parts' files."""
@@ -350,7 +354,6 @@ def stage(
             print(f"already done: {output_dir}{f' ({part})' if part else ''}", flush=True)
             yield job
             return
-        (output_dir / STOP).unlink(missing_ok=True)  # it was meant for an earlier run
         write_json(_note(job), plan)
         started = time.time()
         yield job

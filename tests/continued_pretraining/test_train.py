@@ -174,6 +174,21 @@ def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path, model_dir, mixtu
 
 
 @pytest.mark.slow
+def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, model_dir, mixture, whole_run):
+    """Two processes, asked while they start: one step, a checkpoint, a status that is not 0; then the same bytes."""
+    settings = {"processes": 2, "replicate": 2, "keep_steps": "[6, 9]"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.stop").touch()
+    result = train(model_dir, mixture, tmp_path / "run", **settings)
+    assert result.returncode and f"asked to stop: saved {tmp_path}/run/checkpoint-1 of 12 steps" in result.stderr
+    assert not (tmp_path / "run/run_info.json").exists() and not (tmp_path / "run/.stop").exists()
+    result = train(model_dir, mixture, tmp_path / "run", **settings)
+    assert result.returncode == 0 and "going on after step 1 " in result.stdout, result.stderr
+    assert losses(tmp_path / "run") == losses(whole_run)
+    assert same_weights(tmp_path / "run", whole_run, model_dir, tmp_path)
+
+
+@pytest.mark.slow
 def test_another_mesh_goes_on_with_a_checkpoint(tmp_path, model_dir, mixture, whole_run, exported):
     """Sharded over two processes up to step 9, then on one: the losses and weights of replicate 2."""
     result = train(model_dir, mixture, tmp_path / "run", processes=2, shard=2, keep_steps="[6, 9]")

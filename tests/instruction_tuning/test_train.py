@@ -261,6 +261,18 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, whole, model_dir, dat
     assert not list(killed.glob("checkpoint-*"))
 
 
+def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, whole, model_dir, data):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.stop").touch()
+    process = start(command(model_dir, data, tmp_path / "run"))
+    output = process.communicate()[0]
+    assert process.returncode == 1 and f"asked to stop: saved {tmp_path}/run/checkpoint-1" in output
+    assert not (tmp_path / "run/run_info.json").exists() and not (tmp_path / "run/.stop").exists()
+    assert "going on from" in finish(start(command(model_dir, data, tmp_path / "run")))
+    for name in ("model.safetensors", "generation_config.json", "tokenizer.json", "sft_config.json"):
+        assert (whole / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+
+
 def test_killed_while_publishing(tmp_path, model_dir, data, monkeypatch):
     """The last checkpoint, in the middle of an epoch, is not trained further."""
     settings = {**QUICK, "num_train_epochs": 0.5, "save_steps": 2}
