@@ -53,6 +53,8 @@ GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2,batch_sched_delay=0
 PriorityType=priority/basic
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 EnforcePartLimits=ALL
 JobRequeue=1
 ReturnToService=2
@@ -64,7 +66,8 @@ FirstJobId={first_job}
 AccountingStorageType=accounting_storage/none
 NodeName={nodes} NodeHostname={host} NodeAddr={address} Port=[{ports[1]}-{ports[2]}] CPUs=64 Boards=1 \
 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:a100:{gpus} State=UNKNOWN
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-0 DefaultTime=02:00:00 State=UP
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-0 DefaultTime=02:00:00 State=UP PriorityTier=2 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=7-0 DefaultTime=02:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 """
 
 
@@ -202,7 +205,9 @@ class LocalSlurm:
         """Wait until both nodes can take jobs."""
         states = ("idle", "mixed", "allocated")
         wait_until(
-            lambda: sum(self("sinfo", "-h", "-N", "-o", "%T").split().count(state) for state in states) == 2,
+            lambda: (
+                sum(self("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").split().count(state) for state in states) == 2
+            ),
             60,
             "both nodes are up",
         )

@@ -114,9 +114,10 @@ def problems(text: str) -> list[str]:
     return found
 
 
-def test_readme_names_only_files_and_flags_that_exist():
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    assert any("python " in block for block in fenced(readme, "bash", "sh", "console"))
+@pytest.mark.parametrize("name", ["README.md", "sbatch/README.md"])
+def test_readme_names_only_files_and_flags_that_exist(name):
+    readme = (REPO / name).read_text(encoding="utf-8")
+    assert any(".sh " in block for block in fenced(readme, "bash", "sh", "console"))
     assert problems(readme) == []
 
 

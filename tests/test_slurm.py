@@ -158,6 +158,22 @@ def test_a_trainer_that_does_not_save_in_time_is_requeued_all_the_same(slurm, tm
     assert log.index("USR1: asking") < log.index("requeueing") < log.index("restart 1")
 
 
+def test_preempted_without_a_warning_it_goes_on(slurm, tmp_path):
+    """GraceTime's SIGTERM ends the command of the job before Slurm takes the job away: that is no failure."""
+    script = tmp_path / "low.sbatch"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --requeue --open-mode=append\nsource sbatch/job.sh\n"
+        f"outputs=({tmp_path}/out)\nbegin\n((restarts == 0)) || exit 0\nrun srun sleep 300\n"
+    )
+    place = ["--exclusive", f"--nodelist={slurm.nodes[0]}"]
+    job = slurm("sbatch", "--parsable", "--partition=low", *place, f"--output={tmp_path}/log", script).strip()
+    wait_until(lambda: (tmp_path / "log").is_file() and "sleep 300" in (tmp_path / "log").read_text(), 30, "it runs")
+    other = slurm("sbatch", "--parsable", *place, "--output=/dev/null", "--wrap=true").strip()
+    assert slurm.wait_for(other, 60) == ["COMPLETED"]
+    assert slurm.wait_for(job, 60) == ["COMPLETED"], (tmp_path / "log").read_text()
+    assert "restart 1" in (tmp_path / "log").read_text()
+
+
 def test_a_failure_is_said_and_not_requeued(slurm, tmp_path):
     script = tmp_path / "wrong.sbatch"
     script.write_text(
@@ -284,6 +300,7 @@ TRAINING = {
 SFT = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3,
     "learning_rate": 2e-3,
     "gradient_checkpointing": False,
     "save_steps": 50,
@@ -426,6 +443,20 @@ def chain(slurm, inputs) -> dict:
     slurm.wait_for(second["continued_pretraining"], 600)
     seen["training"] = log_of("continued_pretraining", second["continued_pretraining"])
 
+    # A task of the generation array is requeued while it decodes.
+    array = second["generate_mt"]
+    seen["requeued_task"] = None
+
+    def decoding_task() -> str:
+        for task in slurm("squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%K").split():
+            if "starting vLLM" in log_of("generate_mt", array, int(task)):
+                return task
+        return ""
+
+    task = wait_until(decoding_task, 120, "a task of generate_mt decodes")
+    slurm("scontrol", "requeue", f"{array}_{task}")
+    seen["requeued_task"] = int(task)
+
     # Instruction tuning: its node is lost, its processes are not.
     tuning = second["instruction_tuning"]
     train_log = root / "slurm/models/sft/train.log"
@@ -461,19 +492,6 @@ def chain(slurm, inputs) -> dict:
     slurm.start_node(node)
     slurm.wait_for_nodes()
 
-    # A task of the generation array is requeued while it decodes.
-    array = second["generate_mt"]
-    seen["requeued_task"] = None
-
-    def decoding_task() -> str:
-        for task in slurm("squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%K").split():
-            if "starting vLLM" in log_of("generate_mt", array, int(task)):
-                return task
-        return ""
-
-    task = wait_until(decoding_task, 120, "a task of generate_mt decodes")
-    slurm("scontrol", "requeue", f"{array}_{task}")
-    seen["requeued_task"] = int(task)
     assert slurm.wait_for(second["summarize"], 600) == ["COMPLETED"]
     seen["requeued_log"] = log_of("generate_mt", array, seen["requeued_task"])
     seen["last"] = slurm("sbatch/submit_pipeline.sh", config)
