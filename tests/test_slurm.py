@@ -430,6 +430,7 @@ def chain(slurm, inputs) -> dict:
     slurm.wait_for(first["summarize"], 300)
     slurm.wait_for(first["label_test"])
     slurm.wait_for(first["build_instructions"])
+    slurm.wait_for(first["build_instructions_sft"])
     seen["states"] = {stage: slurm.states(job) for stage, job in first.items()}
     seen["status"] = slurm("sbatch/status.sh", config)
     seen["log"] = log_of("build_mixture", first["build_mixture"])
@@ -520,6 +521,8 @@ def test_submitted_again_it_leaves_out_what_is_done_or_queued(chain):
         "label_train",
         "label_test",
         "train_bpe_tokenizer",
+        "build_instructions",
+        "build_instructions_sft",
     ]
     assert chain["third"] == second
     rows = [line.split() for line in chain["last"].splitlines() if line and not line.startswith(("stage", "job ids"))]
