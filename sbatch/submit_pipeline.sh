@@ -19,8 +19,12 @@ for word in "$@"; do
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.." # jobs start where they are submitted
 [[ -n $config && -f $config ]] || die "no config ${config:-given}" "sbatch/submit_pipeline.sh sbatch/towerspeech_6b.env"
-# shellcheck disable=SC1091 # a site's own
-[[ ! -f sbatch/site.env ]] || source sbatch/site.env
+if [[ -f sbatch/site.env ]]; then
+    set +eu # module and conda know nothing of it
+    # shellcheck disable=SC1091 # a site's own
+    source sbatch/site.env
+    set -eu
+fi
 # shellcheck source=sbatch/pipeline.sh
 source sbatch/pipeline.sh
 read_config "$config"
