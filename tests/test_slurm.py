@@ -110,6 +110,7 @@ def test_missing_variables_are_named_with_what_makes_them(slurm, tmp_path):
     assert re.search(r"GENERATIONS: .*sbatch/generate_mt.sbatch", (tmp_path / "out").read_text())
 
 
+@pytest.mark.slow
 def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(slurm, tmp_path):
     """Requeued twice without anything new it fails; with something new each time it goes on."""
     for name, grows in (("idle", "true"), ("moving", "touch $OUT/$restarts.jsonl")):
@@ -247,6 +248,7 @@ def submit(slurm, root: Path) -> dict[str, str]:
     return jobs(root, "work")
 
 
+@pytest.mark.slow
 def test_what_is_submitted_again(slurm, stubs):
     """What failed and all that waits for it, nothing else; and what has other settings."""
     (stubs / "fail_export_checkpoint.1").touch()

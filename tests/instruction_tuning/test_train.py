@@ -261,6 +261,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, whole, model_dir, dat
     assert not list(killed.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, whole, model_dir, data):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.stop").touch()
