@@ -131,16 +131,21 @@ def line(name: str, ours: dict, theirs: dict, goal: float | None, units: int | N
 
 
 def bench_training(corpus: Path, units: int, output_dir: Path) -> list[dict]:
-    """Ours from .km and from Parquet, the others from a text file: whole runs in turn, the best of three each."""
+    """Ours from .km and from Parquet, SentencePiece's from a text file: whole runs in turn, the best of three each.
+
+    The tokenizers trainer comes after them: during its minute a virtual machine may give its free memory back to its
+    host, and who runs next waits for it.
+    """
     words = ["--num_units", NUM_UNITS, "--vocab_size", VOCAB_SIZE, "--max_units", units]
-    runs = {name: [] for name in ("sentencepiece", "tokenizers", "corpus.km", "units")}
-    for _ in range(TIMES):
-        for way in ("sentencepiece", "tokenizers"):
-            source = ["--source", corpus / "corpus.txt"]
-            runs[way].append(call("benchmarks/other_tokenizers.py", output_dir / way, "--way", way, *source))
-        for source in ("corpus.km", "units"):
-            target = output_dir / f"ours_{Path(source).stem}"
-            runs[source].append(call("train_bpe_tokenizer/train_bpe.py", target, "--units", corpus / source, *words))
+    rounds = [("sentencepiece", "corpus.km", "units")] * TIMES + [("tokenizers",)] * TIMES
+    runs = {name: [] for name in ("sentencepiece", "corpus.km", "units", "tokenizers")}
+    for name in (name for names in rounds for name in names):
+        if name in ("sentencepiece", "tokenizers"):
+            script, source = "benchmarks/other_tokenizers.py", ["--way", name, "--source", corpus / "corpus.txt"]
+        else:
+            script, source = "train_bpe_tokenizer/train_bpe.py", ["--units", corpus / name, *words]
+        target = output_dir / (f"ours_{Path(name).stem}" if script.startswith("train") else name)
+        runs[name].append(call(script, target, *source))
     best = {name: min(found, key=lambda run: run["s"]) for name, found in runs.items()}
     return [
         line(f"training from {told}, beside {way}", best[source], best[way], goal)

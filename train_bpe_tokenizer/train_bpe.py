@@ -15,9 +15,11 @@ are at most 16 units long, SentencePiece's default.
 
 import csv
 import heapq
+import importlib
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -289,7 +291,11 @@ def train_bpe(
 
         sampled = sum(map(len, texts))
         print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
+        # SentencePiece trains on one core: meanwhile the plot's library is loaded, which takes half a second.
+        loading = threading.Thread(target=importlib.import_module, args=["matplotlib.figure"])
+        loading.start()
         proto = train_sentencepiece(texts, vocab_size, output_dir / "sentencepiece.log")
+        loading.join()
         complete(proto, num_units, vocab_size)
         measured_on = f"{len(apart):,} held-out utterances" if apart else "training utterances (none are held out)"
         if held_out and not apart:
