@@ -20,10 +20,10 @@ import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
+
+from bench_extend_model import measure  # beside this script
 
 from towerspeech import units as dsu
 from towerspeech.records import shard_name, write_units
@@ -103,14 +103,9 @@ def call(script: str, output_dir: Path, *words) -> dict:
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, REPO / script, *words, "--output_dir", output_dir]
     print(" ".join(["$ python", script, *map(str, command[2:])])[:300], flush=True)
-    load, log, began = os.getloadavg()[0], output_dir.with_suffix(".log"), time.perf_counter()
-    with open(log, "w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{script} ended with status {process.returncode}", f"see {log}")
-    return {"s": time.perf_counter() - began, "gb": usage.ru_maxrss / 2**20, "load": load}  # ru_maxrss is in KiB
+    load = os.getloadavg()[0]
+    seconds, memory = measure(command, output_dir.with_suffix(".log"))
+    return {"s": seconds, "gb": memory / 2**30, "load": load}
 
 
 def line(name: str, ours: dict, theirs: dict, goal: float | None, units: int | None = None, **facts) -> dict:

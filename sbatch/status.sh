@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How the stages of a chain fare: done, running, waiting or failed, with the last line of each log.
 # Usage: sbatch/status.sh CONFIG.env        (the one that submit_pipeline.sh was given)
-# States come from squeue, from sacct where there is accounting, else from what the job's log says last.
+# States come from sacct where there is accounting, else from squeue, else from what the job's log says last.
 set -euo pipefail
 
 die() { printf 'error: %s\n  -> %s\n' "$1" "$2" >&2; exit 1; }
