@@ -14,9 +14,10 @@ of units by SentencePiece, which does the same merges several times as fast. The
 import itertools
 import json
 import os
+import re
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from typing import Literal
 
 import numpy as np
 
-from towerspeech.records import check_one_kmeans
+from towerspeech import prompts, records, units
 from towerspeech.stage import UserError, check_exists, run, stage, write_json
+from towerspeech.tokenizer import MARK, check_outside_text, marker, text_tokenizer
 
 BATCH_DOCUMENTS = 2048  # tokenized at once, on all cores; also how much a killed run repeats at most, times 16
 COMPARED_DOCUMENTS = 64  # of each source, with the tokenizer's own ids
@@ -53,37 +55,61 @@ class Source:
     max_epochs: float = 1.0
 
 
-def text_of(row: dict, field: str, where: str) -> str:
-    """A row's field, which must be text: a null would be trained on as the word None."""
-    if not isinstance(row[field], str):
-        raise UserError(f"{where}: {field} must be text, got {row[field]!r}", "mend or remove the line")
-    return row[field]
+# What has nothing to learn from is left out and counted.
+NO_UNITS, NO_TRANSCRIPT, NO_TEXT = "without units", "without a transcript", "without text"
 
 
-def documents(source: Source, num_units: int, offset: int) -> Iterator[tuple[str, np.ndarray]]:
+def documents(
+    source: Source, num_units: int, offset: int, mark: Callable[[str], str], left_out: Counter
+) -> Iterator[tuple[str, np.ndarray]]:
     """Stream a source's documents in the order of its files, each as its text and the units of its run, (n,) uint32.
 
     In the text, unit 0 stands for the whole run, as the first unit in it. Without a run the text is the document.
-    """
-    from towerspeech import prompts, records, units
 
+    Args:
+        source: What to read.
+        num_units: Every unit must lie below it.
+        offset: Code point of unit 0.
+        mark: For texts from outside (towerspeech/tokenizer.py).
+        left_out: Counts documents that are left out, by reason.
+
+    Raises:
+        UserError: A row is malformed, spells units in its text, or is speech of another language than English.
+    """
     stand_in, no_units = units.to_text([0], offset), np.zeros(0, np.uint32)
+
+    def outside(text: str, where: str) -> str:
+        check_outside_text(text, where)
+        return mark(text)
+
     for path in map(Path, source.paths):
         if source.kind == "speech":
-            for flat, ends, batch in records.read_unit_arrays(path, num_units, ["text"]):
-                texts = batch.column("text").to_pylist()
-                for row, (speech, text) in enumerate(zip(np.split(flat, ends[:-1]), texts, strict=True)):
-                    if text is None:
-                        name = batch.column("id")[row].as_py()
-                        raise UserError(f"{path}: utterance {name} has no text", "label it from a manifest with text")
-                    yield prompts.speech_document(stand_in if len(speech) else "", text), speech
+            for flat, ends, batch, place in records.read_unit_arrays(path, num_units, ["language", "text"]):
+                runs = np.split(flat, ends[:-1])
+                languages, texts = batch.column("language").to_pylist(), batch.column("text").to_pylist()
+                for row, (speech, language, text) in enumerate(zip(runs, languages, texts, strict=True)):
+                    if language != "en":
+                        problem = f"{place(row)}: language {language!r}, but speech must be English (en)"
+                        raise UserError(problem, "leave other languages' speech out of the mixture")
+                    if not len(speech) or not (text or "").strip():
+                        left_out[NO_TRANSCRIPT if len(speech) else NO_UNITS] += 1
+                        continue
+                    yield prompts.speech_document(stand_in, outside(text, place(row))), speech
         elif source.kind == "text":
             for where, row in records.iter_jsonl(path, ["text"]):
-                yield text_of(row, "text", where), no_units
+                if not isinstance(row["text"], str):
+                    raise UserError(f"{where}: text must be text, got {row['text']!r}", "mend or remove the line")
+                if not row["text"].strip():
+                    left_out[NO_TEXT] += 1
+                    continue
+                yield outside(row["text"], where), no_units
         else:
-            fields = ("src_lang", "source", "tgt_lang", "target")
-            for where, row in records.iter_jsonl(path, fields):
-                yield prompts.parallel_document(*(text_of(row, field, where) for field in fields)), no_units
+            for _, row in records.iter_parallel(path):
+                if not row["source"].strip() or not row["target"].strip():
+                    left_out[NO_TEXT] += 1
+                    continue
+                sides = row["src_lang"], mark(row["source"]), row["tgt_lang"], mark(row["target"])
+                yield prompts.parallel_document(*sides), no_units
 
 
 # --- Encoding -------------------------------------------------------------------------------------
@@ -111,6 +137,8 @@ def unit_processor(pieces: list[str]):
 class Encoder:
     """Encodes documents as a Hugging Face tokenizer does, without special tokens, several times as fast.
 
+    Marked text from outside makes no control tokens (towerspeech/tokenizer.py).
+
     merge_tokenizer.py sees to it that no token crosses the border between text and units, and that the tokens of a run
     of units do not depend on what is around it. So the tokenizer encodes the text, with one unit in the run's place;
     SentencePiece encodes the run; and the run's tokens replace that unit's, whose place is known from the text before
@@ -119,10 +147,10 @@ class Encoder:
 
     def __init__(self, tokenizer, num_units: int, offset: int):
         """Prepare for ``num_units`` units; 0 if there are to be no runs."""
-        from towerspeech import prompts, units
         from towerspeech.indexed import token_dtype
 
         self.tokenizer, self.offset, self.dtype = tokenizer, offset, token_dtype(len(tokenizer))
+        self.backend = text_tokenizer(tokenizer).backend_tokenizer
         self.stand_in = units.to_text([0], offset)
         before = prompts.speech_document(self.stand_in, "").partition(self.stand_in)[0]
         self.position = len(self.reference(before + self.stand_in)) - 1  # of the stand-in's token
@@ -156,9 +184,7 @@ class Encoder:
     def __call__(self, batch: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
         """Token ids, (num_tokens,), of each of some ``documents``."""
         # The tokenizer's own call, but without offsets, masks and types: they take most of its time.
-        # Truncation and padding are off: calls of ``reference`` have seen to that.
-        backend = self.tokenizer.backend_tokenizer
-        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
         runs = [speech for _, speech in batch if len(speech)]
         if self.processor is not None and runs:
             runs = self.processor.encode([self.run_of(speech) for speech in runs], return_type="numpy")
@@ -172,7 +198,8 @@ class Encoder:
         return rows
 
     def compare(self, batch: list[tuple[str, np.ndarray]]) -> None:
-        """Raise UserError if the ids of some ``documents`` are not the tokenizer's own."""
+        """Raise UserError if the ids of some ``documents`` without control tokens are not the tokenizer's own."""
+        batch = [(text, speech) for text, speech in batch if MARK not in text]
         for (text, speech), ids in zip(batch, self(batch), strict=True):
             document = text.replace(self.stand_in, self.run_of(speech), 1) if len(speech) else text
             if ids.tolist() != self.reference(document):
@@ -194,8 +221,19 @@ def encode_ahead(encoder: Encoder, batches: Iterator[list]) -> Iterator[list[np.
             yield waiting.popleft().result()
 
 
-def tokenize(job, source: Source, encoder: Encoder, stream: Iterator[tuple], before: list[int], eod_id: int) -> None:
-    """Write a source's .bin and .idx. Every 16 batches are noted, and a killed run goes on from the last note."""
+def tokenize(
+    job,
+    source: Source,
+    encoder: Encoder,
+    stream: Iterator[tuple],
+    before: list[int],
+    eod_id: int,
+    left_out: Counter,
+) -> None:
+    """Write a source's .bin and .idx. Every 16 batches are noted, and a killed run goes on from the last note.
+
+    The last note stays: it tells what was left out.
+    """
     from tqdm import tqdm
 
     from towerspeech.indexed import write_index
@@ -211,7 +249,7 @@ def tokenize(job, source: Source, encoder: Encoder, stream: Iterator[tuple], bef
             for file in (data, sizes):
                 file.flush()
                 os.fsync(file.fileno())
-            write_json(note, done)
+            write_json(note, {**done, "left_out": left_out})
 
         data.truncate(done["tokens"] * np.dtype(dtype).itemsize)
         sizes.truncate(done["documents"] * 4)
@@ -235,7 +273,6 @@ def tokenize(job, source: Source, encoder: Encoder, stream: Iterator[tuple], bef
         write_index(path, np.fromfile(sizes_file, np.int32), dtype)
     os.replace(partial, job.output_dir / f"{source.name}.bin")
     sizes_file.unlink()
-    note.unlink()
 
 
 # --- The stage ------------------------------------------------------------------------------------
@@ -259,14 +296,17 @@ def build_mixture(
         overwrite: Replace the output of a run with other arguments.
     """
     names = [source.name for source in sources]
-    if not names or len(set(names)) < len(names):
+    if not names or len({name.casefold() for name in names}) < len(names):  # some file systems tell no case
         raise UserError(f"sources need distinct names, got {names}", "mend the config")
+    for name in names:
+        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):  # names files, and stands in Megatron's data_path
+            raise UserError(f"a source is named {name!r}", "use letters, digits, and . _ + - after the first")
     for source in sources:
         for path in source.paths:
             check_exists(Path(path), f"check paths of source {source.name!r}")
         if source.budget <= 0 or not source.paths:
             raise UserError(f"source {source.name!r} needs paths and a positive budget", "mend the config")
-    check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.paths)
+    records.check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.paths)
     arguments = {key: value for key, value in locals().items() if key in build_mixture.__annotations__}
     # Paths are compared by content, the rest of a source by value.
     arguments["paths"] = [path for source in sources for path in source.paths]
@@ -279,7 +319,6 @@ def build_mixture(
             return
         from transformers import AutoTokenizer
 
-        from towerspeech import units
         from towerspeech.indexed import IndexedTokens
         from towerspeech.prompts import EOD
 
@@ -292,38 +331,42 @@ def build_mixture(
             raise UserError(
                 f"{tokenizer} has no {'BOS' if eod_id is not None else '<EOD> or EOS'} token", "name another"
             )
-        encoder = Encoder(loaded, dsu["num_units"], dsu["offset"])
+        encoder, mark = Encoder(loaded, dsu["num_units"], dsu["offset"]), marker(loaded)
+
+        def read(source: Source, left_out: Counter) -> Iterator[tuple[str, np.ndarray]]:
+            return documents(source, dsu["num_units"], dsu["offset"], mark, left_out)
+
         for source in sources:
-            first = itertools.islice(documents(source, dsu["num_units"], dsu["offset"]), COMPARED_DOCUMENTS)
-            encoder.compare(list(first))
+            encoder.compare(list(itertools.islice(read(source, Counter()), COMPARED_DOCUMENTS)))
         manifest_sources, began = [], time.perf_counter()
         for source in sources:
             prefix = output_dir / source.name
             if prefix.with_name(f"{source.name}.bin").is_file():
-                for kind in ("sizes", "json"):  # a kill came just before they were removed
-                    (output_dir / f".{source.name}.{kind}").unlink(missing_ok=True)
+                (output_dir / f".{source.name}.sizes").unlink(missing_ok=True)  # a kill came just before
             else:
-                before = [loaded.bos_token_id] if bos else []
-                stream = documents(source, dsu["num_units"], dsu["offset"])
-                tokenize(job, source, encoder, stream, before, eod_id)
+                before, left_out = [loaded.bos_token_id] if bos else [], Counter()
+                tokenize(job, source, encoder, read(source, left_out), before, eod_id, left_out)
+            left_out = json.loads((output_dir / f".{source.name}.json").read_text())["left_out"]
+            told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
             tokens = IndexedTokens(prefix)
             total = int(tokens.sizes.sum(dtype="int64"))
             epochs = source.budget / total if total else float("inf")
             if epochs > source.max_epochs:
                 raise UserError(
-                    f"source {source.name!r} has {total:,} tokens for a budget of {source.budget:,}",
+                    f"source {source.name!r} has {total:,} tokens for a budget of {source.budget:,}{told}",
                     f"add data, or lower its budget or allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and "
                     "run this again: what is tokenized stays",
                 )
             print(
                 f"{source.name}: {len(tokens.sizes):,} documents, {total:,} tokens, budget {source.budget:,}"
-                f" ({epochs:.2f} epochs)"
+                f" ({epochs:.2f} epochs){told}"
             )
             manifest_sources.append(
                 {
                     "name": source.name,
                     "kind": source.kind,
                     "documents": len(tokens.sizes),
+                    "left_out": left_out,
                     "tokens": total,
                     "budget": source.budget,
                     "epochs": round(epochs, 4),

@@ -17,6 +17,9 @@ def generate(
     checkpoints: list[Path],
     prompts: list[Path],
     output_dir: Path,
+    dataset: str | None = None,
+    pair: str | None = None,
+    shots: int | None = None,
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -34,6 +37,10 @@ def generate(
         checkpoints: Model folders, decoded in turn; their names name the output folders.
         prompts: Prompt files.
         output_dir: Folder of the checkpoints' generations.
+        dataset: Name of the test set, for prompts that do not say it themselves (the original's JSON lists) and whose
+            file's name, such as 5_shot/flores_de-en.json, does not say it either.
+        pair: Their languages, such as de-en.
+        shots: How many examples they show.
         max_new_tokens: Limit of a generation, in tokens.
         temperature: 0 is greedy.
         top_p: Nucleus of sampling.
@@ -47,9 +54,13 @@ def generate(
     """
     arguments = dict(locals())
     from towerspeech.decoding import Decoding, decode, read_prompts
+    from towerspeech.languages import parse_pair
 
     decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})
-    tasks = read_prompts(prompts)
+    facts = {"dataset": dataset, "shots": shots}
+    if pair:
+        facts |= dict(zip(("src_lang", "tgt_lang"), parse_pair(pair), strict=True), task="mt")
+    tasks = read_prompts(prompts, facts)
     decode(checkpoints, lambda _: tasks, output_dir, decoding, arguments, inputs=["prompts"])
 
 

@@ -61,7 +61,7 @@ def generate_ASR(
 
     def load(checkpoint: Path) -> dict[str, list[dict]]:
         if prompts:
-            return read_prompts(prompts)
+            return read_prompts(prompts, {"task": "asr", "src_lang": "en", "tgt_lang": "en", "shots": 0})
         dsu = read_metadata(checkpoint)  # the offset is the tokenizer's own
         names = {f"asr/{folder.resolve().name}.jsonl": folder for folder in units}
         if len(names) < len(units):

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.languages import language
-from towerspeech.records import read_jsonl, read_units, write_jsonl
+from towerspeech.records import iter_parallel, read_units, write_jsonl
 from towerspeech.stage import UserError, run, stage
+from towerspeech.tokenizer import check_outside_text
 
 NUM_SHOTS = 5  # the original's few-shot prompts
 PARALLEL_FIELDS = ("id", "src_lang", "tgt_lang", "source", "target")
@@ -52,12 +52,14 @@ def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator
     """Stream ASR examples; rows without a transcript or without units are counted and left out.
 
     Raises:
-        UserError: A row's speech is not English (the prompt asks for English), or a unit has no character.
+        UserError: A row's speech is not English (the prompt asks for English), a unit has no character, or a
+            transcript spells units.
     """
     from tqdm import tqdm
 
     for folder in folders:
-        for row in tqdm(read_units(folder, num_units=0xFFFFE - unit_offset), desc=f"{folder}", unit=" utterances"):
+        most = dsu.OFFSET + dsu.MAX_NUM_UNITS - unit_offset
+        for row in tqdm(read_units(folder, most), desc=f"{folder}", unit=" utterances"):
             text = (row["text"] or "").strip()
             if not text or not row["units"]:
                 reason = "utterances_without_transcript" if not text else "utterances_without_units"
@@ -68,23 +70,18 @@ def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator
                     f"{folder}: utterance {row['id']} is in {row['language']!r}, but the ASR prompt is for English",
                     "leave other languages' speech out of --units",
                 )
+            check_outside_text(text, f"{folder}: utterance {row['id']}")
             yield example(f"asr_{row['id']}", "asr", prompts.asr(dsu.to_text(row["units"], unit_offset)), text)
 
 
 def read_parallel(path: Path) -> list[dict]:
     """Read and check one parallel JSONL file."""
-    rows = read_jsonl(path, required=PARALLEL_FIELDS)
-    for number, row in enumerate(rows, 1):
-        where = f"{path}:{number}"
+    rows = []
+    for where, row in iter_parallel(path, PARALLEL_FIELDS):
         for side in ("source", "target"):
-            if not isinstance(row[side], str) or not row[side].strip():
-                raise UserError(f"{where}: {side} is not a text, or is empty", "mend or remove the line")
-        try:
-            same = language(row["src_lang"]) == language(row["tgt_lang"])
-        except (UserError, TypeError) as error:
-            raise UserError(f"{where}: {error}") from None
-        if same:
-            raise UserError(f"{where}: src_lang and tgt_lang are both {row['src_lang']!r}", "mend or remove the line")
+            if not row[side].strip():
+                raise UserError(f"{where}: {side} is empty", "mend or remove the line")
+        rows.append(row)
     return rows
 
 

@@ -42,6 +42,7 @@ from towerspeech import units as dsu
 from towerspeech.languages import parse_pair
 from towerspeech.records import dumps
 from towerspeech.stage import UserError, check_exists, run, stage
+from towerspeech.tokenizer import PLANE_15
 
 TEXT_SETS = {"flores200": "flores", "wmt23": "wmt23", "towereval": None}  # file names: the original's, or TowerEval's
 # The original's WMT23 5-shot files have a space before every example but the first, and before the sentence itself.
@@ -92,7 +93,7 @@ def parse_lines(lines: str | None, option: str) -> range | None:
     if lines is None:
         return None
     first, _, last = lines.partition("-")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (re.fullmatch("[0-9]+-[0-9]+", lines) and 1 <= int(first) <= int(last)):
         raise UserError(f"--{option} {lines!r} is no range of lines", "write it as FIRST-LAST, such as 1-100")
     return range(int(first), int(last) + 1)
 
@@ -180,6 +181,9 @@ def text_prompts(
     """
     src, tgt = parse_pair(pair)
     tested = test_sets.take(whole, parse_lines(request.test_lines, "test_lines"), "test_lines")
+    if request.style == "original":
+        for place, target in zip(tested.target_places, tested.targets, strict=True):
+            prompts.check_reference(target, place)
     read = [tested]
     if request.shots:
         read.append(read_pool(request, name, pair))
@@ -266,13 +270,18 @@ def cascade_files(request: Request) -> list[PromptFile]:
             target_places, targets = zip(*(translations[tgt][row["id"]] for row in asr), strict=True)
             sources, numbers = [row["reference"] for row in asr], list(range(1, len(asr) + 1))
             whole = Parallel(sources, targets, places, target_places, numbers, [generations, file])
-            made, arguments = text_prompts(request, name, f"en-{tgt}", whole, shown=[row["text"] for row in asr])
+            # A model that went astray may have written units: they are no words to be translated.
+            shown = [PLANE_15.sub("", row["text"]) for row in asr]
+            made, arguments = text_prompts(request, name, f"en-{tgt}", whole, shown=shown)
             rows = []
             for number, instruction, source, target in made:
                 facts = dict(dataset=name, shots=request.shots, src_lang="en", tgt_lang=tgt, source=source)
                 facts = {"task": "cascaded_st", **facts}
                 rows.append(prompts.prompt_row(request.style, asr[number - 1]["id"], instruction, target, **facts))
-            counts = {"empty_asr_outputs": sum(not asr[number - 1]["text"].strip() for number, *_ in made)}
+            heard = [(asr[number - 1]["text"], shown[number - 1]) for number, *_ in made]
+            counts = {"empty_asr_outputs": sum(not text.strip() for _, text in heard)}
+            if astray := sum(raw != text for raw, text in heard):
+                counts["asr_outputs_without_their_units"] = astray
             files.append(PromptFile("cascaded_st", name, f"en-{tgt}", rows, arguments, counts))
     if not files:
         raise Missing(f"{request.translations} translates none of {request.data_root}'s data sets", "see above")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from towerspeech.languages import LANGUAGES, language, parse_pair
-from towerspeech.records import iter_jsonl, read_lines
+from towerspeech.records import iter_jsonl, iter_parallel, read_lines
 from towerspeech.stage import UserError, check_exists
+from towerspeech.tokenizer import check_outside_text
 
 WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
 TEST_SPLITS = {"flores200": "devtest", "wmt23": "test", "towereval": "test"}
@@ -54,7 +55,7 @@ def take(whole: Parallel, wanted: range | None, option: str) -> Parallel:
     """The wanted lines (default: all).
 
     Raises:
-        UserError: There are fewer, or one of them is empty.
+        UserError: There are fewer, or one of them is empty or spells speech units.
     """
     chosen = range(len(whole.numbers))
     if wanted:
@@ -67,6 +68,7 @@ def take(whole: Parallel, wanted: range | None, option: str) -> Parallel:
         for place, line in zip(places, lines, strict=True):
             if not line.strip():
                 raise UserError(f"{place}: the line is empty", "mend the file, or leave the line out")
+            check_outside_text(line, place)
     return part
 
 
@@ -183,7 +185,7 @@ def towereval_file(root: Path, name: str, split: str, pair: str) -> Path:
 def read_jsonl_pairs(path: Path, fields: tuple[str, str], pair: str | None = None) -> Parallel:
     """Read sentence pairs from two fields; of a file of several directions, those of ``pair``."""
     sides, places = ([], []), []
-    for where, row in iter_jsonl(path, [*fields, *(("src_lang", "tgt_lang") if pair else ())]):
+    for where, row in iter_parallel(path) if pair else iter_jsonl(path, fields):
         for field, side in zip(fields, sides, strict=True):
             if not isinstance(row[field], str):
                 raise UserError(f"{where}: {field} is {row[field]!r}", "it must be a text")
@@ -265,11 +267,12 @@ def read_translations(path: Path, name: str) -> tuple[Path, dict[str, dict[str, 
         raise Missing(f"{file} does not exist", "put the translations of this test set there: id, tgt_lang, target")
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for where, row in iter_jsonl(file, ["id", "tgt_lang", "target"]):
-        if row["tgt_lang"] not in LANGUAGES or row["tgt_lang"] == "en":
+        if not isinstance(row["tgt_lang"], str) or row["tgt_lang"] not in {*LANGUAGES} - {"en"}:
             known = ", ".join(code for code in LANGUAGES if code != "en")
             raise UserError(f"{where}: tgt_lang is {row['tgt_lang']!r}", f"it must be one of: {known}")
         if not isinstance(row["id"], str) or not isinstance(row["target"], str) or not row["target"].strip():
             raise UserError(f"{where}: id and target must be texts, and not empty", "mend or remove the line")
+        check_outside_text(row["target"], where)
         by_id = found.setdefault(row["tgt_lang"], {})
         if row["id"] in by_id:
             raise UserError(f"{where}: {row['id']!r} is translated twice (also {by_id[row['id']][0]})", "remove one")

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from towerspeech import prompts
-from towerspeech.records import dumps, iter_jsonl, write_jsonl
+from towerspeech.languages import LANGUAGES
+from towerspeech.records import check_messages, dumps, iter_jsonl, write_jsonl
 from towerspeech.stage import UserError, read_json, stage
-from towerspeech.units import OFFSET
+from towerspeech.tokenizer import check_units, marker, text_tokenizer
 
 MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
 CONFIG_FIELDS = ("vocab_size", "max_position_embeddings")
@@ -48,13 +49,31 @@ class Decoding:
     gpu_memory_utilization: float = 0.9
 
 
-def read_prompts(files: list[Path]) -> dict[str, list[dict]]:
+def facts_of_name(path: Path) -> dict:
+    """What a prompt file's name and folder say of its rows, as the original's do: 5_shot/flores_de-en.json."""
+    codes = "|".join(LANGUAGES)
+    facts = {}
+    if found := re.fullmatch(rf"([\w-]+?)_({codes})-({codes})(_(\d+)_shot)?", path.stem):
+        facts = dict(zip(("dataset", "src_lang", "tgt_lang"), found.groups(), strict=False), task="mt")
+    elif found := re.fullmatch(rf"AST_({codes})", path.stem):  # the original's cascade of FLEURS
+        facts = {"task": "cascaded_st", "dataset": "AST", "src_lang": "en", "tgt_lang": found[1]}
+    if shots := re.match(r"(\d+)_shot$", path.resolve().parent.name):
+        facts["shots"] = int(shots[1])
+    return facts
+
+
+def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list[dict]]:
     """Read prompt files (JSONL, or the original's JSON lists) as {output file: rows}.
 
     A file in a folder such as 5_shot/, asr/ or st/ keeps that folder's name. Rows without an id get their number.
 
+    Args:
+        files: The files.
+        facts: What rows are about (of METADATA), where they do not say it; else their file's name says it.
+
     Raises:
-        UserError: Malformed rows, ids that repeat, or two files that would be written to one.
+        UserError: Malformed rows, ids that repeat, a reference that no output can equal; or two files that would be
+            written to one.
     """
     tasks = {}
     for path in map(Path, files):
@@ -62,41 +81,49 @@ def read_prompts(files: list[Path]) -> dict[str, list[dict]]:
         name = str(Path(folder) / f"{path.stem}.jsonl")
         if name in tasks:
             raise UserError(f"{path}: another prompt file is already called {name}", "rename one of them")
+        known = facts_of_name(path) | {key: value for key, value in (facts or {}).items() if value is not None}
         rows, seen = [], set()
         for number, (where, row) in enumerate(iter_jsonl(path)):
+            row = {**known, **{key: value for key, value in row.items() if value is not None}}
             row.setdefault("id", f"{path.stem}-{number}")
-            asked = row.get("messages") or row.get("instruction")
-            if not asked or not isinstance(asked, list if "messages" in row else str):
+            if "messages" in row:
+                check_messages(row["messages"], where)
+            elif not isinstance(row.get("instruction"), str) or not row["instruction"]:
                 raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
             if not isinstance(row["id"], str):
                 raise UserError(f"{where}: id is {row['id']!r}", "ids must be texts")
             if row["id"] in seen:
                 raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
+            if not isinstance(row.get("output", ""), str):
+                raise UserError(f"{where}: output is {row['output']!r}", "it must be a text")
+            if "messages" not in row:
+                prompts.check_reference(row.get("output", ""), where)
             seen.add(row["id"])
             rows.append({**row, "where": where})
+        missing = [key for key in METADATA if key != "source" and any(key not in row for row in rows)]
+        if missing:
+            print(f"{path}: nothing says its {', '.join(missing)}, without which score.py cannot score it")
         tasks[name] = rows
     return tasks
 
 
-def token_ids(tokenizer, row: dict) -> list[int]:
-    """A prompt's ids. A plain instruction begins with BOS, once; a chat begins as in training, without it."""
+def token_ids(tokenizer, mark: Callable[[str], str], row: dict) -> list[int]:
+    """A prompt's ids. A plain instruction begins with BOS, once; a chat begins as in training, without it.
+
+    Args:
+        tokenizer: Of ``text_tokenizer``.
+        mark: Of ``marker``: what the prompt spells is text.
+        row: The prompt.
+    """
     if "messages" in row:
-        return tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
-    return tokenizer(row["instruction"])["input_ids"]
+        messages = [{**turn, "content": mark(turn["content"])} for turn in row["messages"]]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokenizer(mark(row["instruction"]))["input_ids"]
 
 
 def prompt_hash(row: dict) -> str:
     """SHA-256 of what the model is asked."""
     return hashlib.sha256(dumps(row.get("messages") or row["instruction"]).encode()).hexdigest()
-
-
-def check_units(text: str, dsu: dict, where: str) -> None:
-    """Raise UserError if a text holds speech units that the tokenizer lacks."""
-    for char in set(text):
-        unit = ord(char) - dsu["offset"]
-        if ord(char) >= OFFSET and not 0 <= unit < dsu["num_units"]:
-            problem = f"speech unit U+{ord(char):X} (id {unit}) is none of the tokenizer's {dsu['num_units']}"
-            raise UserError(f"{where}: {problem}", "use the checkpoint and the k-means that belong together")
 
 
 def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows: int):
@@ -105,6 +132,7 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
     Returns:
         The tokenizer, and {output file: [ids of each prompt]}.
     """
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     from towerspeech.units import read_metadata
@@ -122,15 +150,20 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
             "keep together the tokenizer and the model that train_bpe_tokenizer/extend_model.py made for it",
         )
     dsu = read_metadata(checkpoint, required=False)
-    encoded = {}
+    mark, encoder, encoded = marker(tokenizer), text_tokenizer(tokenizer), {}
     for name, rows in tasks.items():
         encoded[name] = []
         for row in rows:
             where = row.get("where", f"{name}, id {row['id']}")  # rows made from units come from no prompt file
-            check_units(dumps(row.get("messages") or row["instruction"]), dsu, where)
+            for text in [turn["content"] for turn in row.get("messages", ())] or [row["instruction"]]:
+                check_units(text, row.get("task"), dsu["num_units"], dsu["offset"], where)
             if "messages" in row and not tokenizer.chat_template:
                 raise UserError(f"{where}: {checkpoint} has no chat template", "use prompts of another --style")
-            ids = token_ids(tokenizer, row)
+            try:
+                ids = token_ids(encoder, mark, row)
+            except TemplateError as error:
+                problem = f"{where}: the chat template of {checkpoint} does not take this chat: {error}"
+                raise UserError(problem, "mend the messages") from None
             if len(ids) >= limit:
                 raise UserError(
                     f"{where}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}",

@@ -1,13 +1,16 @@
 """Scores with 95% intervals and full signatures: for translation and for transcription.
 
-BLEU, spBLEU, chrF2 and chrF2++ are sacreBLEU's, WER and CER jiwer's alignments over Whisper's Basic and English
-normalizers. Both normalizers are always reported and named: one sentence can score 0.64 under one and 0.0 under the
-other. sacreBLEU's scores lie in 0..100, COMET's (results/score.py) mostly in 0..1; WER and CER are shares of the
-reference's words or characters (0.25, not 25), and can exceed 1.
+BLEU, spBLEU, chrF2 and chrF2++ are sacreBLEU's, WER and CER jiwer's alignments of text that went through Whisper's
+normalizers: Basic for every language (it keeps umlauts and the syllables of Hangul), and for English the English one
+too, which makes plain letters of umlauts and takes syllables apart. Both are named: one sentence can score 0.64 under
+one and 0.0 under the other. sacreBLEU's scores lie in 0..100, COMET's (results/score.py) mostly in 0..1; WER and CER
+are shares of the reference's words or characters (0.25, not 25), and can exceed 1.
 """
 
 import csv
-from collections.abc import Callable, Collection, Sequence
+import io
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +22,12 @@ from towerspeech.stage import UserError, check_exists, hash_file, publish
 BOOTSTRAP_SAMPLES = 1000
 SEED = 12345  # sacreBLEU's default
 NORMALIZERS = ("basic", "english")
+CER_LEADS = ("zh", "ja", "ko")  # languages whose words spaces do not tell well
 TRANSLATION_TASKS = ("mt", "st", "cascaded_st")
 TASKS = (*TRANSLATION_TASKS, "asr")
 SACREBLEU_METRICS = ("bleu", "chrf2", "chrf2++", "spbleu")
-ERROR_RATES = {"wer": ("wer_", "runaway_"), "cer": ("cer_",)}  # and what rows its alignment gives
-RUNAWAY = (2, 5)  # an output of more words than 2 x the reference's + 5 is a runaway
+ERROR_RATES = {"wer": "word", "cer": "char"}
+RUNAWAY = (2, 5)  # an output of more words (characters where CER leads) than 2 x the reference's + 5 is a runaway
 # What https://tinyurl.com/flores200sacrebleuspm gives, spBLEU's SentencePiece model. sacreBLEU checks no sum; this is
 # the one that the hub states for sentencepiece.bpe.model of facebook/nllb-200-distilled-600M, which is the same file.
 FLORES200_SHA256 = "14bb8dfb35c0ffdea7bc01e56cea38b9e3d5efcdcb9c251d6b40538e1aab555a"
@@ -63,7 +67,7 @@ def score(
         task: ``mt``, ``st``, ``cascaded_st`` or ``asr``.
         hypotheses: Raw outputs, one a segment.
         references: One reference a segment.
-        target_lang: ISO 639-1 code of the output's language; chooses BLEU's tokenizer.
+        target_lang: ISO 639-1 code of the output's language; chooses BLEU's tokenizer, or the normalizers.
         finish_reasons: Why each output ended; with them, those cut off at the token limit (``length``) are counted.
         rows: Those of ``signatures`` to compute; default: all.
         spbleu_model: As in ``signatures``.
@@ -76,10 +80,15 @@ def score(
     wanted = [row for row in signed if rows is None or row in rows]
     n = len(references)
     if task == "asr":
-        units = [unit for unit, given in ERROR_RATES.items() if any(row.startswith(given) for row in wanted)]
+        lead = headline(target_lang)[:3]
+        units = [
+            unit
+            for unit in ERROR_RATES
+            if any(row.startswith((unit, "runaway_" if unit == lead else unit)) for row in wanted)
+        ]
         found = {}
-        for name in NORMALIZERS:
-            found |= _transcription(hypotheses, references, name, units)
+        for name in normalizers(target_lang):
+            found |= _transcription(hypotheses, references, name, units, lead)
     else:
         found = _translation(hypotheses, references, target_lang, wanted, spbleu_model)
     found["empty"] = (sum(not text.strip() for text in hypotheses), None, None)
@@ -114,21 +123,32 @@ def signatures(
                 metric.num_refs, metric.n_bootstrap, metric.seed = 1, BOOTSTRAP_SAMPLES, str(SEED)
                 signed[name] = str(metric.get_signature())
     elif units := [unit for unit in ERROR_RATES if unit in metrics]:
+        lead = headline(target_lang)[:3]
+        units.sort(key=lambda unit: unit != lead)
         made_by = "+".join(f"{name}-{metadata.version(name)}" for name in ("jiwer", "whisper-normalizer"))
         end = f"bs:{BOOTSTRAP_SAMPLES}|seed:{SEED}|version:{made_by}"
-        for name in NORMALIZERS:
+        for name in normalizers(target_lang):
             for unit in units:
-                level = {"wer": "word", "cer": "char"}[unit]
                 for part in ("", "_substitutions", "_deletions", "_insertions"):
-                    signed[f"{unit}_{name}{part}"] = f"level:{level}|norm:whisper-{name}|{end}"
+                    signed[f"{unit}_{name}{part}"] = f"level:{ERROR_RATES[unit]}|norm:whisper-{name}|{end}"
             signed[f"empty_references_{name}"] = f"count|norm:whisper-{name}|version:{made_by}"
-            if "wer" in units:
-                factor, extra = RUNAWAY
-                signed[f"runaway_{name}"] = f"count|words>{factor}*ref+{extra}|norm:whisper-{name}|version:{made_by}"
+            if lead in units:
+                limit = f"{ERROR_RATES[lead]}s>{RUNAWAY[0]}*ref+{RUNAWAY[1]}"
+                signed[f"runaway_{name}"] = f"count|{limit}|norm:whisper-{name}|version:{made_by}"
     if signed:
         signed["empty"] = "count|blank output"
         signed["truncated"] = "count|finish_reason:length"
     return signed
+
+
+def normalizers(target_lang: str) -> tuple[str, ...]:
+    """The normalizers of transcripts in a language: Whisper's English one is for English alone."""
+    return NORMALIZERS if target_lang == "en" else NORMALIZERS[:1]
+
+
+def headline(target_lang: str) -> str:
+    """The error rate that speaks for a language: wer_english for English, cer_basic for zh, ja, ko, else wer_basic."""
+    return f"{'cer' if target_lang in CER_LEADS else 'wer'}_{normalizers(target_lang)[-1]}"
 
 
 def check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
@@ -158,6 +178,44 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     means = _draws(len(values)) @ np.asarray(values, dtype=np.float64) / len(values)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+# --- One metric's counts, for comparisons -----------------------------------------------------------
+def segment_counts(metric: str, hypotheses: Sequence[str], references: Sequence[str], target_lang: str):
+    """What one metric counts in each segment; ``corpus_scores`` takes its sums.
+
+    Args:
+        metric: bleu, chrf2, chrf2++, or an error rate: wer_basic, cer_basic, wer_english, cer_english.
+        hypotheses: Raw outputs, one a segment.
+        references: One a segment.
+        target_lang: As in ``score``.
+
+    Returns:
+        (segments, counts), float64.
+    """
+    import numpy as np
+
+    unit, _, name = metric.partition("_")
+    if unit in ERROR_RATES:
+        normalize = normalizer(name)
+        normal = ([normalize(text) for text in texts] for texts in (hypotheses, references))
+        return edits(*normal, characters=unit == "cer").astype(np.float64)
+    found = _sacrebleu(metric, target_lang)._extract_corpus_statistics(list(hypotheses), [list(references)])
+    return np.array(found, dtype=np.float64)
+
+
+def corpus_scores(metric: str, totals):
+    """The scores of corpora, (corpora,), as ``score`` gives them.
+
+    Args:
+        metric: As in ``segment_counts``.
+        totals: (corpora, counts), float64: sums of the segments' counts.
+    """
+    import numpy as np
+
+    if metric.partition("_")[0] in ERROR_RATES:
+        return totals[:, :3].sum(axis=1) / np.maximum(totals[:, 3], 1)
+    return _chrfs(totals) if metric.startswith("chrf") else _bleus(totals)
 
 
 # --- Translation ----------------------------------------------------------------------------------
@@ -246,13 +304,13 @@ def _bleus(totals):
     """BLEU of many corpora, as sacreBLEU's ``compute_bleu`` with exponential smoothing.
 
     Args:
-        totals: (corpora, 10), float32: lengths of output and reference, matches and counts of 1- to 4-grams.
+        totals: (corpora, 10): lengths of output and reference, matches and counts of 1- to 4-grams.
     """
     import numpy as np
 
     length, reference = totals[:, :2].astype(np.float64).T
     correct, total = totals[:, 2:6], totals[:, 6:]
-    halvings = (2.0 ** np.cumsum(correct == 0, axis=1)).astype(np.float32)
+    halvings = (2.0 ** np.cumsum(correct == 0, axis=1)).astype(totals.dtype)
     with np.errstate(divide="ignore", invalid="ignore"):
         precisions = np.where(correct > 0, 100 * correct / total, 100 / (halvings * total))
         logs = np.where(total > 0, np.log(precisions.astype(np.float64)), -9999999999)
@@ -264,11 +322,11 @@ def _chrfs(totals):
     """chrF of many corpora, as sacreBLEU's ``_compute_f_score`` with beta 2.
 
     Args:
-        totals: (corpora, 3 x orders), float32: n-grams in output, in reference, and matches, order by order.
+        totals: (corpora, 3 x orders): n-grams in output, in reference, and matches, order by order.
     """
     import numpy as np
 
-    precision, recall, orders = np.zeros((3, len(totals)), dtype=np.float32)
+    precision, recall, orders = np.zeros((3, len(totals)), dtype=totals.dtype)
     for output, reference, match in totals.T.reshape(-1, 3, len(totals)):
         counts = (output > 0) & (reference > 0)
         precision += np.divide(match, output, where=counts, out=np.zeros_like(match))
@@ -322,7 +380,7 @@ def edits(hypotheses: Sequence[str], references: Sequence[str], characters: bool
 
 
 def _transcription(
-    hypotheses: Sequence[str], references: Sequence[str], name: str, units: Sequence[str]
+    hypotheses: Sequence[str], references: Sequence[str], name: str, units: Sequence[str], lead: str
 ) -> dict[str, tuple]:
     normalize = normalizer(name)
     hypotheses, references = [normalize(text) for text in hypotheses], [normalize(text) for text in references]
@@ -337,7 +395,7 @@ def _transcription(
         rates = _rates_with_intervals(counts)
         for part, value in zip(("", "_substitutions", "_deletions", "_insertions"), rates, strict=True):
             found[f"{unit}_{name}{part}"] = value
-        if unit == "wer":
+        if unit == lead:
             factor, extra = RUNAWAY
             output_lengths = counts[:, 3] - counts[:, 1] + counts[:, 2]
             found[f"runaway_{name}"] = (int((output_lengths > factor * counts[:, 3] + extra).sum()), None, None)
@@ -368,18 +426,29 @@ def read_results(path: Path) -> list[dict[str, str]]:
     """Read a results CSV.
 
     Raises:
-        UserError: It has other columns or a row of another length; names file and line.
+        UserError: It is no text, has other columns, or a row of another length; names file and line.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        if tuple(next(reader, ())) != COLUMNS:
-            raise UserError(f"{path}:1: no results CSV: its columns must be {','.join(COLUMNS)}", "name another file")
-        rows = []
-        for row in reader:
-            if len(row) != len(COLUMNS):
-                raise UserError(f"{path}:{reader.line_num}: {len(row)} values, wanted {len(COLUMNS)}", "score anew")
-            rows.append(dict(zip(COLUMNS, row, strict=True)))
-    return rows
+    lines = read_csv(path)
+    if not lines or tuple(lines[0][1]) != COLUMNS:
+        raise UserError(f"{path}:1: no results CSV: its columns must be {','.join(COLUMNS)}", "name another file")
+    for number, row in lines:
+        if len(row) != len(COLUMNS):
+            raise UserError(f"{path}:{number}: {len(row)} values, wanted {len(COLUMNS)}", "score anew")
+    return [dict(zip(COLUMNS, row, strict=True)) for _, row in lines[1:]]
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[tuple[int, list[str]]]:
+    """The rows of a CSV, each with the number of its last line: without a BOM, and without blank lines.
+
+    Raises:
+        UserError: It is no CSV in UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no CSV in UTF-8 ({error})", "mend it, or move it away") from None
 
 
 def write_results(path: Path, rows: list[dict[str, str]]) -> None:
@@ -388,3 +457,14 @@ def write_results(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def one_line(name: object) -> str:
+    """A name as it stands in tables and CSVs: without line breaks, and without blanks around it."""
+    return " ".join(str(name).split())
+
+
+def markdown_table(lines: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, whatever its cells hold; the second line says how columns are aligned."""
+    cells = ([re.sub(r"([\\|])", r"\\\1", one_line(cell)) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"

@@ -13,6 +13,7 @@ from towerspeech import units
 from towerspeech.languages import language
 from towerspeech.records import read_units
 from towerspeech.stage import UserError
+from towerspeech.tokenizer import check_outside_text
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = ("<CLS>", "<EOD>", "<MASK>", "<PAD>", "<SEP>")  # SpireLM's order; CHAT_TOKENS follow the units
@@ -117,8 +118,8 @@ def speech_rows(
         targets: The translations by id, if it is not English.
 
     Raises:
-        UserError: A row is not English, has no units, transcript or translation, repeats an id; or there are fewer
-            than wanted.
+        UserError: A row is not English, has no units, transcript or translation, repeats an id, or its transcript
+            spells units; or there are fewer than wanted.
     """
     rows, seen, number = [], set(), 0
     for number, row in enumerate(read_units(folder, num_units), 1):
@@ -127,8 +128,11 @@ def speech_rows(
         where = f"{folder}, row {number} (id {row['id']})"
         if row["language"] != "en":
             raise UserError(f"{where}: language {row['language']!r}, but speech must be English (en)", "leave it out")
+        if not row["id"]:
+            raise UserError(f"{where}: no id", "label it from a manifest with ids")
         if not row["units"] or not (row["text"] or "").strip():
             raise UserError(f"{where}: no {'text' if row['units'] else 'units'}", "label it from a manifest with text")
+        check_outside_text(row["text"], where)
         if row["id"] in seen:
             raise UserError(f"{where}: the id is there twice", "give each utterance an id of its own")
         seen.add(row["id"])
@@ -140,6 +144,8 @@ def speech_rows(
                 raise UserError(f"{where}: no translation into {language(tgt_lang).name}", "add it to --translations")
             facts |= dict(task="st", source=row["text"])
             instruction, output = st(speech, tgt_lang), targets[row["id"]]
+        if style == "original":
+            check_reference(output, where)
         rows.append(prompt_row(style, row["id"], instruction, output, **facts))
     if wanted and number < wanted[-1]:
         raise UserError(f"--test_lines ends at {wanted[-1]}, but {folder} has {number} rows", "name fewer")
@@ -154,6 +160,15 @@ def speech_rows(
 def stop_strings(chat: bool) -> list[str]:
     """Strings that end a generation; they are left out of its text."""
     return [] if chat else ["\n"]
+
+
+def check_reference(reference: str, where: str) -> None:
+    """Raise UserError if a completion, which ends at a newline, can never equal its reference."""
+    if "\n" in reference.strip():
+        raise UserError(
+            f"{where}: the reference has several lines, but a completion ends at its first newline",
+            "build these prompts with --style chat, whose answers may have several, or join the lines",
+        )
 
 
 def stop_token_ids(tokenizer) -> list[int]:

@@ -1,60 +1,144 @@
 """JSONL, the original's JSON lists and sharded units Parquet, in and out; bad rows are named by file and line."""
 
+import codecs
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
+from towerspeech.languages import LANGUAGES
 from towerspeech.stage import RUN_INFO, UserError, check_exists, publish, read_json
+from towerspeech.tokenizer import check_outside_text
 
 UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
+REMAKE = "run speech_units/label_audio.py"
 
 
 # --- JSONL ----------------------------------------------------------------------------------------
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is half a character, or half of a pair
+
+
 def iter_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[str, dict]]:
-    """Stream the rows of a JSONL file, each with its ``file:line``.
+    """Stream the rows of a JSONL file, each with its ``file:line``. Blank lines are passed over.
 
     Args:
-        path: The file, in UTF-8. A JSON list, as the original TowerSpeech's prompt files are, is read whole.
+        path: The file, in UTF-8, with or without a BOM. A JSON list, as the original TowerSpeech's prompt files are,
+            is read whole.
         required: Fields that every row must have.
 
     Raises:
         UserError: The file is missing, empty or malformed, or a row lacks a field; names file and line.
     """
-    path = Path(path)
-    check_exists(path, "check the path, or run the stage that makes it")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, but a file is wanted", f"name its files: {path}/*.jsonl")
+    path = _file(path)
+    number_of_rows = 0
+    for where, row in _json_rows(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
+        missing = [name for name in required if name not in row]
+        if missing:
+            raise UserError(f"{where}: field {missing[0]!r} is missing", f"every row needs: {', '.join(required)}")
+        yield where, row
+        number_of_rows += 1
+    if not number_of_rows:
+        raise UserError(f"{path} holds no rows", "check the path, or run the stage that makes it")
+
+
+def _file(path: Path) -> Path:
+    """Raise UserError unless a path names a file that is not empty."""
+    check_exists(Path(path), "check the path, or run the stage that makes it")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, but a file is wanted", f"name its files: {path}/...")
+    return Path(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The values of a JSONL file or a JSON list, each with its place."""
     with open(path, "rb") as file:
-        if file.read(1) == b"[":
-            rows = ((f"{path}, item {i}", row) for i, row in enumerate(_loads(path.read_bytes(), path, 0), 1))
-        else:
-            file.seek(0)
-            rows = ((f"{path}:{i}", _loads(line, path, i)) for i, line in enumerate(file, 1))
-        for where, row in rows:
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
-            missing = [name for name in required if name not in row]
-            if missing:
-                raise UserError(f"{where}: field {missing[0]!r} is missing", f"every row needs: {', '.join(required)}")
-            yield where, row
+        begun = False
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
+            if not begun and line.lstrip().startswith(b"["):
+                items = _loads(line + file.read(), f"{path}", number)
+                yield from ((f"{path}, item {i}", item) for i, item in enumerate(items, 1))
+                return
+            begun = True
+            yield f"{path}:{number}", _loads(line, f"{path}", number)
 
 
-def _loads(line: bytes, path: Path, number: int):
+def _loads(data: bytes, path: str, number: int):
+    """Parse one JSON text that begins in line ``number``."""
+    where = f"{path}:{number}"
     try:
-        return json.loads(line.decode("utf-8"))
+        value = json.loads(data.rstrip().decode("utf-8"))
+        if SURROGATE.search(data):
+            dumps(value).encode("utf-8")
+        return value
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{number or error.lineno}: not JSON ({error.msg})", "mend or remove the line"
-        ) from None
+        line = number + error.lineno - 1
+        raise UserError(f"{path}:{line}: not JSON ({error.msg})", "mend or remove the line") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number or 1}: not UTF-8 ({error.reason})", "convert the file to UTF-8") from None
+        line = number + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})", "convert the file to UTF-8") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(f"{where}: half a character (the lone surrogate {half})", "mend or remove the row") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand nested lists
+        raise UserError(f"{where}: not JSON that can be read ({error})", "mend or remove the line") from None
 
 
 def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict]:
     """All rows of ``iter_jsonl``."""
     return [row for _, row in iter_jsonl(path, required)]
+
+
+PARALLEL_FIELDS = ("src_lang", "tgt_lang", "source", "target")
+
+
+def iter_parallel(path: Path, required: Iterable[str] = PARALLEL_FIELDS) -> Iterator[tuple[str, dict]]:
+    """Stream sentence pairs from JSONL, each with its ``file:line``.
+
+    Args:
+        path: The file.
+        required: Fields that every row must have, ``PARALLEL_FIELDS`` among them.
+
+    Raises:
+        UserError: A row lacks a field, its languages are not two of the ten, or a side is no text or spells units.
+    """
+    for where, row in iter_jsonl(path, required):
+        for field in PARALLEL_FIELDS:
+            if not isinstance(row[field], str):
+                problem = f"{where}: {field} is {row[field]!r:.80}, but it must be text"
+                raise UserError(problem, "mend or remove the line")
+        for field in ("src_lang", "tgt_lang"):
+            if row[field] not in LANGUAGES:
+                problem = f"{where}: unknown language {row[field]!r} as {field}"
+                raise UserError(problem, f"it must be one of: {', '.join(LANGUAGES)}")
+        if row["src_lang"] == row["tgt_lang"]:
+            raise UserError(f"{where}: src_lang and tgt_lang are both {row['src_lang']!r}", "mend or remove the line")
+        for field in ("source", "target"):
+            check_outside_text(row[field], f"{where}, {field}")
+        yield where, row
+
+
+def check_messages(messages, where: str) -> None:
+    """Raise UserError unless these are the turns of a chat: objects with a role and a content, both texts.
+
+    OpenAI's content parts (a list) are none: no tokenizer here reads audio or images.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages must be a list of turns, got {messages!r:.80}", "mend or remove the row")
+    for number, turn in enumerate(messages, 1):
+        for field in ("role", "content"):
+            value = turn.get(field) if isinstance(turn, dict) else None
+            if not isinstance(value, str) or not value:
+                raise UserError(
+                    f"{where}: {field} of message {number} must be a text that is not empty, got {value!r:.80}",
+                    'messages are [{"role": "user", "content": "..."}, ...]',
+                )
 
 
 def dumps(row: dict) -> str:
@@ -73,10 +157,9 @@ def write_jsonl(target: Path, rows: Iterable[dict]) -> int:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read a plain text file, one sentence a line; only \\n ends a line, as in sacreBLEU."""
-    check_exists(path, "check the path")
+    """Read a plain text file, one sentence a line; only \\n ends a line, as in sacreBLEU. A BOM is no text."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = _file(path).read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})", "convert the file to UTF-8") from None
     return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
@@ -150,13 +233,11 @@ def read_units(folder: Path, num_units: int | None = None) -> Iterator[dict]:
         num_units: If given, every id must lie below it.
 
     Raises:
-        UserError: Incomplete shards, a file that is no units Parquet, or an id out of range; names file and row.
+        UserError: Incomplete shards, a file that is no units Parquet; or units that are null or out of range, with
+            file and row.
     """
-    for shard, first, batch in _unit_batches(folder, UNIT_COLUMNS):
-        for row_number, row in enumerate(batch.to_pylist(), first):
-            if num_units is not None:
-                dsu.check_range(row["units"], num_units, f"{shard}, row {row_number} (id {row['id']})")
-            yield row
+    for _, batch, _, _ in _unit_batches(folder, UNIT_COLUMNS, num_units):
+        yield from batch.to_pylist()
 
 
 def read_unit_arrays(folder: Path, num_units: int, columns: Iterable[str] = ()) -> Iterator[tuple]:
@@ -164,28 +245,14 @@ def read_unit_arrays(folder: Path, num_units: int, columns: Iterable[str] = ()) 
 
     Yields:
         All units of a batch, one row's after another's, (num_units_in_batch,) uint32; where each row's end,
-        (num_rows,) int64; and the pyarrow.RecordBatch with the columns asked for, and id.
+        (num_rows,) int64; the pyarrow.RecordBatch with the columns asked for, and id; and a function from a row of it,
+        counted from 0, to its place: file, row and id.
 
     Raises:
-        UserError: As ``read_units``; or a row's units, or one of them, are null.
+        UserError: As ``read_units``.
     """
-    import numpy as np
-
-    for shard, first, batch in _unit_batches(folder, ("id", "units", *columns)):
-        column = batch.column("units")
-        if column.null_count:
-            row = column.is_null().to_pylist().index(True)
-            raise UserError(f"{shard}, row {first + row}: units is null", "remove the row; no speech is an empty list")
-        flat = column.flatten()
-        if flat.null_count:
-            row = next(row for row, units in enumerate(column.to_pylist()) if None in units)
-            raise UserError(f"{shard}, row {first + row}: a unit is null", "mend or remove the row")
-        units, ends = flat.to_numpy().astype("<u4"), column.value_lengths().to_numpy().cumsum(dtype="i8")
-        if len(units) and units.max() >= num_units:
-            row = int(np.searchsorted(ends, int(np.argmax(units >= num_units)), side="right"))
-            where = f"{shard}, row {first + row} (id {batch.column('id')[row].as_py()})"
-            dsu.check_range(column[row].as_py(), num_units, where)
-        yield units, ends, batch
+    for place, batch, units, ends in _unit_batches(folder, ("id", "units", *columns), num_units):
+        yield units.astype("<u4"), ends, batch, place
 
 
 def read_unit_texts(folder: Path, num_units: int, offset: int = dsu.OFFSET) -> Iterator[str]:
@@ -194,7 +261,7 @@ def read_unit_texts(folder: Path, num_units: int, offset: int = dsu.OFFSET) -> I
     Raises:
         UserError: As ``read_unit_arrays``.
     """
-    for units, ends, _ in read_unit_arrays(folder, num_units):
+    for units, ends, *_ in read_unit_arrays(folder, num_units):
         yield from split_units(units, ends, offset)
 
 
@@ -207,22 +274,64 @@ def split_units(units, ends, offset: int = dsu.OFFSET) -> Iterator[str]:
         start = end
 
 
-def _unit_batches(folder: Path, columns: Iterable[str]) -> Iterator[tuple]:
-    """Each shard of a units folder, the number of a batch's first row (from 1), and that pyarrow.RecordBatch."""
+def _unit_batches(folder: Path, columns: Iterable[str], num_units: int | None) -> Iterator[tuple]:
+    """Read each shard of a units folder in batches, and check its units before any cast.
+
+    Yields:
+        A function from a row of the batch, counted from 0, to its place; the pyarrow.RecordBatch; all its units, in
+        the integer type of the file; and where each row's end, (num_rows,) int64.
+    """
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     for shard in unit_shards(folder):
+        first = 1
         try:
             file = pq.ParquetFile(shard)
-            missing = set(UNIT_COLUMNS) - set(file.schema_arrow.names)
-        except pa.ArrowInvalid:
-            missing = set(UNIT_COLUMNS)
-        if missing:
-            raise UserError(
-                f"{shard} is no units Parquet: it lacks {', '.join(sorted(missing))}", "run label_audio.py"
-            )
-        first = 1
-        for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-            yield shard, first, batch
-            first += len(batch)
+            _check_types(shard, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+                place = functools.partial(_place, shard, first, batch)
+                column = batch.column("units")
+                if column.null_count:
+                    row = column.is_null().to_pylist().index(True)
+                    problem = f"{shard}, row {first + row}: units is null"
+                    raise UserError(problem, "remove the row; no speech is an empty list")
+                flat, ends = column.flatten(), pc.list_value_length(column).to_numpy().cumsum(dtype="i8")
+                if flat.null_count:
+                    row = next(row for row, units in enumerate(column.to_pylist()) if None in units)
+                    raise UserError(f"{shard}, row {first + row}: a unit is null", "mend or remove the row")
+                units = flat.to_numpy(zero_copy_only=False)
+                if len(units) and (units.min() < 0 or (num_units is not None and units.max() >= num_units)):
+                    most = num_units if num_units is not None else dsu.MAX_NUM_UNITS
+                    bad = int(((units < 0) | (units >= most)).argmax())
+                    row = int(ends.searchsorted(bad, side="right"))
+                    dsu.check_range([int(units[bad])], most, place(row))
+                yield place, batch, units, ends
+                first += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{shard} is no units Parquet that can be read: {reason}", REMAKE) from None
+
+
+def _place(shard: Path, first: int, batch, row: int) -> str:
+    return f"{shard}, row {first + row} (id {batch.column('id')[row].as_py()})"
+
+
+def _check_types(shard: Path, schema) -> None:
+    """Raise UserError unless a Parquet file has the columns of a units row: texts, and lists of integers."""
+    from pyarrow import types
+
+    missing = set(UNIT_COLUMNS) - set(schema.names)
+    if missing:
+        raise UserError(f"{shard} is no units Parquet: it lacks {', '.join(sorted(missing))}", REMAKE)
+    for name in ("id", "audio", "language", "text", "units"):
+        kind, wanted = schema.field(name).type, "strings"
+        right = types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+        if name == "units":
+            wanted = "lists of integers"
+            right = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+            # If all of a file's utterances are empty, their lists are of nulls.
+            right = right and (types.is_integer(kind.value_type) or types.is_null(kind.value_type))
+        if not right:
+            raise UserError(f"{shard}: {name} is of type {kind}, but {wanted} are wanted", REMAKE)
