@@ -1,16 +1,26 @@
-"""Audio files and the frame features that speech units are clustered from: MFCC or a HuBERT layer, 50 frames a second.
+"""Audio files and the frame features that speech units are clustered from: MFCC or a HuBERT layer.
 
 Shared by fit_kmeans.py and label_audio.py, so that audio is labelled with exactly what the k-means was fitted on.
 """
 
-import json
-from collections.abc import Callable, Iterator
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
-from towerspeech.stage import UserError, check_exists
+from containers import ends_early
+
+from towerspeech.records import iter_jsonl
+from towerspeech.stage import UserError, check_exists, read_json
 
 SAMPLE_RATE = 16000  # Hz
+RATES = range(1000, 768_001)  # Hz; what else a header says is an error of its own
+LOUDEST = 1000  # of samples that should lie between -1 and 1
+BLOCK = 1 << 14  # bytes of a file that its fingerprint reads at three places
 HOP = 320  # samples: 20 ms
 WINDOW = 480  # samples: 30 ms
 FFT_SIZE = 512
@@ -19,7 +29,14 @@ NUM_MFCC = 14  # the 0th, loudness, included
 PRE_EMPHASIS = 0.97
 DELTA_WEIGHT = 0.7  # deltas count less in k-means' distances
 LOG_FLOOR = 1e-10  # power of digital silence
-HUBERT_WINDOW = 400  # samples that HuBERT's convolutions need for one frame
+HUBERT_WINDOW = 400  # samples; features.json of earlier versions does not say it
+
+# Fields that mean a part of a recording, whatever their unit: start, end_time, offset_s, segmentStart, frame_offset.
+SEGMENT = re.compile(
+    "(audio|clip|speech|segment|seg|utterance|utt|frame|sample|time)*"
+    "(start|end|stop|begin|onset|offset|segments?|interval|timestamps?)(time|s|secs?|seconds?|ms|samples?|frames?)*"
+    "|channel"
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +46,8 @@ class FeatureConfig:
     features: str  # mfcc or hubert
     hubert: str = ""  # hub name or folder
     layer: int = 0  # counted from 1
-
-    @property
-    def min_samples(self) -> int:
-        """The shortest audio that gives a frame."""
-        return WINDOW if self.features == "mfcc" else HUBERT_WINDOW
+    hop_samples: int = HOP
+    window_samples: int = WINDOW  # the shortest audio that gives a frame
 
 
 # --- Manifests and audio --------------------------------------------------------------------------
@@ -45,62 +59,99 @@ def read_manifest(
     Rows start..end-1, counted from 0, are given; every line is parsed. With ``audio_root`` their audio must exist.
 
     Raises:
-        UserError: A line is malformed, an id occurs twice, an audio file is missing; names manifest:line.
+        UserError: A line is malformed or speaks of a part of its recording, an id occurs twice, an audio file is
+            missing; names manifest:line.
     """
-    check_exists(manifest, "check --manifest")
+    fields = ("id", "audio", "language", "text")
     first_line: dict[str, int] = {}
-    with open(manifest, "rb") as file:  # bytes, so that a line that is not UTF-8 can be named
-        for number, line in enumerate(file, 1):
-            where = f"{manifest}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise UserError(f"{where}: not UTF-8", "convert the manifest to UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg})", "mend or remove the line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
-            for name in ("id", "audio", "language", "text"):
-                if not isinstance(row.get(name), str):
-                    problem = "missing" if name not in row else f"not a string: {row[name]!r}"
-                    raise UserError(f"{where}: field {name!r} is {problem}", "rows need id, audio, language, text")
-            if row["id"] in first_line:
+    for number, (where, row) in enumerate(iter_jsonl(manifest, fields)):
+        for name in fields:
+            if not isinstance(row[name], str):
                 raise UserError(
-                    f"{where}: id {row['id']!r} stands in line {first_line[row['id']]} already", "make ids unique"
+                    f"{where}: field {name!r} is not a string: {row[name]!r:.80}",
+                    "rows need id, audio, language, text",
                 )
-            first_line[row["id"]] = number
-            if number > start and (end is None or number <= end):
-                if audio_root is not None and not (Path(audio_root) / row["audio"]).is_file():
-                    raise UserError(
-                        f"{where}: {Path(audio_root) / row['audio']} does not exist", "check --audio_root and the line"
-                    )
-                yield {**row, "where": where}
+        _check_whole(row, where)
+        line = int(re.split("[: ]", where)[-1])
+        if row["id"] in first_line:
+            raise UserError(
+                f"{where}: id {row['id']!r} stands in line {first_line[row['id']]} already", "make ids unique"
+            )
+        first_line[row["id"]] = line
+        if number >= start and (end is None or number < end):
+            if audio_root is not None and not os.path.isfile(Path(audio_root) / row["audio"]):
+                raise UserError(
+                    f"{where}: {Path(audio_root) / row['audio']} does not exist", "check --audio_root and the line"
+                )
+            yield {**row, "where": where}
+
+
+def _check_whole(row: dict, where: str) -> None:
+    """Raise UserError if a row means a part of its recording; a duration, or an offset of 0, means none."""
+    plain = {re.sub("[^a-z]", "", name.lower()): name for name, value in row.items() if value not in (None, [])}
+    for field, name in plain.items():
+        no_offset = field.startswith("offset") and row[name] == 0 and not any("duration" in other for other in plain)
+        if SEGMENT.fullmatch(field) and not no_offset:
+            raise UserError(
+                f"{where}: field {name!r} means a part of the recording, but whole files are labelled",
+                "cut the audio into a file an utterance, and leave the field out",
+            )
+
+
+def fingerprint(rows: Iterable[dict], audio_root: Path) -> str:
+    """SHA-256 over the rows' audio: path in the manifest, size, and content (of large files three blocks)."""
+    digest = hashlib.sha256()
+    for row in rows:
+        path = Path(audio_root) / row["audio"]
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{row['audio']}\0{size}\0".encode())
+                if size <= 4 * BLOCK:
+                    digest.update(file.read())
+                    continue
+                for place in (0, (size - BLOCK) // 2, size - BLOCK):
+                    file.seek(place)
+                    digest.update(file.read(BLOCK))
+        except OSError as error:
+            raise UserError(
+                f"{row['where']}: {path} cannot be read ({error.strerror})", "check --audio_root and the line"
+            ) from None
+    return digest.hexdigest()
 
 
 def read_audio(path: Path, where: str, min_samples: int = 1):
     """Read an audio file as mono at 16 kHz: float32 array (samples,).
 
     Raises:
-        UserError: It cannot be read, or is shorter than ``min_samples``; ``where`` names the manifest's line.
+        UserError: It cannot be read, ends early, holds what is no sound, or is shorter than ``min_samples``;
+            ``where`` names the manifest's line.
     """
     import numpy as np
     import soundfile
     from scipy.signal import resample_poly
 
+    def refuse(problem: str):
+        raise UserError(f"{where}: {path} {problem}", "replace the file or remove the line") from None
+
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(
-            f"{where}: {path} is not readable audio ({error})", "replace the file or remove the line"
-        ) from None
+        with soundfile.SoundFile(path) as file:
+            rate, container, announced = file.samplerate, file.format, file.frames
+            samples = file.read(dtype="float32", always_2d=True)
+        early = ends_early(path, container, len(samples))
+    except Exception as error:  # soundfile's own, and what its arguments, numpy and the system raise
+        refuse(f"is not readable audio ({str(error) or 'it is damaged or ends early'})")
+    if early or (len(samples) < announced and container != "MP3"):  # an MP3 may announce an estimate
+        refuse("ends early: less of it can be read than its header or its frames announce, or its end is missing")
+    if rate not in RATES:
+        refuse(f"has {rate} samples a second, but {RATES[0]:,} to {RATES[-1]:,} are possible")
+    if len(samples) and not np.abs(samples).max() <= LOUDEST:  # nor if it is NaN
+        refuse(f"holds samples that are not numbers, or above {LOUDEST:,}; they should lie between -1 and 1")
     samples = samples.mean(axis=1)
     if rate != SAMPLE_RATE and len(samples):
         samples = resample_poly(samples, SAMPLE_RATE, rate).astype(np.float32)
     if len(samples) < min_samples:
-        raise UserError(
-            f"{where}: {path} has {len(samples)} samples at 16 kHz, at least {min_samples} are needed",
-            "replace the file or remove the line",
-        )
+        refuse(f"has {len(samples)} samples at 16 kHz, at least {min_samples} are needed")
     return samples
 
 
@@ -159,6 +210,38 @@ def pick_device(device: str) -> str:
     return device
 
 
+def hubert_config(name: str, layer: int) -> FeatureConfig:
+    """What the model's config says: that it is a HuBERT with such a layer, and how its convolutions cut up audio.
+
+    Raises:
+        UserError: No such model, or it has fewer layers.
+    """
+    from transformers import AutoConfig
+
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name)
+    if config.model_type != "hubert":
+        raise UserError(f"{name} is a {config.model_type} model, not a HuBERT", "check --hubert")
+    if not 1 <= layer <= config.num_hidden_layers:
+        raise UserError(f"{name} has {config.num_hidden_layers} layers, not {layer}", "check --layer")
+    window = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        window = (window - 1) * stride + kernel
+    return FeatureConfig("hubert", name, layer, prod(config.conv_stride), window)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers, safetensors and pickle raise into one error."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"HuBERT {name!r} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            "give a folder with config.json and weights, or a hub name and a network",
+        ) from None
+
+
 def load_hubert(name: str, layer: int, device: str) -> Callable:
     """Load HuBERT up to ``layer``; returns samples (n,) -> float32 (frames, hidden).
 
@@ -167,27 +250,29 @@ def load_hubert(name: str, layer: int, device: str) -> Callable:
     would change the convolutions' group norm and so the units.
 
     Raises:
-        UserError: No such model, or it has fewer layers.
+        UserError: No such model, it has fewer layers, or its checkpoint lacks weights (they would be random).
     """
     import numpy as np
     import torch
-    from transformers import AutoConfig, HubertModel
+    from transformers import HubertModel
 
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "hubert":
-            raise UserError(f"{name} is a {config.model_type} model, not a HuBERT", "check --hubert")
-        if not 1 <= layer <= config.num_hidden_layers:
-            raise UserError(f"{name} has {config.num_hidden_layers} layers, not {layer}", "check --layer")
-        model = HubertModel.from_pretrained(name, dtype=torch.float32).eval().to(pick_device(device))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"HuBERT {name!r} cannot be loaded: {str(error).splitlines()[0]}",
-            "give a folder with config.json and weights, or a hub name and a network",
-        ) from None
+    hubert_config(name, layer)
+    device = pick_device(device)
+    with _loading(name):
+        model, loaded = HubertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model = model.eval().to(device)
     model.encoder.layers = model.encoder.layers[:layer]  # the others' work would be thrown away
-    if config.do_stable_layer_norm:
+    if model.config.do_stable_layer_norm:
         model.encoder.layer_norm = torch.nn.Identity()
+    model.masked_spec_embed = None  # used in training alone
+    weights = dict(model.named_parameters())
+    bad = [key for key in weights if key in loaded["missing_keys"] or not weights[key].isfinite().all()]
+    if bad:
+        raise UserError(
+            f"HuBERT {name!r} lacks weights, or they are not numbers: {bad[0]}"
+            + (f" and {len(bad) - 1} more" if bad[1:] else ""),
+            "get the whole checkpoint",
+        )
 
     @torch.inference_mode()
     def extract(samples):
@@ -201,16 +286,23 @@ def load_hubert(name: str, layer: int, device: str) -> Callable:
 
 def extractor(config: FeatureConfig, device: str) -> Callable:
     """The function that turns samples at 16 kHz, (n,), into features, float32 (frames, dim)."""
-    return mfcc if config.features == "mfcc" else load_hubert(config.hubert, config.layer, device)
+    if config.features == "mfcc":
+        return mfcc
+    if (found := hubert_config(config.hubert, config.layer)) != config:
+        raise UserError(
+            f"HuBERT {config.hubert!r} gives a frame every {found.hop_samples} samples from {found.window_samples} on,"
+            f" but the k-means was fitted to {config.hop_samples} and {config.window_samples}",
+            "fit the k-means anew with speech_units/fit_kmeans.py",
+        )
+    return load_hubert(config.hubert, config.layer, device)
 
 
 # --- The k-means folder ---------------------------------------------------------------------------
 def features_json(config: FeatureConfig, num_units: int, dim: int) -> dict:
     """What features.json holds: the choice, and for MFCC the numbers behind it, for the record and for checking."""
-    settings = {"sample_rate_hz": SAMPLE_RATE, "hop_samples": HOP, "num_units": num_units, "dim": dim}
+    settings = {"sample_rate_hz": SAMPLE_RATE, "num_units": num_units, "dim": dim}
     if config.features == "mfcc":
         settings |= {
-            "window_samples": WINDOW,
             "fft_size": FFT_SIZE,
             "num_mels": NUM_MELS,
             "num_mfcc": NUM_MFCC,
@@ -231,9 +323,17 @@ def load_kmeans(folder: Path):
 
     for name in ("kmeans.safetensors", "features.json"):
         check_exists(Path(folder) / name, "run speech_units/fit_kmeans.py")
+    found = read_json(
+        Path(folder) / "features.json", "run speech_units/fit_kmeans.py", ("features", "hubert", "layer")
+    )
     try:
-        found = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
-        config = FeatureConfig(found["features"], found["hubert"], found["layer"])
+        if found["features"] == "mfcc":
+            config = FeatureConfig("mfcc")
+        else:
+            found.setdefault("window_samples", HUBERT_WINDOW)
+            config = FeatureConfig(
+                found["features"], found["hubert"], found["layer"], found["hop_samples"], found["window_samples"]
+            )
         centroids = load_file(Path(folder) / "kmeans.safetensors")["centroids"]
     except (ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} is no k-means folder: {error!r}", "run speech_units/fit_kmeans.py") from None

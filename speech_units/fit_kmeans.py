@@ -13,13 +13,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from features import FeatureConfig, extractor, features_json, read_audio, read_manifest
+from features import FeatureConfig, extractor, features_json, fingerprint, hubert_config, read_audio, read_manifest
 
 from towerspeech.stage import UserError, run, stage, write_json
+from towerspeech.units import check_num_units
 
 BATCH_SIZE = 10_000  # frames of a k-means step; the default of HuBERT's own recipe
 EPOCHS = 20  # passes over the frames, at most
 MIN_STEPS = 100
+COMPARED = 1000  # files that decide whether the audio is still the same
 
 
 def sample_rows(rows: Iterable[dict], size: int, seed: int) -> list[dict]:
@@ -44,7 +46,7 @@ def sample_frames(rows: list[dict], audio_root: Path, config: FeatureConfig, dev
     frames, filled, used = None, 0, 0
     with tqdm(total=max_frames, desc="features", unit="frame") as progress:
         for row in rows:
-            found = extract(read_audio(audio_root / row["audio"], row["where"], config.min_samples))
+            found = extract(read_audio(audio_root / row["audio"], row["where"], config.window_samples))
             if frames is None:
                 frames = np.empty((max_frames, found.shape[1]), dtype=np.float32)  # touched, and so used, as it fills
             found = found[: max_frames - filled]
@@ -57,28 +59,65 @@ def sample_frames(rows: list[dict], audio_root: Path, config: FeatureConfig, dev
 
 
 def cluster(frames, num_units: int, seed: int):
-    """Mini-batch k-means (k-means++ start): centroids float32 (num_units, dim), and the mean squared distance.
+    """Mini-batch k-means (k-means++ start).
 
+    Centroids that hardly any frame is nearest to are begun anew at random frames, which helps in speech; where many
+    frames are the same, as in digital silence, it makes more and more centroids the same. So if any centroid is used
+    by no frame, k-means is fitted a second time, begun at frames that differ and without that; the better fit is kept.
     On one thread: then the same frames give the same bytes on any number of cores.
+
+    Returns:
+        Centroids float32 (num_units, dim), the mean squared distance, and the number of centroids that are nearest
+        to a frame.
+
+    Raises:
+        UserError: There are fewer distinct frames than units, or centroids are the same.
     """
     import numpy as np
-    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.cluster import MiniBatchKMeans, kmeans_plusplus
     from threadpoolctl import threadpool_limits
 
     steps_an_epoch = max(1, len(frames) // BATCH_SIZE)
-    model = MiniBatchKMeans(
-        n_clusters=num_units,
-        batch_size=BATCH_SIZE,
-        max_iter=max(EPOCHS, -(-MIN_STEPS // steps_an_epoch)),
-        max_no_improvement=100,
-        init_size=max(3 * BATCH_SIZE, 3 * num_units),
-        n_init=1,
-        random_state=seed,
-    )
-    with threadpool_limits(1):
+    init_size = max(3 * BATCH_SIZE, 3 * num_units)
+
+    def fit(**settings):
+        model = MiniBatchKMeans(
+            n_clusters=num_units,
+            batch_size=BATCH_SIZE,
+            max_iter=max(EPOCHS, -(-MIN_STEPS // steps_an_epoch)),
+            max_no_improvement=100,
+            init_size=init_size,
+            n_init=1,
+            random_state=seed,
+            **settings,
+        )
         model.fit(frames)
-        distance = -model.score(frames) / len(frames)
-    return np.ascontiguousarray(model.cluster_centers_, dtype=np.float32), float(distance)
+        centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+        used, distinct = len(np.unique(model.predict(frames))), len(np.unique(centroids, axis=0))
+        return min(used, distinct), model.score(frames) / len(frames), distinct, centroids
+
+    with threadpool_limits(1):
+        best = fit()
+        if best[0] < num_units:
+            keys = [hash((frame + 0.0).tobytes()) for frame in frames]  # 0.0 and -0.0 are the same
+            _, rows, counts = np.unique(keys, return_index=True, return_counts=True)
+            if len(rows) < num_units:
+                raise UserError(
+                    f"there are only {len(rows):,} distinct frames for {num_units:,} units",
+                    "lower --num_units, or add audio (digital silence is the same in every frame)",
+                )
+            order = rows.argsort()  # np.unique sorts by hash, which is another one in every process
+            order = np.random.default_rng(seed).permutation(order)[:init_size]
+            start, _ = kmeans_plusplus(
+                frames[rows[order]], num_units, sample_weight=counts[order].astype(frames.dtype), random_state=seed
+            )
+            best = max(best, fit(init=start, reassignment_ratio=0), key=lambda found: found[:2])
+    used, score, distinct, centroids = best
+    if distinct < num_units:
+        raise UserError(
+            f"only {distinct:,} of {num_units:,} centroids are distinct", "lower --num_units or add audio that differs"
+        )
+    return centroids, float(-score), used
 
 
 def fit_kmeans(
@@ -103,31 +142,31 @@ def fit_kmeans(
         features: mfcc (no model needed) or hubert.
         hubert: HuBERT model: hub name or folder.
         layer: HuBERT layer whose output is clustered, counted from 1.
-        num_units: Clusters, that is speech units; at most 65,536.
-        max_frames: Frames to fit on, 20 ms each. They are held in memory: 4 KB a frame for hubert-large.
+        num_units: Clusters, that is speech units; at most 65,534.
+        max_frames: Frames to fit on, most often 20 ms each. They are held in memory: 4 KB a frame for hubert-large.
         seed: Decides the sample and the clusters' start.
         device: auto, cpu or cuda, for HuBERT.
         overwrite: Replace the folder's content if it was made from other input.
     """
     arguments = dict(locals())
-    if not 2 <= num_units <= 65536:  # units are stored as uint16
-        raise UserError(f"--num_units is {num_units}", "give 2 to 65536")
+    check_num_units(num_units)
     if max_frames < num_units:
         raise UserError(f"--max_frames {max_frames} is less than --num_units {num_units}", "raise --max_frames")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy; features of one utterance are small
         os.environ.setdefault(variable, "1")
-    config = FeatureConfig(features, hubert, layer) if features == "hubert" else FeatureConfig(features)
+    rows = sample_rows(read_manifest(manifest, audio_root), max_frames, seed)
+    arguments["audio"] = fingerprint(rows[:COMPARED], audio_root)  # the same files elsewhere are the same input
     with stage(output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as job:
         if job.done:
             return
-        rows = sample_rows(read_manifest(manifest, audio_root), max_frames, seed)
+        config = hubert_config(hubert, layer) if features == "hubert" else FeatureConfig("mfcc")
         frames, used = sample_frames(rows, audio_root, config, device, max_frames)
         if len(frames) < num_units:
             raise UserError(
                 f"{manifest} has {len(frames):,} frames for {num_units:,} units", "lower --num_units or add audio"
             )
         print(f"{len(frames):,} frames of {used:,} utterances, {frames.shape[1]} numbers each", flush=True)
-        centroids, distance = cluster(frames, num_units, seed)
+        centroids, distance, used_units = cluster(frames, num_units, seed)
 
         from safetensors.numpy import save_file
 
@@ -135,7 +174,8 @@ def fit_kmeans(
             save_file({"centroids": centroids}, path)
         write_json(output_dir / "features.json", features_json(config, *centroids.shape))
         job.counts.update(frames=len(frames), utterances=used, mean_squared_distance=round(distance, 4))
-        print(f"{num_units:,} units; mean squared distance {distance:.4g}")
+        job.counts.update(distinct_units=num_units, used_units=used_units)
+        print(f"{num_units:,} distinct units, {used_units:,} of them used; mean squared distance {distance:.4g}")
     print(output_dir)
 
 

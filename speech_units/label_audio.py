@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from features import SAMPLE_RATE, FeatureConfig, extractor, load_kmeans, read_audio, read_manifest
+from features import SAMPLE_RATE, FeatureConfig, extractor, fingerprint, load_kmeans, read_audio, read_manifest
 
 from towerspeech.records import shard_name, write_units
-from towerspeech.stage import UserError, run, stage
+from towerspeech.stage import UserError, check_exists, run, stage
 from towerspeech.units import collapse
 
 SETTINGS = ("audio_root", "shard", "num_workers", "device")  # arguments that do not change the output
@@ -45,7 +45,7 @@ def shard_bounds(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
 
 def label(row: dict, audio_root: Path, config: FeatureConfig, centroids, extract: Callable) -> dict:
     """One manifest row as a units row."""
-    samples = read_audio(audio_root / row["audio"], row["where"], config.min_samples)
+    samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples)
     return {
         "id": row["id"],
         "audio": row["audio"],
@@ -57,17 +57,22 @@ def label(row: dict, audio_root: Path, config: FeatureConfig, centroids, extract
 
 
 # A worker process loads the k-means and the model once, and keeps them here.
-_label_row: Callable | None = None
+_label_row: Callable | UserError | None = None
 
 
 def _start_worker(kmeans: Path, audio_root: Path, device: str) -> None:
     global _label_row
-    centroids, config = load_kmeans(kmeans)
-    extract = extractor(config, device)
-    _label_row = partial(label, audio_root=audio_root, config=config, centroids=centroids, extract=extract)
+    try:
+        centroids, config = load_kmeans(kmeans)
+        extract = extractor(config, device)
+        _label_row = partial(label, audio_root=audio_root, config=config, centroids=centroids, extract=extract)
+    except UserError as error:
+        _label_row = error  # a pool whose workers fail to start would begin new ones for ever
 
 
 def _work(row: dict) -> dict | UserError:
+    if isinstance(_label_row, UserError):
+        return _label_row
     try:
         return _label_row(row)
     except UserError as error:
@@ -118,25 +123,27 @@ def label_audio(
         raise UserError(f"--num_workers is {num_workers}", "give at least 1")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
+    check_exists(kmeans, "run speech_units/fit_kmeans.py")
     from tqdm import tqdm
 
+    num_rows = sum(1 for _ in read_manifest(manifest))
     with contextlib.ExitStack() as stack:
-        num_rows, label_rows = None, None
+        label_rows = None
         for index in range(num_shards) if shard is None else [shard]:
-            name = shard_name(index, num_shards)
+            name, (start, end) = shard_name(index, num_shards), shard_bounds(num_rows, index, num_shards)
+            spoken = list(read_manifest(manifest, audio_root, start, end))
+            arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
             with stage(output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as job:
                 if job.done:
                     continue
                 if label_rows is None:  # the first shard that is not done yet
                     load_kmeans(kmeans)  # bad input is found before workers start
-                    num_rows = sum(1 for _ in read_manifest(manifest))
-                    bounds = (0, num_rows) if shard is None else shard_bounds(num_rows, shard, num_shards)
-                    for _ in read_manifest(manifest, audio_root, *bounds):
-                        pass
+                    if shard is None:
+                        for _ in read_manifest(manifest, audio_root):
+                            pass
                     label_rows = stack.enter_context(labeller(kmeans, audio_root, device, num_workers))
-                start, end = shard_bounds(num_rows, index, num_shards)
                 rows = []
-                found = label_rows(read_manifest(manifest, audio_root, start, end))
+                found = label_rows(spoken)
                 for row in tqdm(found, total=end - start, desc=name, unit="utt"):
                     if isinstance(row, UserError):
                         raise row

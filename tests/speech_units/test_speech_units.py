@@ -1,6 +1,8 @@
 """Features, k-means and labels, against transformers' audio code, a hooked HuBERT, scikit-learn and plain loops."""
 
 import json
+import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -134,6 +136,125 @@ def test_hubert_errors(hubert, tmp_path):
         features.load_hubert(str(tmp_path / "nothing"), 1, "cpu")
 
 
+def damaged(hubert: Path, folder: Path, change) -> str:
+    """A copy of the model's folder, its weights changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(hubert, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+KEY = "encoder.layers.1.attention.k_proj.weight"  # of the second layer
+
+
+@pytest.mark.parametrize("how", ["gone", "NaN", "cut", "no file"])
+def test_hubert_with_weights_missing_is_refused(hubert, tmp_path, how):
+    def change(weights):
+        if how == "gone":
+            del weights[KEY]
+        elif how == "NaN":
+            weights[KEY][0, 0] = float("nan")
+        elif how == "cut":
+            weights[KEY] = weights[KEY][:5].clone()
+
+    name = damaged(hubert, tmp_path / "m", change)
+    if how == "no file":
+        (tmp_path / "m/model.safetensors").write_bytes((tmp_path / "m/model.safetensors").read_bytes()[:5000])
+    message = f"lacks weights, or they are not numbers: {KEY}$" if how in ("gone", "NaN") else "cannot be loaded"
+    with pytest.raises(UserError, match=f"(?m){message}"):
+        features.load_hubert(name, 2, "cpu")
+
+
+def test_hubert_lacks_only_what_is_not_used(hubert, tmp_path):
+    def change(weights):
+        weights.pop("masked_spec_embed", None)
+        del weights[KEY]
+        for name in [name for name in weights if "parametrizations.weight.original" in name]:  # their older names
+            weights[name.replace("parametrizations.weight.original0", "weight_g").replace(
+                "parametrizations.weight.original1", "weight_v")] = weights.pop(name)  # fmt: skip
+
+    name = damaged(hubert, tmp_path / "m", change)
+    samples = tone(1, 0.3)
+    np.testing.assert_array_equal(
+        features.load_hubert(name, 1, "cpu")(samples), features.load_hubert(str(hubert), 1, "cpu")(samples)
+    )
+
+
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_missing_weights_end_workers_too(corpus, hubert_25hz, tmp_path, num_workers):
+    name = damaged(hubert_25hz, tmp_path / "m", lambda weights: None)
+    fit = {"hubert": name, "layer": 1, "num_units": 5, "max_frames": 60}
+    fit_kmeans.fit_kmeans(corpus / "train.jsonl", corpus, tmp_path / "k", **fit)
+    shutil.rmtree(name)
+    damaged(hubert_25hz, Path(name), lambda weights: weights.pop(KEY.replace("1", "0")))
+    with pytest.raises(UserError, match="lacks weights"):
+        label_audio.label_audio(
+            corpus / "train.jsonl", corpus, tmp_path / "k", tmp_path / "u", num_workers=num_workers
+        )
+
+
+@pytest.fixture(scope="module")
+def hubert_25hz(tmp_path_factory):
+    """Convolutions of mHuBERT-25Hz: an eighth that halves the rate."""
+    import torch
+    from transformers import HubertConfig, HubertModel
+
+    torch.manual_seed(0)
+    config = HubertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, conv_dim=(16,) * 8,
+        conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2), conv_stride=(5, 2, 2, 2, 2, 2, 2, 2), num_feat_extract_layers=8,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hubert25")
+    HubertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_hop_and_shortest_audio_are_the_models_own(corpus, hubert_25hz, tmp_path):
+    from transformers import HubertModel
+
+    model = HubertModel.from_pretrained(hubert_25hz)
+    shortest = next(n for n in range(300, 2000) if model._get_feat_extract_output_lengths(n) >= 1)
+    hop = next(n for n in range(1, 2000) if model._get_feat_extract_output_lengths(shortest + n) == 2)
+    assert (shortest, hop) == (720, 640)
+    fit = {"hubert": str(hubert_25hz), "layer": 1, "num_units": 5, "max_frames": 60}
+    fit_kmeans.fit_kmeans(corpus / "train.jsonl", corpus, tmp_path / "k", **fit)
+    found = json.loads((tmp_path / "k/features.json").read_text())
+    assert (found["hop_samples"], found["window_samples"], found["num_units"], found["dim"]) == (640, 720, 5, 32)
+    for n in (719, 720):
+        soundfile.write(tmp_path / f"{n}.wav", tone(0, 1)[:n], 16000)
+        write_manifest(tmp_path / f"{n}.jsonl", [row(0, audio=f"{n}.wav")])
+    with pytest.raises(UserError, match=r"719.jsonl:1: .* has 719 samples at 16 kHz, at least 720 are needed"):
+        label_audio.label_audio(tmp_path / "719.jsonl", tmp_path, tmp_path / "k", tmp_path / "u719")
+    label_audio.label_audio(tmp_path / "720.jsonl", tmp_path, tmp_path / "k", tmp_path / "u720")
+    (only,) = read_units(tmp_path / "u720", 5)
+    assert len(only["units"]) == 1
+
+
+def test_kmeans_folders_of_earlier_versions_load(hubert_25hz, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"centroids": np.zeros((5, 28), "f4")}, tmp_path / "kmeans.safetensors")
+    old = {"sample_rate_hz": 16000, "hop_samples": 320, "num_units": 5, "dim": 28}
+    of_mfcc = {"window_samples": 480, "fft_size": 512, "num_mels": 40, "num_mfcc": 14, "pre_emphasis": 0.97}
+    of_mfcc |= {"delta_weight": 0.7}
+
+    def load(**fields):
+        (tmp_path / "features.json").write_text(json.dumps(fields))
+        return features.load_kmeans(tmp_path)[1]
+
+    assert load(features="mfcc", hubert="", layer=0, **old, **of_mfcc).window_samples == 480
+    with pytest.raises(UserError, match="window_samples is 400, this version computes 480"):
+        load(features="mfcc", hubert="", layer=0, **old, **of_mfcc | {"window_samples": 400})
+    loaded = load(features="hubert", hubert="not/here", layer=22, **old)  # the model itself is not looked for
+    assert (loaded.hop_samples, loaded.window_samples) == (320, 400)
+    with pytest.raises(UserError, match="a frame every 640 samples from 720 on, but the k-means was fitted to 320"):
+        features.extractor(load(features="hubert", hubert=str(hubert_25hz), layer=1, **old), "cpu")
+
+
 def test_hubert_units_end_to_end(corpus, hubert, tmp_path):
     fit_kmeans.fit_kmeans(
         corpus / "train.jsonl", corpus, tmp_path / "k", hubert=str(hubert), layer=2, num_units=5, max_frames=100
@@ -159,9 +280,9 @@ def test_kmeans_finds_what_full_kmeans_finds():
     rng = np.random.default_rng(0)
     centres = rng.normal(0, 10, (6, 4))
     frames = (centres[rng.integers(0, 6, 3000)] + rng.normal(0, 0.3, (3000, 4))).astype(np.float32)
-    found, distance = fit_kmeans.cluster(frames, 6, seed=0)
+    found, distance, used = fit_kmeans.cluster(frames, 6, seed=0)
     full = KMeans(6, n_init=10, random_state=0).fit(frames)
-    assert found.dtype == np.float32
+    assert found.dtype == np.float32 and used == 6
     assert distance == pytest.approx(full.inertia_ / 3000, rel=0.02)
 
 
@@ -172,6 +293,105 @@ def test_kmeans_same_bytes_and_done_again(corpus, kmeans, tmp_path, capsys):
         assert hash_file(tmp_path / name) == hash_file(kmeans / name)
     fit_kmeans.fit_kmeans(corpus / "train.jsonl", corpus, tmp_path, **arguments)
     assert "already done" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def silent_frames():
+    """20 files of 4 s of digital silence; every second one begins with 1 s of noise."""
+    found = []
+    for i in range(20):
+        samples = np.zeros(64000, "f4")
+        if i % 2 == 0:
+            samples[:16000] = 0.1 * np.random.default_rng(i).standard_normal(16000)
+        found.append(features.mfcc(samples))
+    return np.concatenate(found)
+
+
+def test_no_dead_units_in_silence(silent_frames):
+    from sklearn.cluster import KMeans
+
+    centroids, distance, used = fit_kmeans.cluster(silent_frames, 400, seed=0)
+    to_each = ((silent_frames[:, None].astype("f8") - centroids.astype("f8")) ** 2).sum(axis=2)
+    assert len({tuple(centroid) for centroid in centroids.tolist()}) == 400
+    assert used == len(set(to_each.argmin(axis=1).tolist())) == 400
+    assert distance == pytest.approx(to_each.min(axis=1).mean(), rel=1e-3)
+    full = KMeans(400, n_init=1, random_state=0).fit(silent_frames)
+    assert distance < 1.1 * full.inertia_ / len(silent_frames) < 0.025
+
+
+def test_as_many_units_as_distinct_frames_and_no_more(silent_frames):
+    num_distinct = len({tuple(frame) for frame in silent_frames.tolist()})
+    assert num_distinct < len(silent_frames) / 5
+    with pytest.raises(UserError, match=f"only {num_distinct} distinct frames for {num_distinct + 1} units"):
+        fit_kmeans.cluster(silent_frames, num_distinct + 1, seed=0)
+    frames = np.repeat(np.eye(6, dtype="f4"), [1, 2, 3, 4, 5, 600], axis=0)
+    frames[0] *= -1  # -0.0, which is 0.0
+    centroids, distance, used = fit_kmeans.cluster(frames, 6, seed=0)
+    assert distance < 1e-6 and used == 6
+    with pytest.raises(UserError, match="only 1 distinct frames for 2 units"):
+        fit_kmeans.cluster(np.array([[0.0], [-0.0], [0.0]], "f4"), 2, seed=0)
+
+
+def test_used_units_are_reported(corpus, kmeans, tmp_path, capsys):
+    fit_kmeans.fit_kmeans(corpus / "train.jsonl", corpus, tmp_path, features="mfcc", num_units=12, max_frames=200)
+    assert "12 distinct units, 12 of them used; mean squared distance" in capsys.readouterr().out
+    counts = json.loads((tmp_path / "run_info.json").read_text())["counts"]
+    assert (counts["distinct_units"], counts["used_units"], counts["frames"]) == (12, 12, 200)
+
+
+def test_an_ordinary_fit_is_scikit_learns_own():
+    from sklearn.cluster import MiniBatchKMeans
+
+    frames = np.random.default_rng(3).normal(size=(2000, 5)).astype("f4")
+    wanted = MiniBatchKMeans(
+        20, batch_size=10000, max_iter=100, max_no_improvement=100, init_size=30000, n_init=1, random_state=7
+    ).fit(frames)
+    found, distance, used = fit_kmeans.cluster(frames, 20, seed=7)
+    np.testing.assert_array_equal(found, wanted.cluster_centers_)
+    assert used == 20
+
+
+# --- Audio is an input ----------------------------------------------------------------------------
+@pytest.mark.parametrize("script", ["fit", "label"])
+def test_other_audio_is_not_done(corpus, kmeans, tmp_path, capsys, script):
+    def again(root: Path, **more):
+        if script == "fit":
+            fit = {"features": "mfcc", "num_units": 12, "max_frames": 200}
+            fit_kmeans.fit_kmeans(corpus / "train.jsonl", root, tmp_path / "o", **fit, **more)
+        else:
+            label_audio.label_audio(corpus / "train.jsonl", root, kmeans, tmp_path / "o", num_shards=2, **more)
+        return capsys.readouterr().out.count("already done")
+
+    shards = 1 + (script == "label")
+    assert again(corpus) == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    assert again(corpus) == again(moved) == shards
+    samples, rate = soundfile.read(moved / "6.wav")  # 1.7 s, of which the middle block alone is changed
+    samples[len(samples) // 2] *= -1
+    soundfile.write(moved / "6.wav", samples, rate)
+    assert (moved / "6.wav").stat().st_size == (corpus / "6.wav").stat().st_size < 1 << 16
+    with pytest.raises(UserError, match="by another run: audio was "):
+        again(moved)
+    capsys.readouterr()
+    assert again(moved, overwrite=True) == shards - 1  # the other shard's audio is the same
+    (moved / "6.wav").unlink()
+    with pytest.raises(UserError, match="train.jsonl:7: .*6.wav does not exist"):
+        again(moved)
+
+
+def test_fingerprint_of_large_files(tmp_path):
+    """Of files above 64 KiB: the first, middle and last 16 KiB, and the size."""
+    path, rows = tmp_path / "a", [{"audio": "a", "where": "m:1"}]
+    found = set()
+    large = [(200000, place) for place in (None, 16383, 100000, 183616)]
+    for size, place in [(65536, None), (65537, None), (65536, 20000), *large, (200001, None)]:
+        data = bytearray(size)
+        if place is not None:
+            data[place] = 1
+        path.write_bytes(data)
+        found.add(features.fingerprint(rows, tmp_path))
+    assert len(found) == 8
 
 
 # --- Labels ---------------------------------------------------------------------------------------
@@ -224,12 +444,22 @@ def row(i: int = 0, **changes) -> dict:
         ([row(0), row(4, audio="gone.wav")], r"bad.jsonl:2: .*gone.wav does not exist"),
         ([row(0), row(4, audio="noise.wav")], r"bad.jsonl:2: .*noise.wav is not readable audio"),
         ([row(0), row(4, audio="empty.wav")], r"bad.jsonl:2: .*empty.wav has 0 samples"),
+        ([row(0), row(4, audio="nan.wav")], r"bad.jsonl:2: .*nan.wav holds samples that are not numbers"),
+        ([row(0), row(4, audio="cut.wav")], r"bad.jsonl:2: .*cut.wav ends early"),
+        ([row(0), row(4, audio="noise.raw")], r"bad.jsonl:2: .*noise.raw is not readable audio"),
+        ([row(0), "", row(4, start=1.5)], r"bad.jsonl:3: field 'start' means a part"),
+        ([row(0), row(4, text=None)], r"bad.jsonl:2: field 'text' is not a string: None"),
+        ([row(0), row(4, text="\ud83d")], r"bad.jsonl:2: half a character"),
+        (["", " "], r"bad.jsonl holds no rows"),
         ([], r"bad.jsonl is empty"),
     ],
 )
 @pytest.mark.parametrize("script", ["fit", "label", "label, 2 workers"])
 def test_bad_rows_are_named(corpus, kmeans, tmp_path, rows, message, script):
     (corpus / "noise.wav").write_bytes(b"this is no audio")
+    (corpus / "noise.raw").write_bytes(bytes(2000))
+    (corpus / "cut.wav").write_bytes((corpus / "0.wav").read_bytes()[:-1])
+    soundfile.write(corpus / "nan.wav", np.where(np.arange(8000) == 100, np.nan, 0), 16000, subtype="FLOAT")
     soundfile.write(corpus / "empty.wav", np.zeros(0, "f4"), 16000)
     manifest = tmp_path / "bad.jsonl"
     write_manifest(manifest, rows)
@@ -241,6 +471,155 @@ def test_bad_rows_are_named(corpus, kmeans, tmp_path, rows, message, script):
         else:
             label_audio.label_audio(manifest, corpus, kmeans, tmp_path / "o", num_workers=1 + ("2" in script))
     assert not list(tmp_path.glob("o/*.parquet")) and not list(tmp_path.glob("o/*.safetensors"))
+
+
+def test_bom_and_blank_lines_in_a_manifest(corpus, tmp_path):
+    lines = (corpus / "train.jsonl").read_bytes().splitlines()
+    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))
+    rows = list(features.read_manifest(tmp_path / "m.jsonl", corpus, 2, 4))
+    assert [(row["id"], row["where"][-2:]) for row in rows] == [("u2", ":5"), ("u3", ":7")]
+    with pytest.raises(UserError, match="is a folder"):
+        list(features.read_manifest(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"start": 0.0, "end": 3}, {"offset": 0, "duration": 2.0}, {"offset": 1.5}, {"offset_s": 0.0, "duration_s": 2},
+        {"start_time": 1}, {"end_time": 1}, {"begin_time": "0:01"}, {"begin": 1}, {"startTime": 1}, {"start-ms": 5},
+        {"segment": [1, 2]}, {"segments": [{"start": 1}]}, {"segment_start": 3}, {"channel": 1}, {"frame_offset": 7},
+        {"END_S": 4}, {"stop": 1}, {"timestamps": [0, 1]}, {"audio_end": 2.0}, {"start_s": False},
+    ],
+)  # fmt: skip
+def test_segments_are_refused(tmp_path, fields):
+    write_manifest(tmp_path / "m.jsonl", [row(0), row(1, **fields)])
+    with pytest.raises(UserError, match=f"m.jsonl:2: field '{next(iter(fields))}' means a part of the recording"):
+        list(features.read_manifest(tmp_path / "m.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"duration": 2.5}, {"duration_s": 2.5}, {"offset": 0}, {"offset": None, "duration": 1}, {"start": None},
+        {"offset": 0.0, "duration": None}, {"segments": []}, {"speaker": "a", "gender": "f", "segment_id": 3},
+        {"num_channels": 2, "sampling_rate": 16000, "num_samples": 5, "end_punctuation": "."},
+    ],
+)  # fmt: skip
+def test_fields_of_whole_files_are_not(tmp_path, fields):
+    write_manifest(tmp_path / "m.jsonl", [row(1, **fields)])
+    (found,) = features.read_manifest(tmp_path / "m.jsonl")
+    assert found == row(1, **fields) | {"where": f"{tmp_path}/m.jsonl:1"}
+
+
+# --- Broken audio ---------------------------------------------------------------------------------
+KINDS = {
+    "pcm.wav": ("WAV", "PCM_16"), "float.wav": ("WAV", "FLOAT"), "adpcm.wav": ("WAV", "IMA_ADPCM"),
+    "extensible.wav": ("WAVEX", "PCM_24"), "long.wav": ("RF64", "PCM_16"), "sony.w64": ("W64", "PCM_16"),
+    "mac.aiff": ("AIFF", "PCM_16"), "sun.au": ("AU", "PCM_16"), "core.caf": ("CAF", "PCM_16"),
+    "sphere.wav": ("NIST", "PCM_16"), "free.flac": ("FLAC", "PCM_16"), "vorbis.ogg": ("OGG", "VORBIS"),
+    "opus.opus": ("OGG", "OPUS"), "layer3.mp3": ("MP3", "MPEG_LAYER_III"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """4 s of every kind of file; MP3 also of MPEG 1, without its header, and between tags."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for name, (container, subtype) in KINDS.items():
+        soundfile.write(folder / name, tone(3, 4), 16000, format=container, subtype=subtype)
+    soundfile.write(folder / "mpeg1.mp3", tone(3, 4, 44100), 44100, format="MP3")
+    mp3 = (folder / "layer3.mp3").read_bytes()
+    assert mp3[:3] == b"\xff\xf3\x88" and b"Xing" in mp3[:40]  # a frame of 64 kbit/s, at 16 kHz 288 bytes
+    (folder / "variable.mp3").write_bytes(mp3[288:])
+    soundfile.write(
+        folder / "bare.mp3", tone(3, 4), 16000, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5
+    )
+    bare = (folder / "bare.mp3").read_bytes()
+    assert b"Info" in bare[:40]
+    (folder / "bare.mp3").write_bytes(bare[bare.index(bare[:2], 4) :])
+    (folder / "tagged.mp3").write_bytes(b"ID3\4\0\0\0\0\2\1" + bytes(257) + mp3 + b"TAG" + bytes(125))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*KINDS, "mpeg1.mp3", "bare.mp3", "tagged.mp3"])
+def test_files_that_end_early(recordings, tmp_path, name):
+    whole = (recordings / name).read_bytes()
+    seconds = len(features.read_audio(recordings / name, "m:1")) / 16000
+    assert seconds == pytest.approx(4, abs=0.15)  # an MP3 without header keeps the encoder's delay and padding
+    size = len(whole) - 128 * (name == "tagged.mp3")
+    for left in (size - 1, size - 3, size - 40, size * 9 // 10, size // 2 + 1, size // 3 + 1, 100, 30):
+        (tmp_path / name).write_bytes(whole[:left])
+        with pytest.raises(UserError, match=r"^m:7: .*(ends early|is not readable audio|has \d+ samples)"):
+            features.read_audio(tmp_path / name, "m:7", 400)
+
+
+def test_ogg_cut_between_pages_and_mp3_between_frames(recordings, tmp_path):
+    with pytest.raises(UserError, match="ends early"):  # libsndfile guesses its length, and reads 2 s of 4
+        features.read_audio(recordings / "variable.mp3", "m:1")
+    for name, mark in (("vorbis.ogg", b"OggS"), ("opus.opus", b"OggS"), ("layer3.mp3", b"\xff\xf3")):
+        whole = (recordings / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: whole.rindex(mark, 0, len(whole) * 3 // 4 + 2000)])
+        with pytest.raises(UserError, match="m:7: .* ends early"):
+            features.read_audio(tmp_path / name, "m:7")
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0x7FFFFFFF - 36, 0xFFFFFFFF - 36])
+def test_wav_from_a_pipe(recordings, tmp_path, size):
+    data = bytearray((recordings / "pcm.wav").read_bytes())
+    assert data[36:40] == b"data"
+    data[4:8], data[40:44] = b"\xff\xff\xff\xff", struct.pack("<I", size)
+    (tmp_path / "a.wav").write_bytes(data)
+    assert len(features.read_audio(tmp_path / "a.wav", "m:1")) == 64000
+
+
+def test_wav_with_chunks_before_and_after(recordings, tmp_path):
+    data = (recordings / "pcm.wav").read_bytes()
+    odd, after = b"LIST" + struct.pack("<I", 3001) + bytes(3002), b"junk" + struct.pack("<I", 4) + b"data"
+    for cut in (0, 1):
+        (tmp_path / "a.wav").write_bytes(data[:36] + odd + data[36 : len(data) - cut] + after * (not cut))
+        if cut:
+            with pytest.raises(UserError, match="ends early"):
+                features.read_audio(tmp_path / "a.wav", "m:1")
+        else:
+            assert len(features.read_audio(tmp_path / "a.wav", "m:1")) == 64000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1e30, 1000.5])
+def test_samples_that_are_no_sound(tmp_path, value):
+    samples = np.stack([tone(0, 1), tone(1, 1)], axis=1)
+    samples[777, 1] = value
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(UserError, match="m:7: .*a.wav holds samples that are not numbers, or above 1,000"):
+        features.read_audio(tmp_path / "a.wav", "m:7")
+    samples[777, 1] = 999
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    np.testing.assert_allclose(features.read_audio(tmp_path / "a.wav", "m:7"), samples.mean(axis=1))
+
+
+def test_what_soundfile_raises_is_one_error(recordings, tmp_path):
+    flac = bytearray((recordings / "free.flac").read_bytes())
+    flac[21] &= 0xF0  # of STREAMINFO's 36 bits of samples
+    flac[22:26] = bytes(4)
+    wav = bytearray((recordings / "pcm.wav").read_bytes())
+    wav[24:28] = struct.pack("<I", 2_000_000_000)  # Hz
+    for name, data in (("unknown.flac", flac), ("a.raw", wav), ("rate.wav", wav), ("a.m4a", b"\0\0\0 ftypM4A ")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"m:7: .*{name} (is not readable|has 2000000000 samples a second)"):
+            features.read_audio(tmp_path / name, "m:7")
+
+
+def test_digital_silence_is_sound(kmeans, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000, "f4"), 16000)
+    write_manifest(tmp_path / "m.jsonl", [row(0, audio="a.wav")])
+    label_audio.label_audio(tmp_path / "m.jsonl", tmp_path, kmeans, tmp_path / "u")
+    (only,) = read_units(tmp_path / "u", 12)
+    assert len(only["units"]) == 1 and only["duration_s"] == 1.0
+
+
+@pytest.mark.parametrize("num_units", [1, 65535, 65536])
+def test_the_number_of_units_is_checked_first(tmp_path, num_units):
+    with pytest.raises(UserError, match="--num_units is .*\n.*2 to 65,534"):
+        fit_kmeans.fit_kmeans(tmp_path / "none", tmp_path, tmp_path / "o", num_units=num_units, max_frames=1)
 
 
 def test_bad_arguments(corpus, kmeans, tmp_path):

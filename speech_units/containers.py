@@ -1,0 +1,148 @@
+"""Does an audio file end early? libsndfile reads what is there of a cut-off WAV, Ogg or MP3 file, and says nothing."""
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# Sizes that programs write who cannot know them, as when they write to a pipe: ffmpeg, SoX, arecord and others.
+STREAMED = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
+MAX_OGG_PAGE = 27 + 255 + 255 * 255  # header, segment table, segments
+MAX_JUNK = 1 << 16  # bytes searched for an MP3's first frame
+UNHEARD_FRAMES = 8  # of an MP3, at most: its header, the encoder's delay and padding
+
+# MP3: kbit/s by MPEG version and layer, and Hz of MPEG 1.
+V1, V2 = "MPEG 1", "MPEG 2 and 2.5"
+KBITS = {
+    (V1, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (V1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (V1, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (V2, 1): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (V2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (V2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+RATES = (44100, 48000, 32000)
+
+
+def ends_early(path: Path, container: str, num_samples: int) -> bool:
+    """Whether there is less of a file than its container announces.
+
+    Args:
+        path: The file.
+        container: soundfile's name of its kind.
+        num_samples: What soundfile read of it, a channel, at the file's own rate.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if container == "OGG":
+            return _ogg_ends_early(file, size)
+        if container == "MP3":
+            return _mp3_ends_early(file.read(), num_samples)
+        return any(end > size for end in _end_of_data(file))
+
+
+def _end_of_data(file: BinaryIO) -> Iterator[int]:
+    """Where the samples of a WAV (RIFF, RF64, Wave64), AIFF, AU, CAF or NIST file must end, if its header says so."""
+    magic = file.read(4)
+    if magic == b".snd":
+        start, length = struct.unpack(">II", file.read(8))
+        yield from [] if length in STREAMED[1] else [start + length]
+    elif magic == b"NIST":
+        header = file.read(1020)
+        numbers = [re.search(name + rb" -i (\d+)", header) for name in (b"sample_count", b"sample_n_bytes")]
+        channels = re.search(rb"channel_count -i (\d+)", header)
+        if all(numbers) and b"shorten" not in header:
+            yield 1024 + int(numbers[0][1]) * int(numbers[1][1]) * (int(channels[1]) if channels else 1)
+    elif magic == b"caff":
+        place = 8
+        while len(head := _at(file, place, 12)) == 12:
+            length = int.from_bytes(head[4:], "big", signed=True)  # -1 where it is not known
+            if head.startswith(b"data"):
+                yield place + 12 + length
+            if length < 0:
+                return
+            place += 12 + length
+    elif magic == b"riff":  # Sony Wave64: names of 16 bytes, sizes that count name and size
+        place = 40
+        while len(head := _at(file, place, 24)) == 24:
+            length = int.from_bytes(head[16:], "little")
+            if head.startswith(b"data"):
+                yield place + length
+            if head.startswith(b"data") or length < 24:
+                return
+            place += -(-length // 8) * 8
+    elif magic in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM"):
+        order = "big" if magic in (b"RIFX", b"FORM") else "little"
+        place, long_length = 12, None
+        while len(head := _at(file, place, 8)) == 8:
+            length = int.from_bytes(head[4:], order)
+            if head.startswith(b"ds64"):
+                long_length = int.from_bytes(_at(file, place + 16, 8), "little")
+            if head.startswith((b"data", b"SSND")):
+                if length == 0xFFFFFFFF and long_length:
+                    yield place + 8 + long_length
+                elif not any(length in streamed for streamed in STREAMED):
+                    yield place + 8 + length
+                return
+            place += 8 + length + length % 2
+
+
+def _at(file: BinaryIO, place: int, length: int) -> bytes:
+    file.seek(place)
+    return file.read(length)
+
+
+def _ogg_ends_early(file: BinaryIO, size: int) -> bool:
+    """Whether the last page is cut off, or does not end its stream."""
+    tail = _at(file, max(0, size - MAX_OGG_PAGE), MAX_OGG_PAGE)
+    page = tail[tail.rfind(b"OggS") :]
+    whole = len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return not (whole and page[5] & 4)
+
+
+def _mp3_ends_early(data: bytes, num_samples: int) -> bool:
+    """Whether the last frame is cut off, or frames are missing: counted by a Xing or Info header, or not read.
+
+    Of a file with variable bitrate and without such a header libsndfile guesses the length, and reads no further.
+    """
+    place = 0
+    while data[place : place + 3] == b"ID3":
+        size = 0
+        for byte in data[place + 6 : place + 10]:  # 7 bits each
+            size = size << 7 | byte & 127
+        place += 10 + size
+    for first in range(place, min(place + MAX_JUNK, len(data))):
+        length = _mp3_frame(data, first)
+        if length and (_mp3_frame(data, first + length) or first + length >= len(data)):
+            break
+    else:
+        return False  # of a kind that is not known here
+    frames, place = 0, first
+    while length := _mp3_frame(data, place):
+        place, frames = place + length, frames + 1
+    if place > len(data) or (place < len(data) < place + 4 and data[place] == 0xFF):
+        return True
+    head = data[first : first + _mp3_frame(data, first)]
+    xing = max(head[:64].find(b"Xing"), head[:64].find(b"Info"))
+    counted = xing > 0 and head[xing + 7] & 1
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    samples_a_frame = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
+    if num_samples < (frames - UNHEARD_FRAMES) * samples_a_frame:
+        return True
+    # The header's own frame is among ours, and some programs count it too: one missing frame (24 to 72 ms) may pass.
+    return bool(counted) and frames < int.from_bytes(head[xing + 8 : xing + 12], "big")
+
+
+def _mp3_frame(data: bytes, place: int) -> int:
+    """Bytes of the MPEG audio frame whose header stands at ``place``; 0 if none does."""
+    head = int.from_bytes(data[place : place + 4], "big")
+    version, layer = head >> 19 & 3, 4 - (head >> 17 & 3)  # version 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5
+    kbits, rate, padding = head >> 12 & 15, head >> 10 & 3, head >> 9 & 1
+    if head >> 21 != 0x7FF or version == 1 or layer == 4 or kbits in (0, 15) or rate == 3:
+        return 0
+    bits = 1000 * KBITS[V1 if version == 3 else V2, layer][kbits]
+    rate = RATES[rate] >> (0 if version == 3 else 1 if version == 2 else 2)
+    if layer == 1:
+        return (12 * bits // rate + padding) * 4
+    return (72 if layer == 3 and version != 3 else 144) * bits // rate + padding
