@@ -5,7 +5,8 @@ Usage: python train_bpe_tokenizer/extend_model.py --model Llama-2-7b/ --tokenize
 Reads a Hugging Face model folder (safetensors, in shards or one file) and the folder that merge_tokenizer.py wrote.
 Writes one folder with model and tokenizer. Weights are streamed: only the files that hold the input embeddings and the
 output head are rewritten, the others are hard-linked, or copied where that is impossible. Old rows stay as they are,
-bit for bit. Memory: at most two embedding matrices in float32, and 1 GB.
+bit for bit. Nothing is written before transformers' own loader has taken the result's names and shapes. Memory: at
+most two embedding matrices in float32, and 1 GB.
 """
 
 import json
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from towerspeech.prompts import PAD
-from towerspeech.stage import RUN_INFO, UserError, check_exists, read_json, run, stage
+from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, read_json, run, stage
 from towerspeech.units import read_metadata, unit_tokens, vocabulary
 
 INDEX = "model.safetensors.index.json"
 MODEL_FOLDER = "name a Hugging Face model folder"
+LLAMA_LIKE = "use a causal language model of the Llama family, as transformers saves it"
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # by safetensors' names
 COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
 CHUNK_ROWS = 1024
@@ -36,6 +38,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "tekken.json",
     "speech_units.json",
 )
 
@@ -115,7 +118,7 @@ def make_rows(old, count: int, init: Init, seed: int, merges: dict[int, list[int
     """Draw new embedding rows from the old ones' statistics.
 
     Args:
-        old: (num_old, hidden), any dtype.
+        old: (num_old, hidden), any dtype; or the head's bias, (num_old,), whose rows are numbers.
         count: Number of new rows.
         init: ``normal``: mean of the old rows and COVARIANCE times their covariance; ``mean``: equal to the mean;
             ``merge_mean``: as ``normal``, but a merge is the mean of its units.
@@ -123,11 +126,11 @@ def make_rows(old, count: int, init: Init, seed: int, merges: dict[int, list[int
         merges: For ``merge_mean``: the numbers of the merges among the new rows, each with those of its units.
 
     Returns:
-        (count, hidden), computed in float32, cast to ``old``'s dtype.
+        (count, hidden) or (count,), computed in float32, cast to ``old``'s dtype.
     """
     import torch
 
-    matrix = old.to(torch.float32, copy=True)
+    matrix = old.to(torch.float32, copy=True).view(len(old), -1)
     # In chunks: torch would make a float64 copy of the whole matrix.
     total = sum(chunk.sum(0, dtype=torch.float64) for chunk in matrix.split(CHUNK_ROWS))
     mean = (total / len(matrix)).to(torch.float32)
@@ -144,7 +147,7 @@ def make_rows(old, count: int, init: Init, seed: int, merges: dict[int, list[int
     if init == "merge_mean":
         for merge, units in merges.items():
             rows[merge] = rows[units].mean(0)
-    return rows.to(old.dtype)
+    return rows.to(old.dtype).view(count, *old.shape[1:])
 
 
 def merge_rows(tokenizer: Path, metadata: dict) -> dict[int, list[int]]:
@@ -170,44 +173,137 @@ def merge_rows(tokenizer: Path, metadata: dict) -> dict[int, list[int]]:
 
 
 # --- The model ------------------------------------------------------------------------------------
-def weight_files(model: Path) -> dict[str, Path]:
-    """The file of each tensor.
+def parse_config(model: Path, config: dict):
+    """transformers' own reading of a config.json.
 
     Raises:
-        UserError: The folder holds no safetensors model, or lacks a shard.
+        UserError: It is none of a plain language model whose code transformers has; names what it is.
+    """
+    from transformers import CONFIG_MAPPING
+
+    path, kind = model / "config.json", config["model_type"]
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantized", "use them in float32, float16 or bfloat16")
+    if (model / "adapter_config.json").is_file():
+        raise UserError(f"{model} holds an adapter", "merge it into its base model, and name that folder")
+    if kind not in CONFIG_MAPPING:
+        code = ", and the model's own code (auto_map) is not run" if "auto_map" in config else ""
+        raise UserError(f"{path}: transformers has no model_type {kind!r}{code}", LLAMA_LIKE)
+    try:
+        parsed = CONFIG_MAPPING[kind].from_dict(config)
+    except Exception as error:  # each class has its own
+        raise UserError(f"{path}: {_first_line(error)}", MODEL_FOLDER) from None
+    more = {
+        "an encoder": parsed.is_encoder_decoder,
+        "a text_config, and more than text": parsed.get_text_config() is not parsed,
+        "embeddings for every layer": hasattr(parsed, "vocab_size_per_layer_input"),  # Gemma 3n's
+    }
+    for what, is_there in more.items():
+        if is_there:
+            raise UserError(f"{path}: {kind} has {what}", LLAMA_LIKE)
+    return parsed
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def weight_files(model: Path) -> tuple[dict[str, Path], dict[str, dict]]:
+    """The file of each tensor, and its entry in that file's header.
+
+    Raises:
+        UserError: The folder holds no safetensors model, or two, or lacks a shard, or its index is wrong.
     """
     remedy = "download the model again; weights must be safetensors (save_pretrained writes them)"
+    single, weight_map = "model.safetensors", None
     if (model / INDEX).is_file():
-        weight_map = read_json(model / INDEX, MODEL_FOLDER)["weight_map"]
-        for name in sorted(set(weight_map.values())):
-            check_exists(model / name, remedy)
-        return {tensor: model / name for tensor, name in weight_map.items()}
-    path = model / "model.safetensors"
-    check_exists(path, remedy)
-    return {name: path for name in read_header(path)[0] if name != "__metadata__"}
+        if (model / single).is_file():
+            raise UserError(f"{model} holds {single} and {INDEX}", "remove the one that is not the model")
+        weight_map = read_json(model / INDEX, remedy, ["weight_map"])["weight_map"]
+    files, entries, held = {}, {}, set()
+    for name in sorted({single} if weight_map is None else {*weight_map.values()}):
+        check_exists(model / name, remedy)
+        header = read_header(model / name)[0]
+        header.pop("__metadata__", None)
+        entries |= header
+        files |= dict.fromkeys(header, model / name)
+        held |= {(tensor, Path(name).name) for tensor in header}
+    if weight_map is not None and (differing := held ^ {*weight_map.items()}):
+        tensor, name = min(differing)
+        raise UserError(f"{model / INDEX} and the files beside it disagree on {tensor} ({name})", remedy)
+    return files, entries
 
 
-def find_matrices(model: Path, files: dict[str, Path], tied: bool) -> list[str]:
-    """Names of the input embeddings and, where the file has one, of the output head.
+def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict], tied: bool) -> list[str]:
+    """Names of the input embeddings and, where the files have them, of the output head and its bias.
 
     Raises:
-        UserError: They are not where Llama-like models have them, or are quantized.
+        UserError: They are not where Llama-like models have them, are quantized, or contradict one another.
     """
-    embeddings = [name for name in files if name.endswith("embed_tokens.weight")]
-    heads = [name for name in files if name.endswith("lm_head.weight")]
-    if len(embeddings) != 1 or len(heads) > 1 or not (heads or tied):
+    embeddings, heads, biases = (
+        [name for name in files if name.endswith(ending)]
+        for ending in ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+    )
+    if len(embeddings) != 1 or len(heads) > 1 or len(biases) > 1 or not (heads or tied):
         raise UserError(
             f"{model}: one embed_tokens.weight and {'at most ' if tied else ''}one lm_head.weight are wanted, got "
-            f"{embeddings + heads}",
-            "use a causal language model of the Llama family",
+            f"{embeddings + heads + biases}",
+            LLAMA_LIKE,
         )
-    entries = [read_header(files[name])[0][name] for name in embeddings + heads]
-    for name, entry in zip(embeddings + heads, entries, strict=True):
+    first = entries[embeddings[0]]
+    for name in embeddings + heads + biases:
+        entry = entries[name]
         if entry["dtype"] not in DTYPE_BYTES:
             raise UserError(f"{files[name]}: {name} is {entry['dtype']}", "use float32, float16 or bfloat16 weights")
-        if entry["shape"] != entries[0]["shape"]:
-            raise UserError(f"{name} is {entry['shape']}, {embeddings[0]} {entries[0]['shape']}", "check the model")
-    return embeddings + heads
+        if entry["shape"] != first["shape"][: 1 if name in biases else None]:
+            raise UserError(f"{name} is {entry['shape']}, {embeddings[0]} {first['shape']}", "check the model")
+    if tied and heads:
+        import torch
+
+        one, other = (load_rows(files[name], name, first["shape"][0]) for name in embeddings + heads)
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            raise UserError(
+                f"{model}/config.json ties {heads[0]} to {embeddings[0]}, but they differ",
+                'set "tie_word_embeddings" to false there, or remove the head from the weights',
+            )
+    return embeddings + heads + biases
+
+
+def check_loads(model: Path, config: dict, shapes: dict[str, list[int]]) -> str:
+    """Have transformers load weights of these names and shapes, on the meta device, where they hold no data.
+
+    Returns:
+        The class that it makes of them.
+
+    Raises:
+        UserError: It would leave weights out, draw some at random, or fail.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    parsed = parse_config(model, config)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        with quiet(Path(os.devnull)):
+            with torch.device("meta"):
+                network = type(AutoModelForCausalLM.from_config(parsed, trust_remote_code=False))
+            options = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            _, told = network.from_pretrained(None, config=parsed, state_dict=weights, **options)
+    except Exception as error:  # each class has its own
+        raise UserError(f"{model}, extended, would not load: {_first_line(error)}", LLAMA_LIKE) from None
+    problems = [
+        *(f"{name} is missing" for name in sorted(told["missing_keys"])),
+        *(f"{name} has no place in it" for name in sorted(told["unexpected_keys"])),
+        *(f"{name} is {[*got]}, not {[*wanted]}" for name, got, wanted in sorted(told["mismatched_keys"])),
+        *told["error_msgs"],
+    ]
+    named = config.get("architectures") or [network.__name__]
+    if network.__name__ not in named:
+        problems.append(f"config.json calls it {', '.join(named)}")
+    if problems:
+        listed = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if problems[4:] else "")
+        raise UserError(f"{model}, extended, would not load as {network.__name__}: {listed}", LLAMA_LIKE)
+    return network.__name__
 
 
 def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int) -> None:
@@ -228,7 +324,11 @@ def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int)
     base = {token: index for token, index in merged.items() if index < base_vocab_size}
     if own != base:
         differing = sorted((index, token) for token, index in own.items() if base.get(token) != index)
-        example = f"; the first is {differing[0][1]!r} ({differing[0][0]})" if differing else ""
+        example = ""
+        if differing:
+            index, token = differing[0]
+            there = next((ascii(other) for other, number in base.items() if number == index), "none")
+            example = f"; the first is {ascii(token)} ({index}), there {there}"
         raise UserError(
             f"{tokenizer} was not made from the tokenizer of {model}: {len(own):,} and {len(base):,} tokens, "
             f"{len(differing):,} of them different{example}",
@@ -255,8 +355,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 def copy_small_files(model: Path, tokenizer: Path, folder: Path) -> None:
     """Copy the model's notes (licence, generation settings) and the new tokenizer; old tokenizer and weights stay."""
     for path in sorted(model.iterdir()):
-        note = path.suffix in (".json", ".md", ".txt", "") and not path.name.endswith(RUN_INFO)
-        if path.is_file() and note and path.name not in (*TOKENIZER_FILES, INDEX) and path.name[0] != ".":
+        note = path.suffix in (".json", ".md", ".txt", "") and not path.name.endswith((RUN_INFO, ".index.json"))
+        if path.is_file() and note and path.name not in TOKENIZER_FILES and path.name[0] != ".":
             shutil.copyfile(path, folder / path.name)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
@@ -297,23 +397,30 @@ def extend_model(
         from tqdm import tqdm
 
         metadata = read_metadata(tokenizer)
-        config = read_json(model / "config.json", MODEL_FOLDER)
-        files = weight_files(model)
-        tied = config.get("tie_word_embeddings", not any(name.endswith("lm_head.weight") for name in files))
-        matrices = find_matrices(model, files, tied)
-        old_rows, hidden = read_header(files[matrices[0]])[0][matrices[0]]["shape"]
+        config = read_json(model / "config.json", MODEL_FOLDER, ["model_type"])
+        tied = getattr(parse_config(model, config), "tie_word_embeddings", False)
+        files, entries = weight_files(model)
+        matrices = find_matrices(model, files, entries, tied)
+        old_rows, hidden = entries[matrices[0]]["shape"]
         keep = metadata["base_vocab_size"]
         check_belongs(model, tokenizer, old_rows, keep)
         rows = math.ceil(metadata["vocab_size"] / pad_to_multiple_of) * pad_to_multiple_of
         merges = merge_rows(tokenizer, metadata) if init == "merge_mean" else None
+        pad = metadata["special_tokens"].get(PAD)  # the base's own stays if the tokenizer has none
+        padding = {} if pad is None else {"pad_token_id": pad}
+        shapes = {name: entry["shape"] for name, entry in entries.items()}
+        shapes |= {name: [rows, *shapes[name][1:]] for name in matrices}
+        config |= {"vocab_size": rows, **padding}
+        config.pop("auto_map", None)  # code that would be missing; transformers' own loads the weights
+        config["architectures"] = [check_loads(model, config, shapes)]
 
-        def new_rows(index: int):
+        def new_rows(name: str):
             # A head that is tied but stored must stay equal to the embeddings.
-            name = matrices[0 if tied else index]
-            own_seed = seed + (0 if tied else index)
-            return make_rows(load_rows(files[name], name, keep), rows - keep, init, own_seed, merges)
+            source = matrices[0] if tied and name.endswith(".weight") else name
+            own_seed = seed + matrices.index(source)
+            return make_rows(load_rows(files[source], source, keep), rows - keep, init, own_seed, merges)
 
-        make = {name: (lambda index=index: new_rows(index)) for index, name in enumerate(matrices)}
+        make = {name: (lambda name=name: new_rows(name)) for name in matrices}
         rewritten = {files[name] for name in matrices}
         for path in tqdm(sorted(set(files.values())), unit=" files", disable=None):
             if (output_dir / path.name).is_file():  # a killed run's: it appeared whole, and the plan is the same
@@ -325,14 +432,12 @@ def extend_model(
                     link_or_copy(path, temporary)
         grown = 0  # bytes
         for name in matrices:
-            old, new = (read_header(folder / files[name].name)[0][name] for folder in (model, output_dir))
-            assert new["shape"] == [rows, hidden], (name, new["shape"], rows)
-            grown += (rows - old_rows) * hidden * DTYPE_BYTES[old["dtype"]]
+            old, new = entries[name], read_header(output_dir / files[name].name)[0][name]
+            assert new["shape"] == shapes[name], (name, new["shape"], shapes[name])
+            grown += (rows - old_rows) * math.prod(old["shape"][1:]) * DTYPE_BYTES[old["dtype"]]
         with job.publish() as folder:
             copy_small_files(model, tokenizer, folder)
-            pad = metadata["special_tokens"].get(PAD)  # the base's own stays if the tokenizer has none
-            padding = {} if pad is None else {"pad_token_id": pad}
-            _dump(folder / "config.json", {**config, "vocab_size": rows, **padding})
+            _dump(folder / "config.json", config)
             if (model / "generation_config.json").is_file():
                 generation = read_json(model / "generation_config.json", MODEL_FOLDER)
                 _dump(folder / "generation_config.json", {**generation, **padding})

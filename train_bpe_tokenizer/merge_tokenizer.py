@@ -3,8 +3,8 @@
 Usage: python train_bpe_tokenizer/merge_tokenizer.py --base Llama-2-7b/ --units_bpe units_bpe/ --output_dir tokenizer/
 
 Reads the base's tokenizer.model (SentencePiece BPE with byte fallback: Llama-2, Tower, TinyLlama, Mistral v1), or, if
-it has none, its tokenizer.json (byte-level BPE: Llama-3, Qwen, SmolLM2; see byte_level.py); and the folder that
-train_bpe.py wrote. Writes a Hugging Face folder (tokenizer.model where the base has one, tokenizer.json,
+it has none or tiktoken's, its tokenizer.json (byte-level BPE: Llama-3, Qwen, SmolLM2; see byte_level.py); and the
+folder that train_bpe.py wrote. Writes a Hugging Face folder (tokenizer.model where the base has one, tokenizer.json,
 tokenizer_config.json, chat_template.jinja) and speech_units.json. New ids follow the base's, in SpireLM's order: <CLS>
 <EOD> <MASK> <PAD> <SEP>, the units 0..N-1, their merges, <|im_end|> <|im_start|>. Nothing is written before the result
 has been compared with the base tokenizer and with the unit BPE.
@@ -14,6 +14,7 @@ space SentencePiece puts a second one, LlamaTokenizer does not. And special toke
 tokens to Hugging Face, plain characters to SentencePiece.
 """
 
+import functools
 import json
 import random
 import re
@@ -47,7 +48,11 @@ SENTENCES = (
 
 # --- Reading --------------------------------------------------------------------------------------
 def read_proto(path: Path):
-    """Read a SentencePiece model file as a protocol buffer."""
+    """Read a SentencePiece model file as a protocol buffer.
+
+    Raises:
+        UserError: It is something else.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -55,7 +60,10 @@ def read_proto(path: Path):
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise UserError(f"{path} is no SentencePiece model", "check the file; it may be a Git LFS pointer") from None
+        proto.Clear()  # of what was read before the error
+    if not proto.pieces:
+        remedy = "it may be a Git LFS pointer, or tiktoken's, which is read from a tokenizer.json beside it"
+        raise UserError(f"{path} is no SentencePiece model", remedy)
     return proto
 
 
@@ -63,18 +71,25 @@ def base_files(base: Path) -> list[Path]:
     """The files of a base folder that are read, the one with the vocabulary first.
 
     Raises:
-        UserError: It holds neither tokenizer.model nor tokenizer.json.
+        UserError: It holds neither a SentencePiece tokenizer.model nor a tokenizer.json.
     """
     check_exists(base, "name a folder that holds a tokenizer.model or a tokenizer.json")
-    names = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    if not (base / names[0]).is_file():  # transformers asks these too
-        names += ["config.json", "special_tokens_map.json", "added_tokens.json"]
-    found = [base / name for name in names if (base / name).is_file()]
-    if not found or found[0].name not in names[:2]:
+    model, saved = base / "tokenizer.model", base / "tokenizer.json"
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    try:
+        if model.is_file():
+            read_proto(model)
+            return [model, *(base / name for name in names if (base / name).is_file())]
+    except UserError:
+        if not saved.is_file():
+            raise
+        print(f"note: {model} is no SentencePiece model; {saved.name} is read", flush=True)
+    if not saved.is_file():
         raise UserError(
             f"{base} holds no tokenizer.model and no tokenizer.json", "name the folder of a model with its tokenizer"
         )
-    return found
+    names += ["config.json", "special_tokens_map.json", "added_tokens.json"]  # transformers asks these too
+    return [base / name for name in names if (base / name).is_file()]
 
 
 class UnitBpe(NamedTuple):
@@ -321,11 +336,32 @@ def probe_texts(surfaces: Sequence[str], units_bpe: UnitBpe, seed: int = 0) -> t
     return plain, [*lines, *units_bpe.merges], mixed
 
 
-def _same(texts: Sequence[str], got, wanted, what: str) -> None:
-    for text, ids, expected in zip(texts, got, wanted, strict=True):
-        if list(ids) != list(expected):
+def check_same(fast, texts: Sequence[str], got: Sequence, wanted: Sequence, what: str) -> None:
+    """Raise UserError if one of the texts has something else in ``got`` than in ``wanted``; tells where, and what.
+
+    Args:
+        fast: The merged tokenizer, which has the names of all ids.
+        texts: The texts.
+        got: For each text a list of ids or of tokens, or a text.
+        wanted: The same.
+        what: What they are.
+    """
+
+    def name(item: int | str) -> str:  # ascii tells apart what looks the same
+        return ascii(item) if isinstance(item, str) else f"{ascii(fast.convert_ids_to_tokens(item))} ({item})"
+
+    for text, one, other in zip(texts, got, wanted, strict=True):
+        if one != other:
+            pairs = enumerate(zip(one, other, strict=False))
+            at = next((at for at, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
+            place, counted = at, "character"
+            if isinstance(one, list):  # of all tokens, if not of ids: then the text is no more than a name
+                place, counted = len(fast.decode(one[:at])) if isinstance((one or other)[0], int) else 0, "token"
+            parts = [items[at : at + 8] for items in (one, other)]
+            told = [ascii(part) if isinstance(part, str) else " ".join(map(name, part)) for part in parts]
             raise UserError(
-                f"{what} differ on {text[:80]!r}: {list(ids)[:20]} and {list(expected)[:20]}",
+                f"{what} differ on {ascii(text[max(place - 20, 0) : place + 20])}, from {counted} {at} on: "
+                f"{told[0] or 'nothing'} and {told[1] or 'nothing'}",
                 "this base tokenizer cannot be extended by this script; please report it with the base's name",
             )
 
@@ -337,32 +373,33 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
         The number of texts.
 
     Raises:
-        UserError: They differ; names the text.
+        UserError: They differ; see ``check_same``.
     """
     fast, tokens = merged.fast, merged.tokens
+    same = functools.partial(check_same, fast)
     before = len(merged.base_tokens)
-    _same(["the vocabulary"], [tokens[:before]], [merged.base_tokens], "merged and base tokens")
-    _same(["the vocabulary"], [fast.convert_ids_to_tokens(range(len(fast)))], [tokens], "Hugging Face and merged ids")
+    same(["the vocabulary"], [tokens[:before]], [merged.base_tokens], "merged and base tokens")
+    same(["the vocabulary"], [fast.convert_ids_to_tokens(range(len(fast)))], [tokens], "Hugging Face and merged ids")
 
     plain, lines, mixed = probe_texts(merged.surfaces, units_bpe)
     for texts, wanted in ((plain, merged.base_encode(plain)), (lines, None), (mixed, None)):
         ids = fast(texts, add_special_tokens=False)["input_ids"]
         if wanted:
-            _same(texts, ids, wanted, "ids of the merged and the base tokenizer")
-        _same(texts, ids, merged.encode(texts), "ids of the merged tokenizer, encoded in two ways,")
+            same(texts, ids, wanted, "ids of the merged and the base tokenizer")
+        same(texts, ids, merged.encode(texts), "ids of the merged tokenizer, encoded in two ways,")
         whole = [[*merged.start, *text_ids, *merged.end] for text_ids in ids]
-        _same(texts, fast(texts)["input_ids"], whole, "ids with and without the base's BOS and EOS")
+        same(texts, fast(texts)["input_ids"], whole, "ids with and without the base's BOS and EOS")
         if texts is not plain:
             for decode in merged.decoders:
-                _same(texts, decode(ids), texts, "decoded and encoded text")
+                same(texts, decode(ids), texts, "decoded and encoded text")
 
     # A unit that begins a text would have SentencePiece's word-start piece before it, so not after it either.
     start = merged.base_encode(["x"])[0]
     lines += dsu.to_text(range(units_bpe.num_units))
     ids = [[*start, *(first_unit + number for number in numbers)] for numbers in units_bpe.encode(lines)]
-    _same(lines, fast([f"x{line}" for line in lines], add_special_tokens=False)["input_ids"], ids, "unit tokens")
+    same(lines, fast([f"x{line}" for line in lines], add_special_tokens=False)["input_ids"], ids, "unit tokens")
     single = [[*start, first_unit + unit] for unit in range(units_bpe.num_units)]
-    _same(lines[-units_bpe.num_units :], ids[-units_bpe.num_units :], single, "a unit's ids")
+    same(lines[-units_bpe.num_units :], ids[-units_bpe.num_units :], single, "a unit's ids")
     return len(plain) + len(lines) + len(mixed)
 
 

@@ -13,6 +13,7 @@ which it takes about 93 bytes a unit. Every id below --num_units is a piece, whe
 are at most 16 units long, SentencePiece's default.
 """
 
+import codecs
 import csv
 import heapq
 import importlib
@@ -27,17 +28,19 @@ from towerspeech import units as dsu
 from towerspeech.records import check_one_kmeans
 from towerspeech.stage import UserError, check_exists, quiet, run, stage
 
-MAX_SENTENCE_BYTES = 2**31 - 1  # SentencePiece's own limit on its max_sentence_length
+SENTENCE_BYTES = 10, 2**30  # SentencePiece's own limits on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
 NORMAL = 1  # SentencePiece's type of a piece that is no <unk>
 MAX_HELD_OUT = 500_000  # units: more would not make the report any better
 KM_BYTES = 1 << 22  # of a .km file, read at once
+DIGITS_AND_SPACE = b"0123456789 \t\n\v\f\r"
+MAX_DIGITS = 20  # of a unit id, with zeros before it; int() refuses thousands with an error of its own
 SMALLER = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the merges whose compression is reported
 
 
 # --- The corpus -----------------------------------------------------------------------------------
 def read_km(path: Path, num_units: int) -> Iterator[str]:
-    """Stream the utterances of a .km file as private-use text.
+    """Stream the utterances of a .km file as private-use text; an empty line is an utterance without units.
 
     Raises:
         UserError: A line is not a list of unit ids below ``num_units``; names file and line.
@@ -50,8 +53,12 @@ def read_km(path: Path, num_units: int) -> Iterator[str]:
     check_exists(path, "check --units")
     number = 0
     with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while lines := file.readlines(KM_BYTES):
             try:  # twice as fast as line by line
+                if b"".join(lines).translate(None, DIGITS_AND_SPACE):  # pyarrow reads 0x10, too
+                    raise pa.ArrowInvalid
                 words = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(pa.array(lines, pa.string())))
                 units = words.flatten().cast(pa.uint32()).to_numpy()
                 if units.max(initial=0) >= num_units:
@@ -65,11 +72,13 @@ def read_km(path: Path, num_units: int) -> Iterator[str]:
 
 def parse_km(line: bytes, num_units: int, where: str) -> str:
     """One line of a .km file as private-use text; ``where`` names file and line."""
-    try:
-        units = [int(word) for word in line.split()]
-    except ValueError:
-        problem = f"{where}: not unit ids separated by spaces: {line[:40]!r}"
-        raise UserError(problem, "name .km text files or units Parquet") from None
+    units = []
+    for word in line.split():
+        if not word.isdigit() or len(word) > MAX_DIGITS:  # int() takes +1, 1_0 and -0, too
+            shown = ascii(word[:40].decode("utf-8", "backslashreplace"))
+            problem = f"{where}: not unit ids, which are digits alone, with spaces between them: {shown}"
+            raise UserError(problem, "name .km text files or units Parquet")
+        units.append(int(word))
     dsu.check_range(units, num_units, where)
     return dsu.to_text(units)
 
@@ -159,7 +168,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, log: Path):
             vocab_size=1 + vocab_size,  # 1: it needs an <unk>. Units that the texts lack leave room for more merges
             character_coverage=1.0,
             # Longer lines would be dropped with no more than a line in the log.
-            max_sentence_length=UTF8_BYTES * max(map(len, texts)) + 1,
+            max_sentence_length=max(SENTENCE_BYTES[0], UTF8_BYTES * max(map(len, texts)) + 1),
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -264,8 +273,7 @@ def train_bpe(
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
-    if not 0 < num_units <= dsu.MAX_NUM_UNITS:
-        raise UserError(f"--num_units {num_units} is not within 1..{dsu.MAX_NUM_UNITS}", "give the k-means' size")
+    dsu.check_num_units(num_units)
     if vocab_size < num_units:
         raise UserError(
             f"--vocab_size {vocab_size} is smaller than --num_units {num_units}: every unit is a piece",
@@ -286,7 +294,7 @@ def train_bpe(
             )
         if not texts:
             raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
-        if len(max(texts, key=len)) * UTF8_BYTES >= MAX_SENTENCE_BYTES:
+        if len(max(texts, key=len)) * UTF8_BYTES >= SENTENCE_BYTES[1]:
             raise UserError(f"an utterance of {len(max(texts, key=len)):,} units is too long", "cut it by the hour")
 
         sampled = sum(map(len, texts))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.stage import UserError
-from train_bpe_tokenizer.extend_model import COVARIANCE, extend_model, make_rows
+from train_bpe_tokenizer.extend_model import extend_model, make_rows
 from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer
 
 spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
@@ -91,6 +91,8 @@ def test_files(model_dir, tokenizer_dir, untied_dir, untied_extended, base_model
     assert json.loads((model_dir / "generation_config.json").read_text())["pad_token_id"] == 403
     assert dsu.tokenizer_hash(model_dir) == dsu.tokenizer_hash(tokenizer_dir)
 
+    for path in (*model_dir.glob("*.safetensors"), *untied_extended.glob("*.safetensors")):
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, path  # the format aligns the data
     index = json.loads((untied_extended / "model.safetensors.index.json").read_text())
     found = tensors(untied_extended)
     assert set(index["weight_map"]) == set(found)
@@ -139,13 +141,35 @@ def test_rows_have_the_old_statistics():
     old = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(8, 8) + 3
     rows = make_rows(old, 200_000, "normal", 0)
     mean = old.double().mean(0)
-    wanted = COVARIANCE * torch.cov(old.double().T, correction=0)
+    wanted = 1e-5 * torch.cov(old.double().T, correction=0)  # SpireLM's and the original's factor
     error = torch.cov(rows.double().T) - wanted
     assert error.abs().max() < 0.03 * wanted.diagonal().max()
     assert torch.allclose(rows.double().mean(0), mean, atol=1e-4)
     assert torch.equal(make_rows(old, 3, "mean", 0), mean.float().repeat(3, 1))
     assert torch.equal(make_rows(old, 700, "normal", 5), make_rows(old, 700, "normal", 5))
     assert not torch.equal(make_rows(old, 3, "normal", 5), make_rows(old, 3, "normal", 6))
+
+
+def test_embeddings_head_and_seeds_draw_different_rows(tmp_path, untied_dir, tokenizer_dir):
+    """From the same old rows, so that equal rows would mean equal noise."""
+    shutil.copytree(untied_dir, tmp_path / "base")
+    index = json.loads((tmp_path / "base/model.safetensors.index.json").read_text())["weight_map"]
+    embeddings = load_file(tmp_path / "base" / index[EMBEDDINGS])[EMBEDDINGS]
+    weights = load_file(tmp_path / "base" / index[HEAD])
+    save_file({**weights, HEAD: embeddings}, tmp_path / "base" / index[HEAD], metadata={"format": "pt"})
+    rows = {}
+    for seed in (0, 1):
+        extend_model(tmp_path / "base", tokenizer_dir, tmp_path / f"{seed}", seed=seed)
+        found = tensors(tmp_path / f"{seed}")
+        rows |= {(name, seed): found[name][400:] for name in (EMBEDDINGS, HEAD)}
+    for name, seed in rows:
+        assert not torch.isclose(rows[EMBEDDINGS, seed], rows[HEAD, seed], rtol=1e-6).any()
+        assert not torch.isclose(rows[name, 0], rows[name, 1], rtol=1e-6).any()
+        # The mean of 112 rows lies within 5 standard errors of the mean of the old ones
+        error = (rows[name, seed].mean(0) - embeddings.mean(0)) / (embeddings.std(0) * (1e-5 / 112) ** 0.5)
+        assert error.abs().max() < 5
+        spread = rows[name, seed].std(0) / embeddings.std(0)
+        assert 0.0028 < spread.mean() < 0.0035  # the square root of 1e-5 is 0.00316
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
@@ -268,7 +292,6 @@ def test_byte_level_base(tmp_path, byte_level_dir, units_bpe_dir, special_tokens
         assert torch.allclose(rows[index], sum(rows[unit] for unit in units) / len(units), rtol=1e-6, atol=1e-7)
 
 
-# --- Bad input ------------------------------------------------------------------------------------
 @pytest.fixture
 def refused(tmp_path, base_model_dir, tokenizer_dir):
     def check(message, model=base_model_dir, tokenizer=tokenizer_dir, **options):
@@ -287,6 +310,200 @@ def copy(tmp_path, base_model_dir):
     return folder
 
 
+# --- Other architectures --------------------------------------------------------------------------
+SIZES = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.fixture
+def make_base(tmp_path, base_model_dir):
+    """A function that saves a random model of some type with the base tokenizer."""
+
+    def make(model_type: str, **options) -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**SIZES, **options}))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / "base")
+        for path in base_model_dir.glob("tokenizer*"):
+            shutil.copyfile(path, tmp_path / "base" / path.name)
+        return tmp_path / "base"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("phi", {}),  # an lm_head.bias
+        ("phi", {"tie_word_embeddings": True}),
+        ("mixtral", {"num_local_experts": 2}),  # experts are one by one in the file, and fused in the model
+        ("gemma3_text", {"head_dim": 32}),  # tied without a word in config.json
+        ("qwen3", {"tie_word_embeddings": True}),
+    ],
+)
+def test_other_architectures(tmp_path, make_base, tokenizer_dir, kind, options):
+    base = make_base(kind, **options)
+    config = json.loads((base / "config.json").read_text())
+    if kind == "gemma3_text":
+        config.pop("tie_word_embeddings", None)
+        (base / "config.json").write_text(json.dumps(config))
+    extend_model(base, tokenizer_dir, tmp_path / "out", init="merge_mean")
+    old, (new, told) = load(base), load_told(tmp_path / "out")
+    assert not any(told.values()) and new.get_input_embeddings().weight.shape == (512, 64)
+    ids = torch.arange(1, 400, 7)[None]
+    with torch.no_grad():
+        assert torch.equal(old(ids).logits, new(ids).logits[..., :400])
+        assert torch.isfinite(new(ids + 90).logits).all()
+    if kind == "phi":
+        before, after = old.lm_head.bias.data, new.lm_head.bias.data
+        assert after.shape == (512,) and after[400:].unique().numel() == 112
+        assert torch.allclose(after[400:], before.mean().expand(112), atol=5 * 1e-5**0.5)
+        assert 0.002 < after[400:455].std() / before.std() < 0.0044
+        pieces = SentencePieceProcessor(model_file=str(tokenizer_dir / "tokenizer.model"))
+        for index in range(455, 485):
+            units = [405 + ord(char) - 0xF0000 for char in pieces.id_to_piece(index)]
+            assert torch.allclose(after[index], sum(after[unit] for unit in units) / len(units), rtol=1e-6)
+
+
+def load_told(folder):
+    """A model, and what transformers has to say about its weights: missing, unexpected, of other shapes."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+
+
+def test_code_of_its_own_is_not_needed_where_transformers_has_the_class(tmp_path, copy, tokenizer_dir):
+    config = json.loads((copy / "config.json").read_text())
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    (copy / "config.json").write_text(json.dumps({**config, **code}))
+    (copy / "modeling_own.py").write_text("raise SystemExit")
+    extend_model(copy, tokenizer_dir, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {**config, "vocab_size": 512, "pad_token_id": 403}
+    assert not (tmp_path / "out/modeling_own.py").exists() and load(tmp_path / "out").vocab_size == 512
+
+
+def test_buffers_of_older_checkpoints_do_no_harm(tmp_path, copy, tokenizer_dir):
+    """Llama-2 was published with its rotary frequencies, which transformers passes over."""
+    weights = tensors(copy)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    extend_model(copy, tokenizer_dir, tmp_path / "out")
+    assert torch.equal(tensors(tmp_path / "out")["model.layers.0.self_attn.rotary_emb.inv_freq"], torch.ones(16))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}, r"no model_type 'own', and the model's own code"),
+        ({"model_type": "own"}, "config.json: transformers has no model_type 'own'"),
+        ({"model_type": None}, "config.json: transformers has no model_type None"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "config.json: the weights are quantized"),
+        ({"quantization_config": {"load_in_8bit": True}}, "config.json: the weights are quantized"),
+        ({"model_type": "gemma3", "text_config": {"vocab_size": 400}}, "gemma3 has a text_config"),
+        ({"model_type": "llava", "vocab_size": 400}, "llava has a text_config"),
+        ({"model_type": "gemma3n_text"}, "gemma3n_text has embeddings for every layer"),
+        ({"model_type": "bart"}, "bart has an encoder"),
+        ({"model_type": "t5"}, "t5 has an encoder"),
+        ({"architectures": ["OwnForCausalLM"]}, "LlamaForCausalLM: config.json calls it OwnForCausalLM"),
+        ({"attention_bias": True}, r"self_attn.k_proj.bias is missing; .*; and 4 more"),
+        ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place in it"),
+        ({"hidden_size": 32}, r"input_layernorm.weight is \[64\], not \[32\]"),
+        ({"hidden_size": "many"}, r"config.json: .*hidden_size"),
+        ({"num_attention_heads": 0}, "config.json: integer modulo by zero"),
+        ({"model_type": "vit"}, "extended, would not load: Unrecognized configuration class"),
+        ({"tie_word_embeddings": False}, "one embed_tokens.weight and one lm_head.weight are wanted"),
+    ],
+)
+def test_config_that_does_not_fit(refused, copy, changed, message):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changed}))
+    refused(message, model=copy)
+
+
+def test_config_without_architectures_gets_them(tmp_path, copy, tokenizer_dir):
+    """vLLM loads no model without."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    extend_model(copy, tokenizer_dir, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.update({"lm_head.bias": torch.zeros(400)}), "LlamaForCausalLM: lm_head.bias has no place in it"),
+        (lambda w: w.update({"lm_head.bias": torch.zeros(399)}), r"lm_head.bias is \[399\]"),
+        (lambda w: w.update({"final_logits_bias": torch.zeros(1, 400)}), "final_logits_bias has no place in it"),
+        (lambda w: w.update({"model.extra.embed_tokens.weight": torch.zeros(400, 64)}), "one embed_tokens.weight"),
+        (lambda w: w.update({HEAD: w[EMBEDDINGS] + 1}), f"ties {HEAD} to {EMBEDDINGS}, but they differ"),
+        (lambda w: w.update({HEAD: w[EMBEDDINGS].bfloat16()}), f"ties {HEAD} to {EMBEDDINGS}, but they differ"),
+        (lambda w: w.update({HEAD: w[EMBEDDINGS][1:].clone()}), r"lm_head.weight is \[399, 64\], .* \[400, 64\]"),
+        (lambda w: w.pop("model.norm.weight"), "LlamaForCausalLM: model.norm.weight is missing\n"),
+        (
+            lambda w: w.update({"model.layers.0.mlp.up_proj.qweight": w.pop("model.layers.0.mlp.up_proj.weight")}),
+            "up_proj.weight is missing; .*up_proj.qweight has no place in it",
+        ),
+        (
+            lambda w: w.update({f"lm_head.{name}": torch.zeros(8, 400, dtype=torch.int32) for name in ("qweight",)}),
+            "lm_head.qweight has no place in it",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(refused, copy, change, message):
+    weights = tensors(copy)
+    change(weights)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    refused(message, model=copy)
+
+
+def test_wrong_index(refused, tmp_path, untied_dir):
+    folder = tmp_path / "shards"
+    shutil.copytree(untied_dir, folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    wrong = {
+        "disagree on lm_head.weight": {HEAD: next(name for name in files if name != index["weight_map"][HEAD])},
+        "disagree on model.more": {"model.more": files[0]},
+        "no.safetensors does not exist": {HEAD: "no.safetensors"},
+        f"disagree on {EMBEDDINGS}": {EMBEDDINGS: f"../shards/{index['weight_map'][EMBEDDINGS]}"},
+    }
+    for message, change in wrong.items():
+        path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], **change}}))
+        refused(message, model=folder)
+    listed = list(index["weight_map"].values())
+    beside = next(name for name, file in index["weight_map"].items() if listed.count(file) > 1)
+    left_out = {name: file for name, file in index["weight_map"].items() if name != beside}
+    path.write_text(json.dumps({**index, "weight_map": left_out}))
+    refused(f"disagree on {beside}", model=folder)
+    path.write_text(json.dumps({"metadata": {}}))
+    refused("'weight_map' is missing", model=folder)
+    path.write_text(json.dumps(index))
+    last = folder / files[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-10])  # of a shard that would be linked, or of the head's
+    refused("bytes, its header announces", model=folder)
+    last.write_bytes(whole)
+    shutil.copyfile(folder / files[0], folder / "model.safetensors")
+    refused("holds model.safetensors and model.safetensors.index.json", model=folder)
+
+
+def test_adapter(refused, copy):
+    (copy / "adapter_config.json").write_text("{}")
+    refused("holds an adapter", model=copy)
+
+
+def test_files_that_are_not_copied(tmp_path, copy, tokenizer_dir):
+    """Old tokenizers, and the index of weights that are not there."""
+    for name in ("tekken.json", "pytorch_model.bin.index.json", "vocab.json", "original_run_info.json", "LICENSE"):
+        (copy / name).write_text('{"outputs": {}}')
+    extend_model(copy, tokenizer_dir, tmp_path / "out")
+    base, out = ({path.name for path in folder.iterdir()} for folder in (copy, tmp_path / "out"))
+    assert out - base == {"speech_units.json", "run_info.json", ".folder.lock", "chat_template.jinja"}
+    assert base - out == {"tekken.json", "pytorch_model.bin.index.json", "vocab.json", "original_run_info.json"}
+
+
+# --- Bad input ------------------------------------------------------------------------------------
 def test_wrong_folders(tmp_path, refused, base_model_dir, model_dir):
     refused("no does not exist", model=tmp_path / "no")
     refused("no does not exist", tokenizer=tmp_path / "no")

@@ -1,5 +1,6 @@
 """merge_tokenizer.py on byte-level bases: against the base's own tokenizer.json, and SentencePiece on units."""
 
+import base64
 import json
 import unicodedata
 from importlib import metadata
@@ -255,6 +256,42 @@ def test_same_bytes(tmp_path, merged_dir, base_dir, units_bpe_dir):
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_settings_of_the_base(tmp_path, units_bpe_dir):
+    """Truncation, padding and its chat template do not stay; its own ChatML tokens keep the flags that they have."""
+    own, config, model = make_qwen()
+    own.add_tokens([AddedToken("<|im_end|>", rstrip=True, normalized=False, special=True)])
+    wanted = own.encode("a<|im_end|>  b").ids
+    own.enable_truncation(4)
+    own.enable_padding(length=4)
+    base = save_base(tmp_path / "base", own, {**config, "chat_template": "{{ messages }}"}, model)
+    merge_tokenizer(base, units_bpe_dir, tmp_path / "out")
+    merged = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert merged.encode("a<|im_end|>  b").ids == wanted and len(wanted) == 3
+    assert merged.encode("a").ids == [merged.token_to_id("a")]
+    assert merged.encode(dsu.to_text([1, 3, 5] * 5)).tokens[3:]
+    assert "chat_template" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_tiktokens_model_beside_tokenizer_json(tmp_path, units_bpe_dir, capsys, class_name):
+    """Llama-3's tokenizer.model is lines of Base64 and rank: tokenizer.json counts, as if it were alone."""
+    own, config, model = make_llama_3()
+    for name in ("alone", "beside"):
+        base = save_base(tmp_path / name, own, {**config, "tokenizer_class": class_name}, model)
+        if name == "beside":
+            lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+            (base / "tokenizer.model").write_text("".join(lines))
+        merge_tokenizer(base, units_bpe_dir, tmp_path / f"{name}_merged")
+    assert "beside/tokenizer.model is no SentencePiece model; tokenizer.json is read" in capsys.readouterr().out
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / f"{name}_merged").iterdir() if path.name[0] != "."}
+        for name in ("alone", "beside")
+    )
+    assert one.pop("run_info.json") and other.pop("run_info.json") and one == other and "tokenizer.json" in one
+    fast = AutoTokenizer.from_pretrained(tmp_path / "beside_merged", local_files_only=True)
+    assert encode(fast, f"a{dsu.to_text([3])}") == [own.token_to_id("a"), 604 + 5 + 3]
+
+
 def test_fewer_tokens_as_asked(tmp_path, kind, base_dir, units_bpe_dir):
     merge_tokenizer(base_dir, units_bpe_dir, tmp_path / "out", special_tokens=["<EOD>"], chat=False)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
@@ -323,7 +360,7 @@ def bpe_over(pre_tokenizer) -> Tokenizer:
         (lambda: with_unit(bpe_over(splits.ByteLevel(False))), "already has '\\\\U000f0007'"),
         (lambda: train(splits.ByteLevel(False), special=["<PAD>"]), "already has '<PAD>'"),
         (lambda: train(splits.ByteLevel(False), texts=["\U000f0007"] * 999), "already has"),
-        (lambda: train(splits.ByteLevel(False), normalizers.Lowercase()), "decoded and encoded text differ"),
+        (lambda: train(splits.ByteLevel(False), normalizers.Lowercase()), "decoded and encoded text differ on '"),
     ],
 )
 def test_bases_that_cannot_be_extended(tmp_path, units_bpe_dir, make, message):

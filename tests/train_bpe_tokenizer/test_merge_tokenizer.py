@@ -1,19 +1,22 @@
 """merge_tokenizer.py: ids, against SentencePiece and the base tokenizer."""
 
+import hashlib
 import io
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from transformers import AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.stage import UserError
-from train_bpe_tokenizer.merge_tokenizer import SENTENCES, merge_tokenizer
+from train_bpe_tokenizer.merge_tokenizer import SENTENCES, check_same, merge_tokenizer
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 UNIT_LINES = st.lists(st.integers(0, 49), max_size=60).map(dsu.to_text)
@@ -32,8 +35,6 @@ TEXTS = st.one_of(
 
 @pytest.fixture(scope="module")
 def fast(tokenizer_dir):
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
 
 
@@ -67,6 +68,15 @@ def test_layout(tokenizer_dir, fast, slow):
     assert (facts["num_units"], facts["offset"], facts["first_unit_id"], facts["merges"]) == (50, 0xF0000, 405, 30)
     assert facts["special_tokens"] == {t: vocabulary[t] for t in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS)}
     assert dsu.read_metadata(tokenizer_dir) == facts
+    assert (facts["base_vocab_size"], facts["byte_pieces"]) == (400, 0)
+
+
+def test_metadata_name_what_it_was_made_of(tokenizer_dir, base_model_dir, units_bpe_dir):
+    facts = json.loads((tokenizer_dir / "speech_units.json").read_text())
+    for name, path in (("base", base_model_dir / "tokenizer.model"), ("units_bpe", units_bpe_dir / "units_bpe.model")):
+        assert facts[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    corpora = json.loads((units_bpe_dir / "units_bpe.json").read_text())["corpora_sha256"]
+    assert facts["corpora_sha256"] == corpora and len(corpora) == 1
 
 
 def test_special_tokens(fast, slow):
@@ -77,6 +87,7 @@ def test_special_tokens(fast, slow):
     text = f"<|im_start|>{dsu.to_text([3])}<|im_end|><EOD>"
     assert fast(text)["input_ids"] == [1, 486, 408, 485, 401]
     assert fast.decode([1, 486, 408, 485, 401], skip_special_tokens=True) == dsu.to_text([3])
+    assert fast.tokenize("a<|im_end|>a a") == ["▁a", "<|im_end|>", "a", "▁a"]  # no space after a special token
 
 
 def test_word_start_and_newline(fast):
@@ -119,8 +130,6 @@ def test_mixtures(fast, slow, parts):
 
 def test_leading_space_is_as_in_the_base(fast, base_model_dir):
     """Hugging Face puts no second space before a leading one, SentencePiece does: the base's own difference."""
-    from transformers import AutoTokenizer
-
     own = AutoTokenizer.from_pretrained(base_model_dir, local_files_only=True)
     for text in (" a", " the dog", "▁a"):
         assert encode(fast, text) == encode(own, text)
@@ -149,6 +158,31 @@ def test_proto_keeps_the_base(tokenizer_dir, base_model_dir):
     scores = [piece.score for piece in merged.pieces[405:485]]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == 80
     assert scores[0] < min(piece.score for piece in base.pieces)
+    assert {piece.score for piece in [*merged.pieces[400:405], *merged.pieces[485:]]} == {0}
+
+
+def test_scores_stay_apart_after_a_piece_of_very_low_score(tmp_path, base_model_dir, units_bpe_dir):
+    """Llama-2's runs of spaces are scored -1e9, where float32 has steps of 64; each unit or merge needs its own."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((base_model_dir / "tokenizer.model").read_bytes())
+    for length in range(2, 17):
+        if "▁" * length not in {piece.piece for piece in proto.pieces}:
+            proto.pieces.add(piece="▁" * length, score=-1e9, type=1)
+    size = len(proto.pieces)
+    assert size > 410
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/tokenizer.model").write_bytes(proto.SerializeToString())
+    merge_tokenizer(tmp_path / "base", units_bpe_dir, tmp_path / "merged")
+    fast = AutoTokenizer.from_pretrained(tmp_path / "merged", local_files_only=True)
+    base = SentencePieceProcessor(model_file=str(tmp_path / "base/tokenizer.model"))
+    for length in range(2, 50):  # of one score SentencePiece takes the leftmost
+        assert encode(fast, f"x{' ' * length}the dog") == base.encode(f"x{' ' * length}the dog")
+    proto.ParseFromString((tmp_path / "merged/tokenizer.model").read_bytes())
+    scores = [piece.score for piece in proto.pieces[size + 5 : size + 85]]
+    assert [piece.piece for piece in proto.pieces[size + 5 : size + 55]] == [chr(0xF0000 + unit) for unit in range(50)]
+    assert [struct.unpack("f", struct.pack("f", score))[0] for score in scores] == scores  # as the file has them
+    assert all(before > after for before, after in zip(scores, scores[1:], strict=False))
+    assert -1e9 < scores[0] < min(piece.score for piece in proto.pieces[:400])
 
 
 def test_same_bytes_and_done_again(tmp_path, tokenizer_dir, base_model_dir, units_bpe_dir, capsys):
@@ -164,8 +198,6 @@ def test_same_bytes_and_done_again(tmp_path, tokenizer_dir, base_model_dir, unit
 
 
 def test_fewer_tokens_as_asked(tmp_path, base_model_dir, units_bpe_dir):
-    from transformers import AutoTokenizer
-
     base = tmp_path / "base"
     shutil.copytree(base_model_dir, base)
     config = json.loads((base / "tokenizer_config.json").read_text())
@@ -180,6 +212,18 @@ def test_fewer_tokens_as_asked(tmp_path, base_model_dir, units_bpe_dir):
         assert len(fast) == facts["vocab_size"] == first + 80 + len(chat_ids)
         assert fast.pad_token == ("<PAD>" if "<PAD>" in specials else "</s>")
         assert fast.chat_template == (prompts.CHAT_TEMPLATE if chat else "hello")
+
+
+@pytest.mark.parametrize(("pad", "kept"), [("[PAD]", None), ({"content": "[PAD]"}, None), ({"content": "<s>"}, "<s>")])
+def test_padding_token_that_is_no_piece(tmp_path, base_model_dir, units_bpe_dir, pad, kept):
+    """It would get an id beyond the pieces, where the model has no row."""
+    base = tmp_path / "base"
+    shutil.copytree(base_model_dir, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad}))
+    merge_tokenizer(base, units_bpe_dir, tmp_path / "out", special_tokens=[])
+    fast = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert (fast.pad_token, len(fast)) == (kept, 482)
 
 
 @pytest.mark.parametrize("tokens", [["<PAD>", "<EOD>"], ["<X>"], ["<EOD>", "<EOD>"]])
@@ -197,8 +241,6 @@ def test_mistral_v1(tmp_path, units_bpe_dir):
     (tmp_path / "base").mkdir()
     shutil.copyfile(model, tmp_path / "base/tokenizer.model")
     merge_tokenizer(tmp_path / "base", units_bpe_dir, tmp_path / "merged")
-    from transformers import AutoTokenizer
-
     fast = AutoTokenizer.from_pretrained(tmp_path / "merged", local_files_only=True)
     base = SentencePieceProcessor(model_file=str(model))
     for text in [*SENTENCES, "two  spaces", "x          y\n\n    z", "tab\t\tend  "]:
@@ -208,6 +250,35 @@ def test_mistral_v1(tmp_path, units_bpe_dir):
 
 
 # --- Bad input ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "got", "wanted", "told"),
+    [
+        ("x", "x\u00e9", "xe\u0301", r"on 'x', from character 1 on: '\xe9' and 'e\u0301'"),
+        ("a" * 30 + "b", "a" * 30 + "c", "a" * 30 + "b", f"on '{'a' * 20 + 'b'}', from character 30 on: 'c' and 'b'"),
+        ("\U000f0005x", "", "\U000f0005x", r"on '\U000f0005x', from character 0 on: '' and '\U000f0005x'"),
+        ("the vocabulary", ["a", "b", "c"], ["a", "b", "d"], "on 'the vocabulary', from token 2 on: 'c' and 'd'"),
+        ("the vocabulary", ["a", "b"], ["a"], "on 'the vocabulary', from token 1 on: 'b' and nothing"),
+    ],
+)
+def test_differences_are_told(fast, text, got, wanted, told):
+    """Of texts, and of tokens; what looks the same is told apart."""
+    check_same(fast, ["same", text], ["same", wanted], ["same", wanted], "they")
+    with pytest.raises(UserError) as error:
+        check_same(fast, ["same", text], ["same", got], ["same", wanted], "they")
+    assert f"they differ {told}" in str(error.value)
+
+
+def test_ids_that_differ_are_told_with_their_tokens(fast):
+    old, dog = fast.convert_tokens_to_ids(["▁old", "▁d"])
+    ids = encode(fast, "the old dog")
+    assert ids[1:3] == [old, dog]
+    with pytest.raises(UserError) as error:
+        check_same(fast, ["the old dog"], [ids], [[ids[0], dog, *ids[2:]]], "ids")
+    o, d = f"'\\u2581old' ({old})", f"'\\u2581d' ({dog})"
+    assert str(error.value).startswith(f"ids differ on 'the old dog', from token 1 on: {o} {d} 'o' (")
+    assert f" and {d} {d} 'o' (" in str(error.value)
+
+
 def train_base(folder, **options):
     model = io.BytesIO()
     defaults = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
@@ -227,6 +298,10 @@ def train_base(folder, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"user_defined_symbols": ["human"]},  # which Hugging Face has no merges for: a proof that fails
+            r"the base tokenizer differ on 'All human.*', from token 5 on: 'h' \(\d+\) .* and 'human' \(3\)",
+        ),
         ({"model_type": "unigram"}, "is no BPE model"),
         ({"byte_fallback": False}, "has no byte fallback"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
@@ -254,10 +329,11 @@ def test_bad_folders(tmp_path, base_model_dir, units_bpe_dir, tokenizer_dir):
     empty.mkdir()
     refused("holds no tokenizer.model and no tokenizer.json", base=empty)
     refused("units_bpe.json does not exist", units_bpe=empty)
-    (empty / "tokenizer.json").write_text("{}")
+    for content in ("version https://git-lfs.github.com/spec/v1\n", "IQ== 0\nIg== 1\n", ""):
+        (empty / "tokenizer.model").write_text(content)
+        refused("tokenizer.model is no SentencePiece model\n.*tokenizer.json beside it", base=empty)
+    (empty / "tokenizer.json").write_text("{}")  # which goes before what is no SentencePiece model
     refused("tokenizer.json does not load", base=empty)
-    (empty / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
-    refused("is no SentencePiece model", base=empty)
 
     added = tmp_path / "added"
     shutil.copytree(base_model_dir, added)

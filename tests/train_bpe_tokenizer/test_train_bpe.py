@@ -1,10 +1,10 @@
 """train_bpe.py against a plain SentencePiece call and plain loops."""
 
 import csv
+import hashlib
 import io
 import json
 import random
-import resource
 import subprocess
 import sys
 
@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from towerspeech import units as dsu
 from towerspeech.stage import UserError
-from train_bpe_tokenizer.train_bpe import Sample, draw, train_bpe
+from train_bpe_tokenizer.train_bpe import Sample, draw, read_km, train_bpe
 
 NUM_UNITS = 50
 
@@ -41,6 +41,20 @@ def pieces(folder):
     return [loaded.id_to_piece(index) for index in range(1, loaded.get_piece_size())]
 
 
+def split(utterances, held_out=0.01, seed=0):
+    """What is trained on and what is held out, of a corpus that is trained on whole: those of the highest keys."""
+    texts = ["".join(chr(0xF0000 + unit) for unit in units) for units in utterances]
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in texts]
+    left, apart = held_out * sum(map(len, texts)), set()
+    for position in sorted(range(len(texts)), key=keys.__getitem__, reverse=True):
+        left -= len(texts[position])
+        if left < 0:
+            break
+        apart.add(position)
+    return [text for i, text in enumerate(texts) if i not in apart], [texts[i] for i in sorted(apart)]
+
+
 def plain_sentencepiece(texts, vocab_size):
     model = io.BytesIO()
     SentencePieceTrainer.train(
@@ -59,7 +73,8 @@ def plain_sentencepiece(texts, vocab_size):
 def test_equals_plain_sentencepiece(tmp_path):
     utterances = corpus(800)
     train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=90)
-    texts, held_out, _ = draw(map(dsu.to_text, utterances), 20_000_000, 0.01, 0)
+    texts, held_out = split(utterances)
+    assert len(texts) + len(held_out) == 800 and len(held_out) > 3
     plain = plain_sentencepiece(texts, 90)
     wanted = [plain.id_to_piece(index) for index in range(3, 93)]
     assert pieces(tmp_path / "out") == [*wanted[:40], *dsu.to_text(range(NUM_UNITS))]
@@ -69,7 +84,7 @@ def test_equals_plain_sentencepiece(tmp_path):
         assert ours.encode(text, out_type=str) == plain.encode(text, out_type=str)
     facts = json.loads((tmp_path / "out/units_bpe.json").read_text())
     counts = facts["counts"]
-    assert (facts["num_units"], facts["offset"], facts["vocab_size"]) == (NUM_UNITS, dsu.OFFSET, 90)
+    assert (facts["num_units"], facts["offset"], facts["vocab_size"]) == (NUM_UNITS, 0xF0000, 90)
     assert counts["units"] == sum(map(len, utterances))
     assert counts["sampled_units"] == counts["units"] - sum(map(len, held_out))
     assert (counts["held_out_utterances"], counts["measured_on"]) == (
@@ -83,8 +98,8 @@ def test_equals_plain_sentencepiece(tmp_path):
 
 def test_compression_is_that_of_vocabularies_trained_by_themselves(tmp_path):
     utterances = corpus(800)
-    train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=98)
-    texts, held_out, _ = draw(map(dsu.to_text, utterances), 20_000_000, 0.01, 0)
+    train_bpe([write_km(tmp_path / "a.km", utterances)], NUM_UNITS, tmp_path / "out", vocab_size=98, seed=3)
+    texts, held_out = split(utterances, seed=3)
     with open(tmp_path / "out/compression.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["vocab_size"]) for row in rows] == [50, 53, 56, 62, 74, 86, 98]
@@ -97,9 +112,24 @@ def test_compression_is_that_of_vocabularies_trained_by_themselves(tmp_path):
     assert (tmp_path / "out/compression.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_by_hand(tmp_path):
+    """The merges are 1 2, which comes three times, and 3 4, which comes twice."""
+    paths = [write_km(tmp_path / "a.km", [[1, 2], [1, 2]]), write_km(tmp_path / "b.km", [[1, 2], [3, 4], [3, 4], []])]
+    train_bpe(paths, NUM_UNITS, tmp_path / "out", vocab_size=52, held_out=0)
+    with open(tmp_path / "out/compression.csv") as file:
+        rows = [list(row.values())[:5] for row in csv.DictReader(file)]
+    assert rows == [["50", "0", "10", "10", "1.0"], ["51", "1", "10", "7", "1.4286"], ["52", "2", "10", "5", "2.0"]]
+    facts = json.loads((tmp_path / "out/units_bpe.json").read_text())
+    assert facts["corpora_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    counts = {name: facts["counts"][name] for name in ("utterances", "empty_utterances", "units", "units_per_token")}
+    assert counts == {"utterances": 6, "empty_utterances": 1, "units": 10, "units_per_token": 2}
+
+
 def test_held_out_utterances_are_a_hundredth_and_not_trained_on():
     utterances = [dsu.to_text(units) for units in corpus(2000)]
     texts, held_out, seen = draw(utterances, 20_000_000, 0.01, 0)
+    assert (texts, held_out) == split(corpus(2000))
+    assert seen == {"utterances": 2000, "empty_utterances": 0, "units": sum(map(len, utterances))}
     assert sorted([*texts, *held_out]) == sorted(utterances)
     assert 0.009 < sum(map(len, held_out)) / seen["units"] <= 0.01
     texts, held_out, _ = draw(utterances, 10_000, 0.01, 0)  # a sample: what is measured on is smaller too
@@ -195,7 +225,6 @@ def test_same_seed_same_bytes_and_done_again(tmp_path, capsys):
         ("", {}, "a.km is empty"),
         ("\n\n", {}, "no units in 2 utterances"),
         ("1 2\n3 50 4\n", {}, r"a.km:2: unit id 50 is outside 0..49"),
-        ("1 2\n3 -1 4\n", {}, r"a.km:2: unit id -1 is outside 0..49"),
         ("1 2\n3 x 4\n", {}, r"a.km:2: not unit ids"),
         ("1 2\n", {"vocab_size": 49}, "--vocab_size 49 is smaller than --num_units 50"),
         ("1 2 1 2\n", {"vocab_size": 80}, r"50 units and 4 merges\n.*--vocab_size 54"),
@@ -210,6 +239,60 @@ def test_bad_input(tmp_path, content, options, message):
     with pytest.raises(UserError, match=message):
         train_bpe([path], NUM_UNITS, tmp_path / "out", **{"vocab_size": 50, **options})
     assert not list((tmp_path / "out").glob("units_bpe*")) and not (tmp_path / "out/run_info.json").exists()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("1.0", "1e3", "+3", "-1", "-0", "٣", "²", "3²", "１", "1_0", "0x10", "NaN", "inf", "3,", "[3]", "None", "a"),
+        *("\ufeff3", "3\ufeff", "3\x00", "3\u00a04", "3\u20034", "3\x1c4", "9" * 21, "9" * 5000, "\U000f0003"),
+    ],
+)
+def test_a_unit_id_is_digits_alone(tmp_path, word):
+    """Named with file and line, and written so that one sees which character it is."""
+    path = tmp_path / "a.km"
+    path.write_bytes(f"7 8 9\n4 {word} 5\n".encode())
+    with pytest.raises(UserError) as told:
+        list(read_km(path, NUM_UNITS))
+    assert str(told.value).startswith(f"{path}:2: not unit ids") and ascii(word[:40]) in str(told.value)
+
+
+@pytest.mark.parametrize("number", [50, 2**16 + 3, 2**32 + 3, 2**63, 2**64 + 3])
+def test_units_do_not_wrap(tmp_path, number):
+    path = tmp_path / "a.km"
+    path.write_text(f"7 8 9\n4 {number} 5\n")
+    with pytest.raises(UserError, match=rf"a.km:2: unit id {number} is outside 0\.\.49"):
+        list(read_km(path, NUM_UNITS))
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    for encoded in ("7 8\n4 5\n".encode("utf-16"), b"7 \xff 8\n"):
+        (tmp_path / "a.km").write_bytes(encoded)
+        with pytest.raises(UserError, match="a.km:1: not unit ids"):
+            list(read_km(tmp_path / "a.km", NUM_UNITS))
+
+
+@pytest.mark.parametrize("empty", [b"", b"\n", b"\r\n", b" \t\n"])
+def test_bom_and_empty_lines(tmp_path, empty):
+    """A BOM before the first unit is no unit; an empty line is an utterance of its own."""
+    path = tmp_path / "a.km"
+    for bom in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(bom + b"7 8 9\r\n" + empty + b" 49\t0 ")
+        wanted = ["\U000f0007\U000f0008\U000f0009", *([""] if empty else []), "\U000f0031\U000f0000"]
+        assert list(read_km(path, NUM_UNITS)) == wanted
+    path.write_bytes(b"\xef\xbb\xbf" + empty)
+    assert "".join(read_km(path, NUM_UNITS)) == ""
+
+
+def test_lines_are_counted_over_the_whole_file(tmp_path):
+    """It is read in parts of 4 MB."""
+    path = tmp_path / "a.km"
+    path.write_text("1 2 3 4 5 6 7 8 9\n" * 300_000 + "10 x\n")
+    with pytest.raises(UserError, match="a.km:300001: not unit ids.*'x'"):
+        list(read_km(path, NUM_UNITS))
+    path.write_text("1 2 3 4 5 6 7 8 9\n" * 300_000 + "\n10\n")
+    texts = list(read_km(path, NUM_UNITS))
+    assert len(texts) == 300_002 and texts[-3:] == [dsu.to_text(range(1, 10)), "", "\U000f000a"]
 
 
 def test_leading_zeros_are_read(tmp_path):
@@ -235,18 +318,28 @@ def test_bad_input_num_units_and_parquet(tmp_path, make_units):
     folder = make_units(tmp_path / "units", [{"units": [1, 2]}, {"units": [3, 60], "id": "bad"}])
     with pytest.raises(UserError, match=r"units-00000-of-00001.parquet, row 2 \(id bad\): unit id 60"):
         train_bpe([folder], NUM_UNITS, tmp_path / "out", vocab_size=50)
-    for wrong in (0, 70_000):
-        with pytest.raises(UserError, match=f"--num_units {wrong} is not within"):
-            train_bpe([folder], wrong, tmp_path / "out2", vocab_size=80_000)
+    for wrong in (-1, 0, 1, 65_535, 70_000):
+        with pytest.raises(UserError, match=f"--num_units is {wrong:,}.*\n.*2 to 65,534"):  # before what else is wrong
+            train_bpe([tmp_path / "no"], wrong, tmp_path / "out2", vocab_size=-1, max_units=-1)
+    assert not (tmp_path / "out2").exists()
+
+
+def test_the_most_units_reach_to_the_end_of_plane_15(tmp_path):
+    source = write_km(tmp_path / "a.km", [[0, 65_533, 0, 65_533]])
+    train_bpe([source], 65_534, tmp_path / "out", vocab_size=65_535)
+    found = pieces(tmp_path / "out")
+    assert (found[0], found[1], found[-1], len(found)) == ("\U000f0000\U000ffffd", "\U000f0000", "\U000ffffd", 65_535)
 
 
 @pytest.mark.parametrize("script", ["train_bpe", "merge_tokenizer", "extend_model"])
-def test_help_is_quick_and_flags_are_exact(script):
+def test_help_loads_no_large_library_and_flags_are_exact(script):
     path = f"train_bpe_tokenizer/{script}.py"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
+    told = [sys.executable, "-X", "importtime", path, "--help"]
+    shown = subprocess.run(told, capture_output=True, text=True, check=True)
     assert "--output_dir" in shown.stdout
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.stderr.splitlines()}
+    assert "towerspeech" in imported
+    assert not imported & {"torch", "transformers", "tokenizers", "sentencepiece", "pyarrow", "numpy", "matplotlib"}
     wrong = subprocess.run([sys.executable, path, "--output", "x"], capture_output=True, text=True)
     assert wrong.returncode and "Traceback" not in wrong.stderr
 
