@@ -34,7 +34,7 @@ def export_checkpoint(
     """
     arguments = dict(locals())
     made_by = "name a checkpoint-<step> folder of continued_pretraining/train.py"
-    info = read_json(checkpoint / RUN_INFO, made_by, ["step", "plan"])
+    info = read_json(checkpoint / RUN_INFO, made_by, ["step", "tokens", "plan"])
     read_json(model / "config.json", "name the model folder that training began with")
     with stage(output_dir, arguments, inputs=["checkpoint", "model"]) as job:
         if job.done:

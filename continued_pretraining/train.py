@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -126,9 +127,18 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int, fina
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the checkpoints of a run, in order. They are published whole, so each is complete."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in found)
+    """Steps and folders of the checkpoints of a run, in order. They are published whole, so each is complete.
+
+    What else a user keeps under a name like that (checkpoint-4-backup, a file) is not ours.
+    """
+    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9][0-9]*", path.name)]
+    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in named if (path / RUN_INFO).is_file())
+
+
+def check_free(path: Path) -> None:
+    """Raise UserError if something that is no checkpoint of ours lies where one must be written."""
+    if path.exists() and not (path / RUN_INFO).is_file():
+        raise UserError(f"{path} is no checkpoint, but one must be written there", "move it away")
 
 
 def save(target: Path, model, optimizer, info: dict) -> None:
@@ -137,6 +147,7 @@ def save(target: Path, model, optimizer, info: dict) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    check_free(target)
     weights, states = get_state_dict(model, optimizer)
     with publish(target) if dist.get_rank() == 0 else contextlib.nullcontext() as path:
         path = agree(path)
@@ -231,9 +242,17 @@ def train(
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
-    for name in ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate"):
-        if arguments[name] < 1:
-            raise UserError(f"--{name} is {arguments[name]}", "give at least 1")
+    counts = ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate")
+    for names, fits, wanted in (
+        (counts, lambda value: value >= 1, "at least 1"),
+        (("learning_rate", "clip_norm"), lambda value: 0 < value < math.inf, "more than 0"),
+        (("final_learning_rate_share", "warmup_share"), lambda value: 0 <= value <= 1, "0 to 1"),
+        (("beta1", "beta2"), lambda value: 0 <= value < 1, "0 or more, but less than 1"),
+        (("weight_decay",), lambda value: 0 <= value < math.inf, "0 or more"),
+    ):
+        for name in names:
+            if not fits(arguments[name]):
+                raise UserError(f"--{name} is {arguments[name]}", f"give {wanted}")
     check_inputs(model, mixture, sequence_length)
     import torch
     import torch.distributed as dist
@@ -241,6 +260,8 @@ def train(
     from torch.distributed.device_mesh import init_device_mesh
     from tqdm import tqdm
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but there is no CUDA GPU", "leave --device out")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world = start_processes(device)
@@ -287,6 +308,8 @@ def train(
             raise UserError(
                 f"--keep_steps {keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps"
             )
+        for step in sorted({*wanted, *range(save_every, steps, save_every)}):
+            check_free(output_dir / f"checkpoint-{step}")
         if rank == 0:
             print(
                 f"{data.budgets.sum():,} tokens in {steps:,} steps of {global_batch_size} x {sequence_length};"

@@ -13,18 +13,22 @@ train.log. Weights train in float32 (bf16: true adds autocast on a GPU) and are 
 
 The loss is on the assistant's content and the <|im_end|> that closes it, nothing else. Ids are those of the chat
 template, so what generation feeds (``apply_chat_template(..., add_generation_prompt=True)``) is their beginning.
+What a message spells is text: ``<|im_end|>`` in it is trained on as these ten characters, not as the token.
 A killed run goes on from its newest whole checkpoint-<step> folder; they are deleted at the end. A file named .stop in
 the output folder asks it to write one and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
@@ -33,9 +37,11 @@ from typing import Any
 
 from towerspeech import units as dsu
 from towerspeech.prompts import IM_END
-from towerspeech.records import read_jsonl
-from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, run, stage, write_json
+from towerspeech.records import iter_jsonl
+from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, remove, run, stage, write_json
+from towerspeech.tokenizer import check_units, marker, text_tokenizer
 
+ROLES = ("system", "user", "assistant")
 IGNORED = -100  # the label of a token without loss
 ENCODE_ROWS = 1000  # conversations tokenized at once
 DEFAULTS = {  # the first five are the original's
@@ -52,6 +58,8 @@ DEFAULTS = {  # the first five are the original's
 PACKED = "packed examples see one another unless the attention kernel is told; it is not offered"
 MASKED = "train.py labels the assistant's tokens itself"
 CHECKPOINTED = "train.py resumes by itself, from whole checkpoints"
+COMPILED = "nearly every batch has another length, for which the model would be compiled anew"
+ENGINES = "models are sharded with sft.fsdp, whose checkpoints train.py can go on from"
 NO_EVALUATION = "train.py has no evaluation set; use generate/ and results/"
 OURS = {  # SFTConfig fields that train.py decides
     **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"), PACKED),
@@ -60,11 +68,25 @@ OURS = {  # SFTConfig fields that train.py decides
     **dict.fromkeys(("resume_from_checkpoint", "ignore_data_skip", "save_only_model"), CHECKPOINTED),
     **dict.fromkeys(("do_eval", "eval_strategy", "eval_on_start", "load_best_model_at_end"), NO_EVALUATION),
     **dict.fromkeys(("seed", "data_seed"), "use --seed"),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), COMPILED),
+    **dict.fromkeys(("deepspeed", "parallelism_config"), ENGINES),
     "output_dir": "use --output_dir",
     "model_init_kwargs": "the model is loaded from --model, in float32",
     "trust_remote_code": "models that bring their own code are not run",
     "push_to_hub": "upload the finished folder yourself",
     "disable_tqdm": "progress is always shown",
+    "router_aux_loss_coef": "it is for models with experts, which Llama has not",
+}
+POSITIVE = (  # the Trainer divides by these numbers, or takes them for something else, unless they are above 0
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate"),
+    *("logging_steps", "save_steps", "save_total_limit", "max_length", "pad_to_multiple_of"),
+)
+NOT_NEGATIVE = ("max_grad_norm", "warmup_steps", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
+FSDP_CONFIG = {  # what transformers reads (the last three it sets itself); it passes other names over
+    *("version", "transformer_layer_cls_to_wrap", "min_num_params", "auto_wrap_policy", "cpu_offload"),
+    *("reshard_after_forward", "activation_checkpointing", "state_dict_type", "cpu_ram_efficient_loading"),
+    *("forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers"),
+    *("xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt"),
 }
 
 
@@ -77,12 +99,28 @@ def fits(value: Any, hint: Any) -> bool:
     return type(value) in allowed or (type(value) is int and float in allowed)
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise UserError for a number that the Trainer would not refuse in so many words, or only after loading."""
+    try:
+        json.dumps(value, allow_nan=False)  # also what lists and dicts hold
+    except ValueError:
+        raise UserError(f"sft.{name} is {value!r}, which is not finite", "give a number") from None
+    if type(value) not in (int, float):
+        return
+    if name in POSITIVE and value <= 0:
+        raise UserError(f"sft.{name} is {value}", "give more than 0")
+    if name in NOT_NEGATIVE and value < 0:
+        raise UserError(f"sft.{name} is {value}", "give 0 or more")
+    if name == "max_steps" and value < 1 and value != -1:
+        raise UserError(f"sft.max_steps is {value}", "give 1 or more, or -1 to go by sft.num_train_epochs")
+
+
 def check_settings(sft: dict[str, Any]) -> dict[str, Any]:
     """Check the ``sft`` block against SFTConfig; returns it with our defaults filled in.
 
     Raises:
         UserError: A key that SFTConfig does not know (names near ones) or that train.py decides, a value of
-            another type, bf16 without a GPU, or a value that SFTConfig refuses.
+            another type, a number that is not finite or too small, or half precision without a GPU.
     """
     import torch
     from trl import SFTConfig
@@ -99,9 +137,11 @@ def check_settings(sft: dict[str, Any]) -> dict[str, Any]:
         if not fits(value, hints[name]):
             wanted = getattr(hints[name], "__name__", str(hints[name]))
             raise UserError(f"sft.{name} is {value!r}, but {wanted} is wanted", "mend the value")
+        check_number(name, value)
     settings = {**DEFAULTS, **sft}
-    if settings["bf16"] and not torch.cuda.is_available():
-        raise UserError("sft.bf16 is true, but there is no CUDA GPU", "set --sft.bf16 false")
+    for name in ("bf16", "fp16"):
+        if settings.get(name) and not torch.cuda.is_available():
+            raise UserError(f"sft.{name} is true, but there is no CUDA GPU", f"set --sft.{name} false")
     if settings.get("train_sampling_strategy", "random") not in ("random", "group_by_length"):
         raise UserError("sft.train_sampling_strategy is neither random nor group_by_length", "use one of these")
     settings.setdefault("use_cpu", not torch.cuda.is_available())  # else processes without a GPU would not be joined
@@ -110,18 +150,72 @@ def check_settings(sft: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_config(settings: dict[str, Any], output_dir: Path):
-    """The trl.SFTConfig of checked settings."""
+    """The trl.SFTConfig of checked settings; raises what it likes."""
     from trl import SFTConfig
 
-    try:
-        return SFTConfig(
-            **settings,
-            output_dir=str(output_dir),
-            disable_tqdm=True,
-            dataset_kwargs={"skip_prepare_dataset": True},  # our ids and labels, untouched
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"the sft settings do not go together: {error}", "mend them") from None
+    ours = {
+        "output_dir": str(output_dir),
+        "disable_tqdm": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # our ids and labels, untouched
+        "save_total_limit": None,  # make_trainer sees to it: the Trainer would delete checkpoint-4-backup, too
+    }
+    # SFTConfig and the Trainer write into the dicts that they are given.
+    config = SFTConfig(**copy.deepcopy({**settings, **ours}))
+    if config.save_strategy not in ("steps", "epoch"):
+        raise ValueError(f"sft.save_strategy {config.save_strategy.value}, but a killed run must be able to go on")
+    return config
+
+
+def rehearse(settings: dict[str, Any], tokenizer) -> str:
+    """Train a tiny Llama for one step: what only the Trainer refuses, it refuses here, before weights are loaded.
+
+    All settings are the real ones, but for the size of a batch, sharding (``check_sharding``) and reports, for which
+    it is enough that they could be written. To be called before the real ``make_config``, which makes accelerate
+    forget this run.
+
+    Returns:
+        What went wrong (an optimizer's package is not there, a schedule wants arguments), or "".
+    """
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    small = {"per_device_train_batch_size": 1, "max_steps": 10_000, "fsdp": None, "fsdp_config": None}
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with tempfile.TemporaryDirectory() as folder, quiet(Path(folder) / "log"):
+        try:
+            sft_config = make_config({**settings, **small}, Path(folder))
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
+            rows = Dataset.from_dict({name: [[0, 1]] * 2 * sft_config.world_size for name in ("input_ids", "labels")})
+            prepared = Prepared(settings, sft_config, tokenizer, model.config, rows)
+            trainer = make_trainer(model, prepared, asked_to_stop=lambda: True)
+            for callback in get_reporting_integration_callbacks(sft_config.report_to):
+                trainer.remove_callback(callback)
+            trainer.train()
+        except Exception as error:
+            return f"{error} ({type(error).__name__})"
+    return ""
+
+
+def check_sharding(sft_config, config) -> None:
+    """Raise for FSDP settings that would be refused, or passed over, once the model is loaded."""
+    import torch
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers import AutoModelForCausalLM
+
+    if not sft_config.fsdp:
+        if sft_config.fsdp_config:
+            raise UserError("sft.fsdp_config is set, but sft.fsdp is not", "set --sft.fsdp full_shard, say")
+        return
+    if unknown := sorted({*sft_config.fsdp_config} - FSDP_CONFIG):
+        raise UserError(f"sft.fsdp_config.{unknown[0]} is no setting of transformers' FSDP", "see its documentation")
+    plugin = FullyShardedDataParallelPlugin(**sft_config.fsdp_plugin_args)
+    with torch.device("meta"):
+        plugin.set_auto_wrap_policy(AutoModelForCausalLM.from_config(config))
+    if plugin.activation_checkpointing and sft_config.gradient_checkpointing:
+        raise ValueError("fsdp_config.activation_checkpointing and gradient_checkpointing are both true")
+    if sft_config.world_size == 1:
+        raise UserError("sft.fsdp shards over processes, but there is only one", "start with torchrun, or unset it")
 
 
 # --- Inputs ---------------------------------------------------------------------------------------
@@ -153,102 +247,132 @@ def load_tokenizer(model: Path):
     return tokenizer, config
 
 
-def read_conversations(data: Path, tokenizer, unit_range: range) -> list[dict]:
+def read_conversations(data: Path, num_units: int, offset: int) -> tuple[list[str], list[list[dict]]]:
     """Read sft.jsonl and check each row's turns.
 
+    Returns:
+        Of each row, ``file:line (id)``, and its turns.
+
     Raises:
-        UserError: A row is malformed, its roles do not alternate from user to assistant, or its text holds a
-            special token or a unit character that is not in ``unit_range``; names file and line.
+        UserError: A row is malformed, its roles do not alternate from user to assistant, or its text holds units
+            that are not the tokenizer's, or stand where no speech does; names the row.
     """
-    rows = read_jsonl(data, required=("id", "messages"))
-    special = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)))
-    private = re.compile("[\U000f0000-\U000ffffd]")
-    for number, row in enumerate(rows, 1):
-        where = f"{data}:{number} (id {row['id']})"
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("content")
-            for turn in messages
-        ):
+    places, chats = [], []
+    for place, row in iter_jsonl(data, required=("id", "messages")):
+        where = f"{place} (id {row['id']})"
+        if not isinstance(row["messages"], list):
             raise UserError(f"{where}: messages must be a list of turns with role and content", "mend the line")
-        roles = [turn.get("role") for turn in messages]
+        for number, turn in enumerate(row["messages"], 1):
+            check_turn(turn, f"{where}, message {number}")
+            task = row.get("task") if turn["role"] == "user" else None  # a transcript has no units
+            check_units(turn["content"], task, num_units, offset, f"{where}, message {number}")
+        roles = [turn["role"] for turn in row["messages"]]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
             raise UserError(f"{where}: the roles are {roles}", "user and assistant must take turns, assistant last")
-        text = "\n".join(turn["content"] for turn in messages)
-        if found := special.search(text):
-            raise UserError(f"{where}: the text holds the special token {found[0]}", "take it out of the text")
-        strangers = [char for char in private.findall(text) if ord(char) not in unit_range]
-        if strangers:
-            raise UserError(
-                f"{where}: U+{ord(strangers[0]):X} is none of the tokenizer's {len(unit_range)} units, "
-                f"which start at U+{unit_range.start:X}",
-                "build the data with the tokenizer's offset and k-means (build_sft_data.py --unit_offset)",
-            )
-    return rows
+        places.append(where)
+        chats.append(row["messages"])
+    return places, chats
 
 
-def encode(tokenizer, conversations: list[list[dict]]) -> tuple[list[list[int]], list[list[int]]]:
+def check_turn(turn: Any, where: str) -> None:
+    """Raise UserError unless a message is an object with a role of ``ROLES`` and a text that is not blank."""
+    if not isinstance(turn, dict):
+        raise UserError(f"{where} is {turn!r}, but an object with role and content is wanted", "mend the line")
+    if turn.get("role") not in ROLES:
+        found = f"its role is {turn['role']!r}" if "role" in turn else "it has no role"
+        raise UserError(f"{where}: {found}", f"use one of {', '.join(ROLES)}")
+    content = turn.get("content")
+    if not isinstance(content, str):
+        found = f"its content is a {type(content).__name__}" if content is not None else "it has no content"
+        raise UserError(f"{where}: {found}, but a text is wanted", "write the text itself, not a list of parts")
+    if not content.strip():
+        raise UserError(f"{where}: its content is blank", "remove the row, or write the text")
+
+
+def encode(tokenizer, conversations: list[list[dict]], places: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Tokenize conversations with the chat template.
+
+    Args:
+        tokenizer: Has the template.
+        conversations: Each a list of turns.
+        places: Names each one's row.
 
     Returns:
         Ids and, of the same lengths, labels: the ids of each assistant turn's content and of the <|im_end|> that
         closes it, else ``IGNORED``.
+
+    Raises:
+        UserError: The template refuses a conversation, or the ids of a prompt are not the beginning of it.
     """
 
-    def ids_of(chats: list[list[dict]], prompt: bool) -> list[list[int]]:
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    ids = ids_of(conversations, False)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    template = "use the template of towerspeech/prompts.py (train_bpe_tokenizer/extend_model.py)"
+    texts, answers = [], []  # conversations; of each assistant turn its place, what asks for it and what ends with it
+    for i, (chat, place) in enumerate(zip(conversations, places, strict=True)):
+        try:
+            texts.append(render(chat))
+            for k, turn in enumerate(chat):
+                if turn["role"] == "assistant":
+                    answers.append((i, k, render(chat[:k], add_generation_prompt=True), render(chat[: k + 1])))
+        except Exception as error:  # the template is a program, which may raise anything
+            remedy = f"mend the row, or {template}"
+            raise UserError(f"{place}: the chat template refuses it: {error}", remedy) from None
+    ids = ids_of(texts)
     labels = [[IGNORED] * len(row) for row in ids]
-    answers = [
-        (i, k)
-        for i, chat in enumerate(conversations)
-        for k, turn in enumerate(chat)
-        if k and turn["role"] == "assistant"
-    ]
-    prompts = ids_of([conversations[i][:k] for i, k in answers], True)
-    upto = ids_of([conversations[i][: k + 1] for i, k in answers], False)
-    for (i, _), prompt, closed in zip(answers, prompts, upto, strict=True):
+    prompts, upto = (ids_of([answer[part] for answer in answers]) for part in (2, 3))
+    for (i, k, prompt_text, closed_text), prompt, closed in zip(answers, prompts, upto, strict=True):
+        if not (texts[i].startswith(closed_text) and closed_text.startswith(prompt_text)):
+            raise UserError(f"{places[i]}: the chat template changes earlier turns when more follow", template)
         if ids[i][: len(closed)] != closed or closed[: len(prompt)] != prompt:
+            answer = conversations[i][k]["content"]
+            start = answer[: len(answer) - len(answer.lstrip())] or answer[0]
             raise UserError(
-                "the chat template does not tokenize a prompt as the beginning of its conversation",
-                "use the template of towerspeech/prompts.py (train_bpe_tokenizer/extend_model.py)",
+                f"{places[i]}, message {k + 1}: the answer begins with {start!r}, which this tokenizer joins with the "
+                "end of the prompt into one token, so that no prompt could lead to it",
+                "take white space off the beginnings of the answers",
             )
         if tokenizer.eos_token_id not in closed[len(prompt) :]:
-            raise UserError(f"the chat template closes no answer with {IM_END}", "use that of towerspeech/prompts.py")
+            raise UserError(f"{places[i]}: the chat template closes no answer with {IM_END}", template)
         end = len(closed) - closed[::-1].index(tokenizer.eos_token_id)
         labels[i][len(prompt) : end] = ids[i][len(prompt) : end]
     return ids, labels
 
 
-def make_dataset(rows: list[dict], tokenizer, max_length: int, show: bool):
-    """Tokenize all rows into a Dataset of input_ids and labels.
+def make_dataset(places: list[str], chats: list[list[dict]], tokenizer, max_length: int, show: bool):
+    """Tokenize all rows into a Dataset of input_ids and labels; what spells a control token is text.
 
     Raises:
-        UserError: Examples longer than ``max_length`` tokens: how many, and the longest.
+        UserError: As ``encode``; or examples longer than ``max_length`` tokens: how many, and the longest.
     """
     import pyarrow as pa
     from datasets import Dataset
     from tqdm import tqdm
 
+    text_only, mark = text_tokenizer(tokenizer), marker(tokenizer)
     columns = {"input_ids": [], "labels": []}
-    too_long, longest, longest_id = 0, 0, None
-    with tqdm(total=len(rows), desc="tokenizing", unit=" examples", disable=not show) as bar:
-        for start in range(0, len(rows), ENCODE_ROWS):
-            batch = rows[start : start + ENCODE_ROWS]
-            ids, labels = encode(tokenizer, [row["messages"] for row in batch])
-            for row, row_ids in zip(batch, ids, strict=True):
+    too_long, longest, longest_place = 0, 0, None
+    with tqdm(total=len(chats), desc="tokenizing", unit=" examples", disable=not show) as bar:
+        for start in range(0, len(chats), ENCODE_ROWS):
+            batch = slice(start, start + ENCODE_ROWS)
+            marked = [
+                [{"role": turn["role"], "content": mark(turn["content"])} for turn in chat] for chat in chats[batch]
+            ]
+            ids, labels = encode(text_only, marked, places[batch])
+            for place, row_ids in zip(places[batch], ids, strict=True):
                 too_long += len(row_ids) > max_length
                 if len(row_ids) > longest:
-                    longest, longest_id = len(row_ids), row["id"]
+                    longest, longest_place = len(row_ids), place
             columns["input_ids"].append(pa.array(ids, pa.list_(pa.int32())))
             columns["labels"].append(pa.array(labels, pa.list_(pa.int32())))
-            bar.update(len(batch))
+            bar.update(len(marked))
     if too_long:
         raise UserError(
-            f"{too_long:,} of {len(rows):,} examples are longer than {max_length:,} tokens; "
-            f"the longest, {longest_id}, has {longest:,}",
+            f"{too_long:,} of {len(chats):,} examples are longer than {max_length:,} tokens; "
+            f"the longest, {longest_place}, has {longest:,}",
             "take them out, or raise sft.max_length (up to the model's context)",
         )
     return Dataset.from_dict({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
@@ -278,10 +402,22 @@ def prepare(
     if max_length > context:
         raise UserError(f"sft.max_length {max_length} exceeds the model's context of {context}", "lower it")
     settings = {**settings, "max_length": max_length, "seed": seed}
-    sft_config = make_config(settings, output_dir)
+    if problem := rehearse(settings, tokenizer):
+        others = {name: {k: v for k, v in settings.items() if k != name} for name in sft}
+        blamed = [f"sft.{name}" for name in sft if not rehearse(others[name], tokenizer)]
+        raise UserError(f"the Trainer refuses the sft settings: {problem}", f"mend {' or '.join(blamed) or 'them'}")
+    try:
+        sft_config = make_config(settings, output_dir)
+        check_sharding(sft_config, config)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"sft.fsdp and sft.fsdp_config cannot be used: {error}", "mend them") from None
     units = dsu.read_metadata(model)
-    rows = read_conversations(data, tokenizer, range(units["offset"], units["offset"] + units["num_units"]))
-    dataset = make_dataset(rows, tokenizer, max_length, show)
+    places, chats = read_conversations(data, units["num_units"], units["offset"])
+    batch = sft_config.train_batch_size * sft_config.world_size
+    if sft_config.dataloader_drop_last and len(chats) < batch:
+        remedy = "set it to false, or lower sft.per_device_train_batch_size"
+        raise UserError(f"{len(chats)} examples are no batch of {batch}: sft.dataloader_drop_last drops all", remedy)
+    dataset = make_dataset(places, chats, tokenizer, max_length, show)
     return Prepared(settings, sft_config, tokenizer, config, dataset)
 
 
@@ -317,8 +453,10 @@ def is_whole(checkpoint: Path, processes: int) -> bool:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint-<step> folders, newest last."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """The checkpoint-<step> folders, newest last; what else a user keeps under a name like that is not ours."""
+    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9][0-9]*", path.name)]
+    ours = [path for path in named if path.is_dir() and not path.is_symlink()]
+    return sorted(ours, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def newest_checkpoint(folder: Path, processes: int) -> Path | None:
@@ -328,7 +466,7 @@ def newest_checkpoint(folder: Path, processes: int) -> Path | None:
         if is_whole(path, processes):
             whole = path
         else:
-            shutil.rmtree(path)
+            remove(path)
     return whole
 
 
@@ -376,6 +514,16 @@ def make_trainer(model, prepared: Prepared, terminal=None, asked_to_stop: Callab
     class Trainer(SFTTrainer):
         def create_model_card(self, *args, **kwargs):
             pass  # would write a README.md into the output folder
+
+        def _save_checkpoint(self, model, trial):
+            folder, limit = Path(self.args.output_dir), prepared.settings.get("save_total_limit")
+            target = folder / f"checkpoint-{self.state.global_step}"
+            if target.is_file():
+                raise UserError(f"{target} is a file, but a checkpoint must be written there", "move it away")
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and limit:
+                for path in checkpoints(folder)[:-limit]:
+                    remove(path)
 
         def _get_train_sampler(self, train_dataset=None):
             import pyarrow.compute as pc
@@ -524,7 +672,7 @@ def train(
                 print(f"wrote {output_dir}")
     if first:  # only now is the model known to be whole
         for path in checkpoints(output_dir):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
     if processes > 1:  # leave together: who goes first takes the connections from under the others
         PartialState().wait_for_everyone()
         PartialState().destroy_process_group()

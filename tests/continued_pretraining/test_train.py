@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from continued_pretraining import train as script
 from continued_pretraining.export_checkpoint import export_checkpoint
 from continued_pretraining.packing import IGNORE, Mixture
-from continued_pretraining.train import learning_rate_at
 from data_mixture.build_mixture import Source, build_mixture
 from towerspeech.stage import UserError
 
@@ -59,7 +58,7 @@ def train(*args, **changes) -> subprocess.CompletedProcess:
 
 def losses(run: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (run / "train.log").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     return {row["step"]: row["loss"] for row in rows}
 
 
@@ -79,6 +78,18 @@ def exported(tmp_path_factory, model_dir, whole_run) -> Path:
     return folder
 
 
+def schedule() -> list[float]:
+    """The learning rates of STEPS steps, by torch: three of warm-up, then a cosine from the peak to a tenth of it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS - 1 - 3, eta_min=1e-4)
+    rates = [1e-3 / 3, 2e-3 / 3, 1e-3]
+    while len(rates) < STEPS:
+        rates.append(falling.get_last_lr()[0])
+        optimizer.step()
+        falling.step()
+    return rates
+
+
 def reference_loop(model_dir, mixture) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training as a plain loop: transformers' model, torch's AdamW, whole batches."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
@@ -95,7 +106,7 @@ def reference_loop(model_dir, mixture) -> tuple[list[float], dict[str, torch.Ten
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, STEPS, 1e-3, 3, 0.1)
+            group["lr"] = schedule()[step]
         optimizer.step()
         optimizer.zero_grad()
         means.append(loss.item())
@@ -105,6 +116,8 @@ def reference_loop(model_dir, mixture) -> tuple[list[float], dict[str, torch.Ten
 def test_equals_a_plain_loop(model_dir, mixture, whole_run, exported):
     means, weights = reference_loop(model_dir, mixture)
     assert list(losses(whole_run).values()) == pytest.approx(means, rel=1e-5)
+    rows = [json.loads(line) for line in (whole_run / "train.log").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(schedule())
     ours = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
     assert ours.keys() == weights.keys()
     for name, weight in weights.items():
@@ -117,13 +130,17 @@ def test_checkpoints_and_counts(whole_run, mixture):
     assert info["counts"] == {"steps": STEPS, "tokens": {"speech": 2000, "mono": 1000}}
     middle = json.loads((whole_run / "checkpoint-6/run_info.json").read_text())
     assert middle["step"] == 6 and sum(middle["tokens"].values()) == 6 * LENGTH * BATCH
+    last = json.loads((whole_run / "checkpoint-12/run_info.json").read_text())
+    assert last["tokens"] == {"speech": 2000, "mono": 1000}
 
 
 def test_learning_rate_schedule():
-    rates = [learning_rate_at(step, 100, 1.0, 10, 0.1) for step in range(100)]
+    rates = [script.learning_rate_at(step, 100, 1.0, 10, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
     assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert [script.learning_rate_at(step, STEPS, 1e-3, 3, 0.1) for step in range(STEPS)] == pytest.approx(schedule())
+    assert script.learning_rate_at(0, 1, 2.0, 0, 0.1) == 2.0  # one step alone is taken at the peak
 
 
 def test_export_keeps_the_tokenizer_and_refuses_another_model(
@@ -135,6 +152,11 @@ def test_export_keeps_the_tokenizer_and_refuses_another_model(
         export_checkpoint(whole_run / "checkpoint-6", base_model_dir, tmp_path / "other")
     with pytest.raises(UserError, match="run_info.json does not exist"):
         export_checkpoint(whole_run / "checkpoint-7", model_dir, tmp_path / "other")
+    shutil.copytree(whole_run / "checkpoint-6", tmp_path / "copy")
+    info = json.loads((tmp_path / "copy/run_info.json").read_text())
+    (tmp_path / "copy/run_info.json").write_text(json.dumps({k: v for k, v in info.items() if k != "tokens"}))
+    with pytest.raises(UserError, match="'tokens' is missing"):
+        export_checkpoint(tmp_path / "copy", model_dir, tmp_path / "other")
 
 
 def same_weights(a: Path, b: Path, model_dir: Path, folder: Path) -> bool:
@@ -145,6 +167,157 @@ def same_weights(a: Path, b: Path, model_dir: Path, folder: Path) -> bool:
     return paths[0].read_bytes() == paths[1].read_bytes()
 
 
+# --- In this process ------------------------------------------------------------------------------
+KEPT = {"keep_steps": [6, 9], "micro_batch_size": 2}
+
+
+def train_here(model_dir, mixture, output_dir, monkeypatch, **changes) -> None:
+    """train.py as a function, in one process: quick enough for states that only some moments leave."""
+    monkeypatch.syspath_prepend(str(Path(script.__file__).parent))  # as for `python continued_pretraining/train.py`
+    settings = {**SETTINGS, **KEPT, "dtype": "float32", "device": "cpu", **changes}
+    try:
+        script.train(model_dir, mixture, output_dir, **settings)
+    except BaseException:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        raise
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, model_dir, mixture) -> Path:
+    """An uninterrupted run of one process, in micro-batches of two."""
+    output_dir = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        train_here(model_dir, mixture, output_dir, monkeypatch)
+    return output_dir
+
+
+def test_micro_batches_of_two_equal_a_plain_loop(tmp_path, model_dir, mixture, alone):
+    means, weights = reference_loop(model_dir, mixture)
+    assert list(losses(alone).values()) == pytest.approx(means, rel=1e-5)
+    export_checkpoint(alone / f"checkpoint-{STEPS}", model_dir, tmp_path / "model", dtype="float32")
+    for name, weight in load_file(tmp_path / "model/model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], atol=2e-5, rtol=2e-3)
+
+
+def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
+    tmp_path, model_dir, mixture, alone, monkeypatch, capsys
+):
+    """Asked in its fifth step, and again when it goes on; beside the checkpoints lies what is not its own."""
+    run, save = tmp_path / "run", script.save
+
+    def save_and_ask(target, *others):
+        save(target, *others)
+        if target.name in ("checkpoint-5", "checkpoint-9"):
+            (run / ".stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save", save_and_ask)
+        with pytest.raises(UserError, match=f"asked to stop: saved {run}/checkpoint-6 of 12 steps"):
+            train_here(model_dir, mixture, run, patch)
+        assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6"]
+        assert not (run / ".stop").exists() and not (run / "run_info.json").exists()
+        shutil.copytree(run / "checkpoint-6", run / "checkpoint-99-backup")
+        (run / "checkpoint-old-7").mkdir()
+        (run / "checkpoint-²").mkdir()
+        (run / "checkpoint-7").write_text("mine")  # not a step that is saved
+        (run / "checkpoint-77").mkdir()
+        for step in (9, 10):
+            (run / f"checkpoint-{step}").mkdir()
+            with pytest.raises(UserError, match=f"{run}/checkpoint-{step} is no checkpoint.*\n.*move it away"):
+                train_here(model_dir, mixture, run, patch)
+            (run / f"checkpoint-{step}").rmdir()  # it is empty, as it was
+        with pytest.raises(UserError, match="saved .*/checkpoint-10 of 12 steps"):
+            train_here(model_dir, mixture, run, patch)
+    capsys.readouterr()
+    train_here(model_dir, mixture, run, monkeypatch)
+    assert "going on after step 10 from" in capsys.readouterr().out
+    ours = {"checkpoint-6", "checkpoint-9", "checkpoint-12"}
+    others = {"checkpoint-99-backup", "checkpoint-old-7", "checkpoint-²", "checkpoint-7", "checkpoint-77"}
+    assert {path.name for path in run.glob("checkpoint-*")} == ours | others
+    assert (run / "checkpoint-7").read_text() == "mine"
+    assert (run / "checkpoint-99-backup/run_info.json").is_file()
+    assert losses(run) == losses(alone)
+    assert same_weights(run, alone, model_dir, tmp_path)
+
+
+def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
+    tmp_path, model_dir, mixture, alone, monkeypatch, capsys
+):
+    """Files of a checkpoint are there, its run_info.json is not; train.log is ahead of it, its last line cut off."""
+    run, write_json = tmp_path / "run", script.write_json
+
+    def die(target, info):
+        if info["step"] == 10:
+            with open(run / "train.log", "a") as file:
+                file.write('{"step": 11, "lo')
+            raise KeyboardInterrupt
+        write_json(target, info)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(model_dir, mixture, run, patch)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    train_here(model_dir, mixture, run, monkeypatch)
+    assert f"going on after step 9 from {run}/checkpoint-9\n" in capsys.readouterr().out
+    assert losses(run) == losses(alone)
+    assert same_weights(run, alone, model_dir, tmp_path)
+    train_here(model_dir, mixture, run, monkeypatch)
+    assert "already done" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path, model_dir, mixture, monkeypatch):
+    with pytest.raises(UserError, match=r"at step \d+ the loss is .*\n.*lower --learning_rate"):
+        train_here(
+            model_dir, mixture, tmp_path / "run", monkeypatch, learning_rate=1e30, save_every=100, keep_steps=None
+        )
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({name: value}, f"--{name} is {value}\n.*at least 1")
+            for name in (
+                "sequence_length",
+                "global_batch_size",
+                "micro_batch_size",
+                "save_every",
+                "log_every",
+                "replicate",
+            )
+            for value in (0, -1)
+        ),
+        *(
+            ({name: value}, f"--{name} is {value}\n.*more than 0")
+            for name in ("learning_rate", "clip_norm")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        *(
+            ({name: value}, f"--{name} is {value}\n.*give 0")
+            for name in ("final_learning_rate_share", "warmup_share", "beta1", "beta2", "weight_decay")
+            for value in (-0.1, float("nan"), float("inf"))
+        ),
+        *(({name: 1.1}, f"--{name} is 1.1\n.*0 to 1") for name in ("final_learning_rate_share", "warmup_share")),
+        *(({name: 1.0}, f"--{name} is 1.0\n.*less than 1") for name in ("beta1", "beta2")),
+    ],
+)
+def test_settings_are_refused(changes, message, tmp_path, model_dir, mixture, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        train_here(model_dir, mixture, tmp_path / "run", monkeypatch, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_that_is_not_there_is_refused(tmp_path, model_dir, mixture, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, cuda is welcome")
+    with pytest.raises(UserError, match="no CUDA GPU"):
+        train_here(model_dir, mixture, tmp_path / "run", monkeypatch, device="cuda")
+
+
+# --- Processes ------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["after a checkpoint", "inside a checkpoint"])
 def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path, model_dir, mixture, whole_run, when):
@@ -205,16 +378,28 @@ def test_another_mesh_goes_on_with_a_checkpoint(tmp_path, model_dir, mixture, wh
         torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=2e-3)
 
 
-def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_model_dir, mixture):
-    for changes, message in (
-        ({"sequence_length": 4096}, "exceeds the model's context of 512"),
-        ({"keep_steps": "[13]"}, "lies outside the run's 1..12 steps"),
-        ({"replicate": 2}, "replicate 2 x shard 1 is not 1 processes"),
-        ({"global_batch_size": 3, "micro_batch_size": 2}, "--global_batch_size 3 is no multiple"),
-    ):
-        result = train(model_dir, mixture, tmp_path / "run", **changes)
-        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
-    result = train(base_model_dir, mixture, tmp_path / "run")
-    assert result.returncode == 1 and "was tokenized with another tokenizer" in result.stderr
+def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_model_dir, mixture, monkeypatch):
+    def refused(message: str, model: Path = model_dir, mixture: Path = mixture, **changes) -> None:
+        with pytest.raises(UserError, match=message):
+            train_here(model, mixture, tmp_path / "run", monkeypatch, **changes)
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+    monkeypatch.setattr(script, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
+    refused("--sequence_length 4096 exceeds the model's context of 512", sequence_length=4096)
+    refused(r"--keep_steps \[13\] lies outside the run's 1..12 steps", keep_steps=[13])
+    refused(r"--keep_steps \[0\] lies outside the run's 1..12 steps", keep_steps=[0])
+    refused("replicate 2 x shard 1 is not 1 processes", replicate=2)
+    refused("replicate 1 x shard 2 is not 1 processes", shard=2)
+    refused("--global_batch_size 3 is no multiple of 1 processes x 2", global_batch_size=3)
+    refused("was tokenized with another tokenizer", model=base_model_dir)
+    narrow = tmp_path / "narrow"
+    shutil.copytree(model_dir, narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "vocab_size": 400}))
+    refused("has 400 embedding rows for a tokenizer of 487", model=narrow)
+    (narrow / "model.safetensors").unlink()
+    refused("holds no safetensors weights", model=narrow)
     result = train(model_dir, tmp_path / "nothing", tmp_path / "run")
-    assert result.returncode == 1 and "run data_mixture" not in result.stdout and "manifest.json" in result.stderr
+    assert result.returncode == 1 and f"{tmp_path}/nothing/manifest.json does not exist" in result.stderr
+    assert "make the mixture with data_mixture/build_mixture.py" in result.stderr
+    assert "Traceback" not in result.stderr
