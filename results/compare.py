@@ -1,4 +1,4 @@
-"""Compare two systems test set by test set: paired bootstrap, significant differences marked.
+"""Compare two systems test set by test set: paired randomisation, significant differences marked.
 
 Usage: python results/compare.py --system_a generations/mt/checkpoint-300 generations/asr/checkpoint-300 \\
            --system_b generations/mt/sft generations/asr/sft --output_dir comparisons/300_sft
@@ -11,33 +11,35 @@ not (a tuned model's chat prompts beside plain ones). With --shots_a 0 --shots_b
 compared with its own 5-shot ones.
 Prints the table, and writes comparison.md, comparison.csv (numbers in full) and run_info.json.
 
-Translation is tested by sacreBLEU's own paired bootstrap (``sacrebleu --paired-bs``): BLEU, chrF2, chrF++.
-Transcription by a centred paired bootstrap over utterances: WER and CER under Whisper's Basic and English normalizers.
-Where both systems score the same to the last digit p is 1 (sacreBLEU gives its smallest p to a system beside itself).
+Translation is compared by BLEU, chrF2 and chrF2++, transcription by WER and CER under Whisper's normalizers; each
+difference by a paired approximate randomisation test, which marks one in twenty pairs of equally good systems, however
+few segments there are (sacreBLEU's --paired-bs marks one in nine of many segments, and nearly all of one segment).
 """
 
 import csv
-import os
+import itertools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from score import FACTS, Outputs, finished_files, read_generations, read_line_files  # beside this script
 
 from towerspeech.languages import language
-from towerspeech.metrics import BOOTSTRAP_SAMPLES, NORMALIZERS, SEED, TASKS
+from towerspeech.metrics import BOOTSTRAP_SAMPLES, ERROR_RATES, NORMALIZERS, SEED, TASKS, markdown_table, one_line
 from towerspeech.records import read_jsonl
 from towerspeech.stage import UserError, run, stage
 
 LEVEL = 0.05
+TOO_FEW = 5  # where so many segments differ, the smallest p is 2 / 2^5
 # metric: its heading, and the factor to the numbers shown
 SHOWN = {"bleu": ("BLEU", 1), "chrf2": ("chrF2", 1), "chrf2++": ("chrF2++", 1)}
-SHOWN |= {f"{unit}_{name}": (f"{unit.upper()} {name}", 100) for unit in ("wer", "cer") for name in NORMALIZERS}
+SHOWN |= {f"{unit}_{name}": (f"{unit.upper()} {name}", 100) for unit in ERROR_RATES for name in NORMALIZERS}
 NOTE = (
-    f"`*`: p < {LEVEL}, paired bootstrap ({BOOTSTRAP_SAMPLES} samples, seed {SEED}). WER and CER in percent, the lower"
-    " the better; their test is two-sided, and marks about one in twenty pairs of equally good systems by chance."
-    " BLEU's and chrF's p is sacreBLEU's own, which is more lenient: it marks about one in nine such pairs (measured),"
-    " not one in twenty; about one in twenty have p < 0.025. Each p is of one test set and one metric, not corrected"
-    f" for the number of rows. For a claim over k test sets, ask for p < {LEVEL} / k (Bonferroni)."
+    f"`*`: p < {LEVEL}, two-sided, by paired approximate randomisation: the share of {BOOTSTRAP_SAMPLES} random swaps"
+    f" of the systems' outputs, segment by segment (seed {SEED}; where 9 segments or fewer differ, of all swaps that"
+    " there are), after which the systems differ at least as much. It marks about one in twenty pairs of equally good"
+    f" systems by chance. Where {TOO_FEW} segments or fewer differ, p cannot come below {LEVEL}, and the row says so."
+    " WER and CER in percent, the lower the better. Each p is of one test set and one metric, not corrected for the"
+    f" number of rows. For a claim over k test sets, ask for p < {LEVEL} / k (Bonferroni)."
 )
 
 
@@ -65,6 +67,7 @@ class Comparison(NamedTuple):
     significant: str  # yes or no
     better: str  # A, B, or empty where the difference is not significant
     n: int  # segments
+    note: str  # why nothing can be significant
     signature: str
 
 
@@ -124,91 +127,51 @@ def align(a: Side, b: Side) -> tuple[list[str], list[str], list[str]]:
 
 
 # --- Tests ----------------------------------------------------------------------------------------
-def compare_translations(a: list[str], b: list[str], references: list[str], target_lang: str) -> dict[str, tuple]:
-    """metric -> (score of a, score of b, p, signature), by sacreBLEU's paired bootstrap."""
-    from sacrebleu.metrics import BLEU, CHRF
-    from sacrebleu.significance import PairedTest
-
-    os.environ["SACREBLEU_SEED"] = str(SEED)  # the only way to tell it
-    metrics = {
-        "bleu": BLEU(tokenize=language(target_lang).bleu_tokenizer, force=True),
-        "chrf2": CHRF(),
-        "chrf2++": CHRF(word_order=2),
-    }
-    signatures, scores = PairedTest(
-        [("a", a), ("b", b)], metrics, [references], test_type="bs", n_samples=BOOTSTRAP_SAMPLES
-    )()
-    of_metrics = zip(metrics, signatures.items(), strict=True)  # sacreBLEU has names of its own, in the same order
-    return {
-        metric: (float(scores[name][0].score), float(scores[name][1].score), scores[name][1].p_value, str(signature))
-        for metric, (name, signature) in of_metrics
-    }
-
-
-def compare_transcriptions(a: list[str], b: list[str], references: list[str], target_lang: str) -> dict[str, tuple]:
-    """metric -> (score of a, score of b, p, signature), by a paired bootstrap over utterances."""
+def compare_texts(task: str, a: list[str], b: list[str], references: list[str], target_lang: str) -> dict[str, tuple]:
+    """metric -> (score of a, score of b, p, segments that differ, signature)."""
     import numpy as np
 
     from towerspeech import metrics
 
-    signatures = metrics.signatures("asr", target_lang)
-    # Both systems are scored on the same resamples. Drawn as sacreBLEU draws them: (samples, utterances)
-    drawn = np.random.default_rng(SEED).choice(len(references), size=(BOOTSTRAP_SAMPLES, len(references)))
     found = {}
-    for name in NORMALIZERS:
-        normalize = metrics.normalizer(name)
-        texts_a, texts_b, spoken = ([normalize(text) for text in texts] for texts in (a, b, references))
-        if not any(spoken):
+    for metric, signature in metrics.signatures(task, target_lang, ("bleu", "chrf2", "chrf2++", *ERROR_RATES)).items():
+        if metric not in SHOWN:
+            continue
+        counts = np.stack([metrics.segment_counts(metric, texts, references, target_lang) for texts in (a, b)])
+        if metric not in metrics.SACREBLEU_METRICS and not counts[0, :, -1].any():
             raise UserError(
-                f"all {len(spoken)} references are empty under Whisper's {name} normalizer",
-                "check the test set's text",
+                f"{metric}: all {len(references)} references are normalised to nothing", "check their text"
             )
-        for unit in ("wer", "cer"):
-            counts = [metrics.edits(texts, spoken, characters=unit == "cer") for texts in (texts_a, texts_b)]
-            lengths = counts[0][:, 3]
-            errors = [of_one[:, :3].sum(axis=1) for of_one in counts]
-            # A draw of empty references alone has no rate; with one word as its length it stays finite.
-            drawn_lengths = np.maximum(lengths[drawn].sum(axis=1), 1)
-            more = errors[1] - errors[0]  # subtracted before division, so that ties stay ties
-            p = p_value(more[drawn].sum(axis=1) / drawn_lengths, float(more.sum() / lengths.sum()))
-            metric = f"{unit}_{name}"
-            found[metric] = (*(float(of_one.sum() / lengths.sum()) for of_one in errors), p, signatures[metric])
+        scores = metrics.corpus_scores(metric, counts.sum(axis=1))
+        differing = (counts[0] != counts[1]).any(axis=1)  # (segments,)
+        num_differing = int(differing.sum())
+        # Swapped[i, j]: whether try i gives a's output of segment j to b, and b's to a. The first swaps none.
+        if 2**num_differing <= BOOTSTRAP_SAMPLES:
+            swapped = np.zeros((2**num_differing, len(differing)))
+            swapped[:, differing] = list(itertools.product((0, 1), repeat=num_differing))
+        else:
+            swapped = np.random.default_rng(SEED).integers(2, size=(BOOTSTRAP_SAMPLES, len(differing)), dtype=bool)
+            swapped = np.vstack([np.zeros(len(differing)), swapped])  # drawn as sacreBLEU's --paired-ar draws
+        one, other = (
+            metrics.corpus_scores(metric, swapped @ x + (1 - swapped) @ y) for x, y in (counts[::-1], counts)
+        )
+        as_far = np.abs(other - one) >= abs(scores[1] - scores[0]) - 1e-9  # ties but for rounding are ties
+        signature = signature.replace("|bs:", "|ar:")
+        found[metric] = (*map(float, scores), float(as_far.mean()), num_differing, signature)
     return found
-
-
-def p_value(differences, difference: float) -> float:
-    """Two-sided p of a paired bootstrap whose null hypothesis is that the systems do not differ.
-
-    The resamples' differences scatter around the one seen; shifted by it they scatter around 0, as chance alone would
-    have them (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 16). p is the share of them at
-    least as far from 0 as the difference seen, with 1 added to both counts.
-    Not what sacreBLEU 2.6 does (significance.py, ``_paired_bs_test``, after Moses'
-    bootstrap-hypothesis-difference-significance.pl): it takes absolute values first and then shifts these by their
-    mean. That folds one tail onto the other and shrinks the spread, so equally good systems too often differ.
-
-    Args:
-        differences: Of the resamples, (samples,).
-        difference: Of the whole test set.
-    """
-    import numpy as np
-
-    return (int((np.abs(differences - difference) >= abs(difference)).sum()) + 1) / (len(differences) + 1)
 
 
 def compare_sets(a: Side, b: Side) -> list[Comparison]:
     """All rows of one test set."""
     facts = a.outputs.facts
-    test = compare_transcriptions if facts["task"] == "asr" else compare_translations
     hypotheses_a, hypotheses_b, references = align(a, b)
     try:
-        found = test(hypotheses_a, hypotheses_b, references, facts["tgt_lang"])
+        found = compare_texts(facts["task"], hypotheses_a, hypotheses_b, references, facts["tgt_lang"])
     except UserError as error:
         raise UserError(f"{a.outputs.file}: {error}") from None
     rows = []
-    for metric, (score_a, score_b, p, signature) in found.items():
-        if score_a == score_b:
-            p = 1.0
-        lower = test is compare_transcriptions  # is better
+    for metric, (score_a, score_b, p, differing, signature) in found.items():
+        lower = facts["task"] == "asr"  # is better
         better = "" if p >= LEVEL else "A" if (score_a < score_b) == lower else "B"
         rows.append(
             Comparison(
@@ -222,6 +185,7 @@ def compare_sets(a: Side, b: Side) -> list[Comparison]:
                 "yes" if better else "no",
                 better,
                 len(references),
+                f"only {differing} segments differ" if differing <= TOO_FEW else "",
                 signature,
             )
         )
@@ -232,16 +196,16 @@ def compare_sets(a: Side, b: Side) -> list[Comparison]:
 def test_set_name(task: str, dataset: str, src_lang: str, tgt_lang: str, *shots: str) -> str:
     """Such as ``flores de-en 5-shot``, ``ASR clean``."""
     if task == "asr":
-        return f"ASR {dataset}"
+        return one_line(f"ASR {dataset}" + (f" {tgt_lang}" if tgt_lang != "en" else ""))
     kind = {"mt": "", "st": "ST ", "cascaded_st": "cascaded ST "}.get(task, f"{task} ")
     pair = f"{src_lang}-{tgt_lang}" if src_lang else tgt_lang
     told = "/".join(dict.fromkeys(filter(None, shots)))
-    return f"{kind}{dataset} {pair}{f' {told}-shot' if told else ''}"
+    return one_line(f"{kind}{dataset} {pair}{f' {told}-shot' if told else ''}")
 
 
 def cells(rows: list[Comparison]) -> list[list[str]]:
     """The table as shown, its heading first."""
-    lines = [["test set", "metric", "A", "B", "B - A", "p", "better", "n"]]
+    lines = [["test set", "metric", "A", "B", "B - A", "p", "better", "n", "note"]]
     for row in rows:
         name, factor = SHOWN[row.metric]
         mark = "*" if row.significant == "yes" else ""
@@ -254,6 +218,7 @@ def cells(rows: list[Comparison]) -> list[list[str]]:
                 f"{row.p:.4f}",
                 row.better or "-",
                 f"{row.n:,}",
+                row.note,
             ]
         )
     return lines
@@ -263,7 +228,7 @@ def as_text(lines: list[list[str]]) -> str:
     """The table for the terminal."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(c.rjust(w) if 1 < i < 8 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
     return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:]])
@@ -271,10 +236,10 @@ def as_text(lines: list[list[str]]) -> str:
 
 def as_markdown(lines: list[list[str]], notes: list[str], signatures: list[str]) -> str:
     """The table in Markdown, what its letters mean, and how its numbers were computed."""
-    table = [lines[0], ["---", "---", "---:", "---:", "---:", "---:", "---", "---:"], *lines[1:]]
+    aligned = ["---", "---", "---:", "---:", "---:", "---:", "---", "---:", "---"]
     return "\n".join(
         [
-            *(f"| {' | '.join(cell.strip() for cell in line)} |" for line in table),
+            markdown_table([lines[0], aligned, *lines[1:]]).rstrip("\n"),
             *(part for note in notes for part in ("", note)),
             *("", "Signatures:", ""),
             *(f"- `{signature}`" for signature in signatures),

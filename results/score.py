@@ -259,6 +259,8 @@ def save(path: Path, rows: list[dict[str, str]], outputs: Outputs, new: list[dic
         "cometkiwi22": "CometKiwi-22 {:.4f}",
         "wer_english": "WER (English) {:.4f}",
     }
+    if new[0]["tgt_lang"] != "en":
+        shown |= {"wer_basic": "WER (Basic) {:.4f}", "cer_basic": "CER (Basic) {:.4f}"}
     told = [shown[row["metric"]].format(float(row["score"])) for row in new if row["metric"] in shown]
     if replaced:
         told.append(f"in place of {replaced} rows of other outputs or references")

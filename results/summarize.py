@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 from plots import Bars, Line, Panel, Point, checkpoint_order, draw_bars, draw_lines  # beside this script
 
-from towerspeech.metrics import read_results
+from towerspeech.metrics import CER_LEADS, markdown_table, read_results
 from towerspeech.stage import UserError, check_exists, locked, publish, run
 
 FIGURES = ("scores.png", "comet.png", "forgetting.png", "wer_parts.png")
 # metric: its heading, the factor to the numbers shown, and their digits
 SHOWN = {
     "wer_english": ("WER", 100, 1),
+    "cer_basic": ("CER basic", 100, 1),  # where it leads
     "wer_basic": ("WER basic", 100, 1),
     "wer": ("WER", 100, 1),
     "bleu": ("BLEU", 1, 1),
@@ -39,7 +40,7 @@ SHOWN = {
     "comet22": ("COMET", 100, 2),
     "cometkiwi22": ("Kiwi", 100, 2),
 }
-MAIN = ("wer_english", "wer", "bleu", "chrf2", "comet22")  # what a wide table shows on the terminal
+MAIN = ("wer_english", "cer_basic", "wer", "bleu", "chrf2", "comet22")  # what a wide table shows on the terminal
 PARTS = {
     "wer_english_substitutions": ("substituted", 100, 1),
     "wer_english_deletions": ("deleted", 100, 1),
@@ -81,7 +82,7 @@ Table = dict[System, dict[Column, Value]]
 
 # --- Reading --------------------------------------------------------------------------------------
 def find_tables(folders: list[Path], output_dir: Path) -> list[Path]:
-    """All CSVs below the folders, but our own output.
+    """All results CSVs below the folders.
 
     Raises:
         UserError: There are none.
@@ -89,8 +90,10 @@ def find_tables(folders: list[Path], output_dir: Path) -> list[Path]:
     found = set()
     for folder in folders:
         check_exists(folder, "run results/score.py")
-        found |= {path.resolve() for path in folder.rglob("*.csv") if not path.name.startswith(".")}
+        # A CSV beside a page of its name was made from scores, by this script or by compare.py.
+        found |= {path.resolve() for path in folder.rglob("*.csv") if not path.with_suffix(".md").is_file()}
     found.discard((output_dir / "table.csv").resolve())
+    found = {path for path in found if not path.name.startswith(".")}
     if not found:
         raise UserError(f"no CSV below {', '.join(map(str, folders))}", "run results/score.py")
     return sorted(found)
@@ -126,7 +129,7 @@ def read_table(paths: list[Path]) -> tuple[Table, list[str]]:
                 raise UserError(f"{path}:{number}: score or interval is no number", "score anew")
             origin[system, column] = path
             table.setdefault(system, {})[column] = Value(score, *bounds)
-            if row["metric"] in SHOWN:
+            if row["metric"] in SHOWN and (row["metric"] != "cer_basic" or row["tgt_lang"] in CER_LEADS):
                 signatures.add(f"{row['metric']}|{row['signature']}")
     if not signatures:
         raise UserError(f"no {', '.join(SHOWN)} in {len(paths)} CSVs", "run results/score.py")
@@ -156,6 +159,7 @@ def column_order(column: Column) -> tuple:
 def columns_of(table: Table, metrics: Iterable[str]) -> list[Column]:
     """The columns of some metrics, ours or reported, in order."""
     found = {column for scores in table.values() for column in scores}
+    found = {c for c in found if c.metric != "cer_basic" or c.pair.endswith(CER_LEADS)}
     return sorted((c for c in found if c.metric.removesuffix(REPORTED) in metrics), key=column_order)
 
 
@@ -290,7 +294,7 @@ def as_markdown(names: list[str], columns: list[Column], numbers: list[list[str]
         ["---", *("---:" for _ in columns)],
         *([name, *row] for name, row in zip(names, numbers, strict=True)),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(lines)
 
 
 def render(table: Table, columns: list[Column], how) -> str:

@@ -1,4 +1,4 @@
-"""compare.py beside sacreBLEU's own --paired-bs and a plain loop over resamples; pairing; what is refused."""
+"""compare.py beside sacreBLEU's own --paired-ar and a plain loop over swaps; its level; pairing; what is refused."""
 
 import csv
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
-from sacrebleu import significance
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "results"))  # as for `python results/compare.py`
 
-from results.compare import NOTE, Comparison, compare, compare_transcriptions, p_value  # noqa: E402
-from towerspeech import metrics  # noqa: E402
+from results.compare import Comparison, compare, compare_texts  # noqa: E402
 from towerspeech.records import write_jsonl  # noqa: E402
 from towerspeech.stage import UserError, hash_file  # noqa: E402
 
@@ -107,7 +107,9 @@ def sacrebleu_paired(references: Path, a: Path, b: Path, *options: str) -> dict[
             "-i",
             a,
             b,
-            "--paired-bs",
+            "--paired-ar",
+            "--paired-ar-n",
+            "1000",
             "-w",
             "10",
             "-f",
@@ -149,10 +151,10 @@ def test_equals_sacrebleu_on_wmt23(tmp_path, test_data, languages, systems):
         assert float(row["score_b"]) == pytest.approx(score_b, abs=1e-6)
         assert float(row["p"]) == pytest.approx(p, abs=5e-5)  # it prints four digits
         assert row["significant"] == ("yes" if p < 0.05 else "no")
-        assert "|bs:1000|seed:12345|" in row["signature"]
+        assert "|ar:1000|seed:12345|" in row["signature"]
 
 
-def test_transcription_equals_a_plain_loop_over_resamples(tmp_path):
+def test_transcription_equals_a_plain_loop_over_swaps(tmp_path):
     outputs = [garbled(REFERENCES, share, seed) for seed, share in enumerate((0.2, 0.24), 1)]
     folders = [
         write_generations(tmp_path / f"{i}", {"asr/clean.jsonl": generated(ASR, texts, REFERENCES)})
@@ -162,54 +164,55 @@ def test_transcription_equals_a_plain_loop_over_resamples(tmp_path):
     rows = {row["metric"]: row for row in read(tmp_path / "out")}
     assert list(rows) == ["wer_basic", "cer_basic", "wer_english", "cer_english"]
     assert all(0.01 < float(row["p"]) < 0.9 for row in rows.values())  # none at an end of the scale
+    normalizers = {"basic": BasicTextNormalizer(), "english": EnglishTextNormalizer()}
     for metric, row in rows.items():
         unit, name = metric.split("_")
         rate = jiwer.wer if unit == "wer" else jiwer.cer
-        normalize = metrics.normalizer(name)
-        spoken, *texts = [[normalize(text) for text in one] for one in (REFERENCES, *outputs)]
+        spoken, *texts = [[normalizers[name](text).strip() for text in one] for one in (REFERENCES, *outputs)]
         scores = [rate(spoken, one) for one in texts]
         assert [float(row["score_a"]), float(row["score_b"])] == pytest.approx(scores, abs=1e-12)
         length = len if unit == "cer" else lambda text: len(text.split())
         errors = [[rate(r, h) * length(r) for r, h in zip(spoken, one, strict=True)] for one in texts]
-        lengths = [length(text) for text in spoken]
-        drawn = np.random.default_rng(12345).choice(60, size=(1000, 60), replace=True)
-        seen, as_far = scores[1] - scores[0], 0
-        for sample in drawn:
-            total = sum(lengths[i] for i in sample)
-            difference = (sum(errors[1][i] for i in sample) - sum(errors[0][i] for i in sample)) / total
-            as_far += abs(difference - seen) >= abs(seen) - 1e-12
-        assert float(row["p"]) == (as_far + 1) / 1001
+        total = sum(length(text) for text in spoken)
+        seen, as_far = abs(scores[1] - scores[0]), 1  # no swap is one try
+        for swaps in np.random.default_rng(12345).integers(2, size=(1000, 60), dtype=bool):
+            signed = [(b - a) * (-1 if swap else 1) for a, b, swap in zip(*errors, swaps, strict=True)]
+            as_far += abs(sum(signed)) / total >= seen - 1e-9
+        assert float(row["p"]) == pytest.approx(as_far / 1001, abs=1e-12)
 
 
-def test_one_equally_good_pair_in_twenty_is_marked():
-    """Both systems make the same kind of errors: about 5 % of the p are below 0.05, half of them above 0.5."""
+@pytest.mark.parametrize("n", [1, 2, 5, 10, 20, 40])
+@pytest.mark.parametrize("task", ["asr", "mt"])
+def test_one_equally_good_pair_in_twenty_is_marked_at_most(task, n):
+    """Both systems make the same kind of errors, in few segments or many."""
     ps = []
-    for seed in range(400):
-        references = sentences(40, seed)
+    for seed in range(200):
+        references = sentences(n, seed)
         a, b = (garbled(references, 0.2, 1000 * seed + i) for i in (1, 2))
-        ps.append([p for *_, p, _ in compare_transcriptions(a, b, references, "en").values()])
+        ps.append([p for *_, p, _, _ in compare_texts(task, a, b, references, "en").values()])
     marked = np.mean(np.array(ps) < 0.05, axis=0)  # (metrics,)
-    assert np.all(marked > 0.02) and np.all(marked < 0.08)
-    assert np.all(np.abs(np.median(ps, axis=0) - 0.5) < 0.1)
+    assert np.all(marked < 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5)  # three standard errors
+    assert not marked.any() if n <= 5 else marked.any()
 
 
-def test_p_where_every_difference_has_one_length():
-    """On ties, by hand: shifted by 0.02 the differences are -0.03, -0.02, 0, 0.02, 0.03; four are as far as 0.02."""
-    differences = np.array([-1, 0, 2, 4, 5]) / 100
-    assert p_value(differences, 0.02) == p_value(-differences, -0.02) == 5 / 6
-    assert p_value(differences, 0.0) == 1.0
+@pytest.mark.parametrize(("n", "p"), [(1, 1.0), (2, 1 / 2), (5, 1 / 16), (6, 1 / 32), (9, 1 / 256)])
+def test_few_segments_by_hand(tmp_path, n, p):
+    """Where b is wrong in one word of each segment and a in none, only no swap and all swaps are as far: 2 in 2^n."""
+    references = ["a b c"] * n
+    files = [write_lines(tmp_path / name, lines) for name, lines in (("a", references), ("b", ["a b d"] * n))]
+    compare([files[0]], [files[1]], tmp_path / "out", references=files[0], target_lang="de", task="asr")
+    [wer] = [row for row in read(tmp_path / "out") if row["metric"] == "wer_basic"]
+    assert float(wer["p"]) == p and float(wer["difference"]) == pytest.approx(1 / 3)
+    assert (wer["significant"], wer["better"]) == (("yes", "A") if n > 5 else ("no", ""))
+    assert wer["note"] == ("" if n > 5 else f"only {n} segments differ")
+    assert wer["note"] in (tmp_path / "out/comparison.md").read_text()
 
 
-def test_the_note_tells_how_often_sacrebleu_marks_equally_good_systems():
-    """By sacreBLEU's own functions, on bootstraps of normally distributed differences around a true one of 0."""
-    generator = np.random.default_rng(0)
-    ps = []
-    for seen in generator.normal(size=4000):
-        spread = np.abs(generator.normal(seen, 1, size=1000))
-        ps.append(significance._compute_p_value(spread - spread.mean(), abs(seen)))  # as in _paired_bs_test
-    assert "one in nine such pairs" in NOTE and "about one in twenty have p < 0.025" in NOTE
-    assert np.mean(np.array(ps) < 0.05) == pytest.approx(1 / 9, abs=0.015)
-    assert np.mean(np.array(ps) < 0.025) == pytest.approx(0.05, abs=0.01)
+def test_other_languages_than_english_are_compared_under_basic_alone(tmp_path):
+    lines = write_lines(tmp_path / "a", sentences(20, 0))
+    for code, metrics in (("de", ["wer_basic", "cer_basic"]), ("ko", ["cer_basic", "wer_basic"])):
+        compare([lines], [lines], tmp_path / code, references=lines, target_lang=code, task="asr")
+        assert [row["metric"] for row in read(tmp_path / code)] == metrics
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ def test_better_and_significant(tmp_path, pair, capsys):
     shown = [f"{100 * float(wer[name]):.2f}" for name in ("score_a", "score_b", "difference")]
     assert ["ASR clean", "WER english", *shown[:2], f"+{shown[2]}*", f"{float(wer['p']):.4f}", "A", "60"] in lines
     markdown = (tmp_path / "out/comparison.md").read_text()
-    assert f"| flores de-en 0-shot | BLEU | {score_a} | {score_b} | {difference}* | 0.0010 | A | 60 |" in markdown
+    assert f"| flores de-en 0-shot | BLEU | {score_a} | {score_b} | {difference}* | 0.0010 | A | 60 |  |" in markdown
     for text in (printed, markdown):
         assert "not corrected for the number of rows" in text and f"A: {pair[0]}" in text
     assert f"- `bleu|{mt['signature']}`" in markdown

@@ -1,6 +1,7 @@
 """The tables' order, numbers and files; means, forgetting and figures; what is refused; same bytes again."""
 
 import csv
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -75,6 +76,31 @@ def test_rows_columns_and_numbers(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert rows[2]["checkpoint"] == "900" and rows[2]["ASR_clean_wer_english"] == "0.26"
     assert rows[2]["flores_de-en_5-shot_chrf2"] == "1.25"
+
+
+def test_its_own_tables_are_no_results_and_names_break_none(tmp_path):
+    folder = tmp_path / "results"
+    write_results(folder / "a.csv", [{**row("300", "bleu", 12.5), "model": name} for name in ("a|b", "c, d")])
+    (folder / "a.csv").write_bytes(b"\xef\xbb\xbf" + (folder / "a.csv").read_bytes())
+    for output in ("summary", "another"):  # the second finds the first one's table.csv
+        summarize([folder], folder / output)
+    assert (folder / "summary/table.md").read_bytes() == (folder / "another/table.md").read_bytes()
+    rows = [line for line in (folder / "summary/table.md").read_text().splitlines() if "12.5" in line]
+    assert [re.split(r"(?<!\\)\|", line)[1:-1] for line in rows] == [
+        [" a\\|b 300 ", " 12.5 "],
+        [" c, d 300 ", " 12.5 "],
+    ]
+
+
+def test_cer_leads_where_spaces_do_not_tell_words(tmp_path, capsys):
+    rows = [
+        row("300", metric, score, task="asr", dataset=code, pair=f"{code}-{code}")
+        for code in ("ko", "en")
+        for metric, score in (("wer_basic", 0.5), ("cer_basic", 0.125))
+    ]
+    write_results(tmp_path / "results/a.csv", rows)
+    summarize([tmp_path / "results"], tmp_path / "out")
+    assert (tmp_path / "out/table.md").read_text().count("12.5") == 1 and "CER basic" in capsys.readouterr().out
 
 
 def test_missing_scores_are_dashes(tmp_path, capsys):
@@ -315,6 +341,6 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match=r"x\.csv:2: score or interval is no number"):
         summarize([tmp_path / "empty"], tmp_path / "out")
     write_results(tmp_path / "empty/x.csv", [row("base", "empty", 1)])
-    with pytest.raises(UserError, match="no wer_english, wer_basic, wer, bleu, .* in 1 CSVs"):
+    with pytest.raises(UserError, match="no wer_english, cer_basic, wer_basic, wer, bleu, .* in 1 CSVs"):
         summarize([tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

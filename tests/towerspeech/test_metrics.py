@@ -205,8 +205,8 @@ def test_spbleu_without_a_model(tmp_path):
 def test_metrics_that_are_chosen_alone_have_rows():
     assert list(metrics.signatures("mt", "de", ["chrf2", "wer"])) == ["chrf2", "empty", "truncated"]
     assert metrics.signatures("mt", "de", ["wer"]) == metrics.signatures("asr", "de", ["bleu"]) == {}
-    whole = metrics.signatures("asr", "de")
-    characters = metrics.signatures("asr", "de", ["cer"])
+    whole = metrics.signatures("asr", "en")
+    characters = metrics.signatures("asr", "en", ["cer"])
     assert len(characters) == 12 and characters.items() <= whole.items()
     assert "runaway_basic" in whole and "runaway_basic" not in characters
     hypotheses, references = noisy(20, seed=8)
@@ -325,3 +325,42 @@ def test_results_csv_of_another_kind_is_named(tmp_path):
     (tmp_path / "b.csv").write_text(",".join(metrics.COLUMNS) + "\na,b\n")
     with pytest.raises(UserError, match=r"b\.csv:2: 2 values, wanted 15"):
         metrics.read_results(tmp_path / "b.csv")
+
+
+def test_english_normalisation_is_for_english_alone():
+    """jiwer over Whisper's own normalizer; the English one takes syllables of Hangul and umlauts apart."""
+    from whisper_normalizer.basic import BasicTextNormalizer
+
+    basic = BasicTextNormalizer()
+    heard, spoken = ["오늘은 날씨가 좋네요", "나는 학생이다"], ["오늘은 날씨가 좋아요", "나는 학생이다"]
+    found = scores("asr", heard, spoken, "ko")
+    assert list(found)[0] == "cer_basic" and not any("english" in row for row in found)
+    assert (
+        found["cer_basic"].score
+        == jiwer.cer([basic(text) for text in spoken], [basic(text) for text in heard])
+        == 1 / 18
+    )
+    assert list(scores("asr", ["a"], ["b"], "zh"))[0] == "cer_basic"
+    german = scores("asr", ["schon die Bücher"], ["schön die Bücher"], "de")
+    assert (
+        list(german)[0] == "wer_basic" and german["wer_basic"].score == 1 / 3 and german["cer_basic"].score == 1 / 16
+    )
+    assert {"wer_english", "wer_basic"} <= scores("asr", ["a"], ["b"], "en").keys()
+    assert metrics.signatures("asr", "ko")["runaway_basic"].startswith("count|chars>2*ref+5|")
+
+
+@pytest.mark.parametrize(("extra", "runaways"), [(0, 0), (1, 1)])
+def test_a_runaway_is_longer_than_twice_the_reference_and_five_words(extra, runaways):
+    references = ["one two three", "alpha beta"]
+    words = ["x"] * (2 * 3 + 5 + extra)  # none is the reference's: three substitutions, the rest insertions
+    assert scores("asr", [" ".join(words), "beta"], references, "en")["runaway_basic"].score == runaways
+    words = ["x"] * (2 * 2 + 5 + extra)
+    assert (
+        scores("asr", ["three", " ".join(words)], references, "en")["runaway_basic"].score == runaways
+    )  # two deletions
+
+
+def test_white_space_alone_is_an_empty_output():
+    found = scores("asr", ["", " \t\n", "\u3000", "a"], ["a"] * 4, "en")
+    assert found["empty"].score == 3
+    assert scores("mt", ["", " ", "a"], ["a"] * 3, "de")["empty"].score == 2
