@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the .sbatch files share; each sources it. A file says
 #   outputs=(PATH ...)       what grows while the job makes progress
+#   words VARIABLE ...       for those that hold lists, see words.sh
 #   begin VARIABLE ...       shows the settings; ends a job that was requeued again and again and got nowhere
 #   run COMMAND ...          runs it; on USR1 (time limit, preemption) the job is requeued
 #   stop_file=FOLDER/.stop   for a trainer: on USR1 this file asks it to save first
@@ -47,6 +48,8 @@ leave() {
 }
 
 cd "$SLURM_SUBMIT_DIR" # the batch script itself runs from Slurm's spool folder
+# shellcheck source=sbatch/words.sh
+source sbatch/words.sh
 if [[ -f sbatch/site.env ]]; then
     set +eu # module and conda know nothing of it
     # shellcheck disable=SC1091 # a site's own
@@ -64,7 +67,10 @@ begin() { # names of the variables to show
     local name commit
     commit=$(git describe --always --abbrev=12 --exclude='*' --dirty=+changes 2>/dev/null) || commit=unknown
     say "job $job_id, restart $restarts, on $SLURM_JOB_NODELIST, commit $commit"
-    for name in "$@"; do printf '   %s=%s\n' "$name" "${!name}"; done
+    for name in "$@"; do
+        local -n value=$name # an array where words made one
+        printf '   %s=%s\n' "$name" "${value[*]}"
+    done
     check_progress
     begun=true
     ((signals == 0)) || leave # the signal came before

@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # The chain itself, for submit_pipeline.sh and status.sh: its settings, its stages, and whether a stage is done.
 
+# shellcheck source=sbatch/words.sh
+source sbatch/words.sh
+
 STAGE_FILES=(fit_kmeans label_audio train_bpe_tokenizer build_mixture continued_pretraining export_checkpoint
     instruction_tuning build_instructions generate_mt generate_asr score comet summarize)
 
@@ -13,14 +16,20 @@ read_config() { # file
     # shellcheck disable=SC1090 # the user's
     source "$1"
     for name in "${required[@]}"; do
-        [[ -n ${!name:-} ]] || { printf 'error: %s does not set %s\n  -> see sbatch/README.md\n' "$1" "$name" >&2; exit 1; }
+        [[ ${!name:-} == *[![:space:]]* ]] || die "$1 does not set $name" "see sbatch/README.md"
     done
+    : "${SFT_SETS:=${TRAIN_SETS[*]}}"
+    words TRAIN_SETS TEST_SETS SFT_SETS STEPS PARALLEL
     : "${WORK:=runs/$RUN}" "${MIXTURE_NAME:=$RUN}" "${VOCAB_SIZE:=$NUM_UNITS}" "${INIT:=normal}" "${NUM_SHARDS:=8}"
-    : "${UNITS_DIR:=$WORK/units}" "${KMEANS:=$WORK/kmeans}" "${SFT_SETS:=$TRAIN_SETS}" "${COMET:=false}"
+    : "${UNITS_DIR:=$WORK/units}" "${KMEANS:=$WORK/kmeans}" "${COMET:=false}"
     : "${RESULTS_DIR:=$WORK/results}" "${ARRAY_LIMIT:=}"
     # shellcheck disable=SC2034 # for those who source this file
     JOBS=$WORK/jobs.tsv
-    [[ $WORK != *" "* && $UNITS_DIR != *" "* ]] || { echo "error: spaces in WORK or UNITS_DIR" >&2; exit 1; }
+    # Lists and patterns hold paths below the first three, and the others are single words.
+    for name in WORK UNITS_DIR RESULTS_DIR NUM_UNITS VOCAB_SIZE INIT NUM_SHARDS NUM_ASR NUM_MT COMET ARRAY_LIMIT; do
+        [[ ${!name} != *[[:space:]*?[]* ]] ||
+            die "$name=${!name@Q} holds white space or one of * ? [" "choose another in $1"
+    done
 }
 
 # The settings of a stage, as a hash: its variables and arguments, and the content of its YAML files.
@@ -50,21 +59,19 @@ is_done() { # stage, tasks or nothing, settings, VARIABLE=value ...
 # Call a function for each stage, in an order in which all that a stage waits for comes before it:
 #   FUNCTION stage "stages that it waits for" "array tasks or nothing" file VARIABLE=value ...
 each_stage() { # function
-    local do=$1 set units="" first_set=${TRAIN_SETS%% *} labelled="" heard="" model=$WORK/models/base
-    local steps models=() names=(base) last step style tests=() scored=() mt=()
-    # shellcheck disable=SC2153 # of the config
-    read -ra steps <<<"$STEPS"
-    for step in "${steps[@]}"; do models+=("$WORK/models/checkpoint-$step") names+=("checkpoint-$step"); done
+    local do=$1 set units="" labelled="" heard="" model=$WORK/models/base
+    local models=() names=(base) last step style tests=() scored=() mt=()
+    for step in "${STEPS[@]}"; do models+=("$WORK/models/checkpoint-$step") names+=("checkpoint-$step"); done
     last=${models[-1]}
 
-    "$do" fit_kmeans "" "" fit_kmeans MANIFEST="$MANIFESTS/$first_set.jsonl" AUDIO_ROOT="$AUDIO_ROOT" \
+    "$do" fit_kmeans "" "" fit_kmeans MANIFEST="$MANIFESTS/${TRAIN_SETS[0]}.jsonl" AUDIO_ROOT="$AUDIO_ROOT" \
         NUM_UNITS="$NUM_UNITS" OUTPUT_DIR="$KMEANS"
-    for set in $TRAIN_SETS $TEST_SETS; do
+    for set in "${TRAIN_SETS[@]}" "${TEST_SETS[@]}"; do
         "$do" "label_$set" fit_kmeans "$NUM_SHARDS" label_audio MANIFEST="$MANIFESTS/$set.jsonl" \
             AUDIO_ROOT="$AUDIO_ROOT" KMEANS="$KMEANS" OUTPUT_DIR="$UNITS_DIR/$set" NUM_SHARDS="$NUM_SHARDS"
     done
-    for set in $TRAIN_SETS; do units+=" $UNITS_DIR/$set" labelled+=" label_$set"; done
-    for set in $TEST_SETS; do heard+=" label_$set" tests+=("$UNITS_DIR/$set"); done
+    for set in "${TRAIN_SETS[@]}"; do units+=" $UNITS_DIR/$set" labelled+=" label_$set"; done
+    for set in "${TEST_SETS[@]}"; do heard+=" label_$set" tests+=("$UNITS_DIR/$set"); done
 
     "$do" train_bpe_tokenizer "$labelled" "" train_bpe_tokenizer UNITS="${units# }" NUM_UNITS="$NUM_UNITS" \
         VOCAB_SIZE="$VOCAB_SIZE" BASE_MODEL="$BASE_MODEL" INIT="$INIT" TOKENIZER_DIR="$WORK/tokenizer" OUTPUT_DIR="$model"
@@ -72,12 +79,12 @@ each_stage() { # function
         OUTPUT_DIR="$WORK/mixture"
     "$do" continued_pretraining build_mixture "" continued_pretraining MODEL="$model" MIXTURE="$WORK/mixture" \
         CONFIG="$CPT_CONFIG" OUTPUT_DIR="$WORK/cpt_run"
-    "$do" export_checkpoint continued_pretraining "${#steps[@]}" export_checkpoint RUN_DIR="$WORK/cpt_run" \
-        STEPS="$STEPS" MODEL="$model" OUTPUT_DIR="$WORK/models"
+    "$do" export_checkpoint continued_pretraining "${#STEPS[@]}" export_checkpoint RUN_DIR="$WORK/cpt_run" \
+        STEPS="${STEPS[*]}" MODEL="$model" OUTPUT_DIR="$WORK/models"
     units=""
-    for set in $SFT_SETS; do units+=" $UNITS_DIR/$set"; done
+    for set in "${SFT_SETS[@]}"; do units+=" $UNITS_DIR/$set"; done
     "$do" instruction_tuning export_checkpoint "" instruction_tuning MODEL="$last" UNITS="${units# }" \
-        PARALLEL="$PARALLEL" NUM_ASR="$NUM_ASR" NUM_MT="$NUM_MT" DATA_DIR="$WORK/sft_data" CONFIG="$SFT_CONFIG" \
+        PARALLEL="${PARALLEL[*]}" NUM_ASR="$NUM_ASR" NUM_MT="$NUM_MT" DATA_DIR="$WORK/sft_data" CONFIG="$SFT_CONFIG" \
         OUTPUT_DIR="$WORK/models/sft"
 
     # The base and the checkpoints complete a text; the tuned model chats.

@@ -29,9 +29,10 @@ fi
 source sbatch/pipeline.sh
 read_config "$config"
 $dry_run || command -v sbatch >/dev/null || die "there is no sbatch here" "log in to a node that submits jobs"
-for file in "$BASE_MODEL/config.json" "$MIXTURE" "$CPT_CONFIG" "$SFT_CONFIG" $PARALLEL "$DATA_ROOT" "$AUDIO_ROOT" \
-    $(for set in $TRAIN_SETS $TEST_SETS; do echo "$MANIFESTS/$set.jsonl"; done); do
-    $dry_run || [[ -e $file ]] || die "$file does not exist" "mend $config"
+inputs=("$BASE_MODEL/config.json" "$MIXTURE" "$CPT_CONFIG" "$SFT_CONFIG" "${PARALLEL[@]}" "$DATA_ROOT" "$AUDIO_ROOT")
+for set in "${TRAIN_SETS[@]}" "${TEST_SETS[@]}"; do inputs+=("$MANIFESTS/$set.jsonl"); done
+for file in "${inputs[@]}"; do
+    $dry_run || [[ -e $file ]] || die "$file does not exist" "mend $config (the paths of a list hold no blanks)"
 done
 
 if ! $dry_run; then

@@ -23,6 +23,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 HOSTS = Path("/etc/hosts")
 GPUS = 8
 NODE_LOST_S = 10  # without a sign of life from its slurmd
+WAIT_S = 900  # for anything: a slow or busy machine does not fail a test, only what never comes
 
 SLURM_CONF = """
 ClusterName=tests
@@ -76,7 +77,7 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 
 
-def wait_until(ready: Callable[[], object], seconds: float, what: str):
+def wait_until(ready: Callable[[], object], what: str, seconds: float = WAIT_S):
     """Wait for ``ready()`` to be true and return its value; AssertionError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (found := ready()):
@@ -141,9 +142,9 @@ class LocalSlurm:
         names = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         words = [f"--{option}={self.root}/munge/{name}" for option, name in names.items()]
         self._daemon("munged", "--foreground", "--force", f"--origin={address}", *words)
-        wait_until((self.root / "munge/socket").exists, 15, "munge's socket")
+        wait_until((self.root / "munge/socket").exists, "munge's socket")
         self._daemon("slurmctld", "-D")
-        wait_until(lambda: " is UP" in self("scontrol", "ping", check=False), 30, "slurmctld answers")
+        wait_until(lambda: " is UP" in self("scontrol", "ping", check=False), "slurmctld answers")
         for node in self.nodes:
             self.start_node(node)
         self.wait_for_nodes()
@@ -162,7 +163,7 @@ class LocalSlurm:
         if "slurmctld" in self.daemons:
             self("scancel", "--user", psutil.Process().username(), check=False)
             with contextlib.suppress(AssertionError):
-                wait_until(lambda: not self("squeue", "--noheader", check=False).strip(), 20, "jobs end")
+                wait_until(lambda: not self("squeue", "--noheader", check=False).strip(), "jobs end", 20)
         for name in reversed(self.daemons):
             self.daemons[name].terminate()
         for daemon in self.daemons.values():
@@ -208,7 +209,6 @@ class LocalSlurm:
             lambda: (
                 sum(self("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").split().count(state) for state in states) == 2
             ),
-            60,
             "both nodes are up",
         )
 
@@ -231,8 +231,22 @@ class LocalSlurm:
         """States of a job, or of each of an array's tasks."""
         return self("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").split()
 
-    def wait_for(self, job: str, seconds: float = 120) -> list[str]:
-        """Wait until a job has ended; returns its states."""
+    def wait_for(self, job: str) -> list[str]:
+        """Wait until a job has ended, each task of an array; returns its states."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        wait_until(lambda: set(self.states(job)) <= over, seconds, f"job {job} ends")
-        return self.states(job)
+
+        def ended() -> list[str]:
+            states = self.states(job)
+            return states if set(states) <= over else []
+
+        return wait_until(ended, f"job {job} ends")
+
+    def processes_of(self, job: str, word: str) -> list[psutil.Process]:
+        """A job's processes that have this word in their command line, but for those that start others with it."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                words, own = process.cmdline(), process.environ().get("SLURM_JOB_ID") == job
+                if own and word in words and not any(Path(starter).name in ("srun", "torchrun") for starter in words):
+                    found.append(process)
+        return found

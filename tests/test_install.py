@@ -101,34 +101,38 @@ def test_arguments():
 
 
 @pytest.mark.slow
-def test_again_is_quick_and_changes_nothing_and_new_pins_are_followed(small_repo):
+def test_again_changes_nothing_and_new_pins_are_followed(small_repo):
     install(small_repo, "--gpu", "comet")
     assert probe_version(small_repo) == "1.0"
     log = small_repo / ".venv-comet/install.log"
     before = log.stat().st_mtime_ns
-    began = time.perf_counter()
     found = install(small_repo, "comet")  # the kind is remembered
-    assert time.perf_counter() - began < 2
     assert "is there" in found.stderr
-    assert log.stat().st_mtime_ns == before
+    assert log.stat().st_mtime_ns == before  # pip was not called
 
     (small_repo / "requirements-comet.txt").write_text(f"./{make_wheel(small_repo, '2.0')}\n")
     install(small_repo, "comet")
     assert probe_version(small_repo) == "2.0"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after_s", [0.5, 3.0])
-def test_killed_install_is_repaired(small_repo, after_s):
-    process = subprocess.Popen(
-        ["bash", small_repo / "install.sh", "--gpu", "comet"], start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not (small_repo / ".venv-comet/.unfinished").exists() and time.monotonic() < deadline:
+def begin_install(folder: Path, file: str, text: str = "") -> subprocess.Popen:
+    """Start install.sh and return when it has come so far that a file of its environment is there, with this text."""
+    command = ["bash", folder / "install.sh", "--gpu", "comet"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    path = folder / ".venv-comet" / file
+    while not path.exists() or text not in path.read_text():
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    time.sleep(after_s)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "text"), [(".unfinished", ""), ("install.log", "== pip install")])
+def test_killed_install_is_repaired(small_repo, file, text):
+    process = begin_install(small_repo, file, text)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    assert (small_repo / ".venv-comet/.unfinished").exists()
     install(small_repo, "--gpu", "comet")
     assert probe_version(small_repo) == "1.0"
     assert not (small_repo / ".venv-comet/.unfinished").exists()
@@ -136,14 +140,14 @@ def test_killed_install_is_repaired(small_repo, after_s):
 
 @pytest.mark.slow
 def test_two_at_once_and_a_failing_pip(small_repo):
-    both = [
-        subprocess.Popen(["bash", small_repo / "install.sh", "--gpu", "comet"], stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    texts = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
-    assert sum("installing" in text for text in texts) == 1
-    assert sum("waiting for it" in text for text in texts) == 1
+    first = begin_install(small_repo, ".unfinished")
+    os.killpg(first.pid, signal.SIGSTOP)  # until the other one has come
+    second = subprocess.Popen(["bash", small_repo / "install.sh", "--gpu", "comet"], stderr=subprocess.PIPE, text=True)
+    assert "waiting for it" in second.stderr.readline()
+    os.killpg(first.pid, signal.SIGCONT)
+    texts = [process.communicate()[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], texts
+    assert "installing" in texts[0] and "installing" not in texts[1] and "is there" in texts[1]
 
     (small_repo / "requirements-comet.txt").write_text("./nothing-1.0-py3-none-any.whl\n")
     found = install(small_repo, "comet", check=False)
