@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -109,11 +110,11 @@ def test_bad_input_is_named(tmp_path, base_model_dir, model_dir, sources, make_u
     with pytest.raises(UserError, match=r"row 2 \(id utt0001\): unit id 50 is outside 0..49"):
         build_mixture(model_dir, tmp_path / "c", [Source("speech", "speech", [str(folder)], 5)])
     good = {"id": "u", "audio": "u.wav", "language": "en", "duration_s": 1.0, "units": [1, 2], "text": "a"}
-    for bad, message in (("text", "utterance u has no text"), ("units", "row 2: units is null")):
+    for bad, message in (("text", "left out 1 without a transcript"), ("units", "row 2: units is null")):
         file = tmp_path / f"{bad}.parquet"
         write_units(file, [good, {**good, bad: None}])
         with pytest.raises(UserError, match=message):
-            build_mixture(model_dir, tmp_path / f"null_{bad}", [Source("speech", "speech", [str(file)], 5)])
+            build_mixture(model_dir, tmp_path / f"null_{bad}", [Source("speech", "speech", [str(file)], 50)])
     with pytest.raises(UserError, match="distinct names"):
         build_mixture(model_dir, tmp_path / "d", [sources["mono"], sources["mono"]])
     with pytest.raises(UserError, match="nowhere does not exist"):
@@ -174,8 +175,9 @@ def write_with_megatron(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def test_files_are_megatrons_of_the_documents_encoded_one_by_one(tmp_path, tokenizer_dir, make_units, utterances):
-    runs = [*utterances[:12], [], [0], [0, 0, 0], [49]]
-    rows = [{"units": run, "text": text} for run in runs for text in HARD_TEXTS]
+    runs = [*utterances[:12], [0], [0, 0, 0], [49]]
+    texts = [text for text in HARD_TEXTS if text.strip() and not re.search("[\U000f0000-\U000fffff]|<EOD>", text)]
+    rows = [{"units": run, "text": text} for run in runs for text in texts]
     rows += [{"units": run, "text": "the old captain."} for run in utterances]  # more than a batch
     folder = make_units(tmp_path / "units", rows)
     build_mixture(tokenizer_dir, tmp_path / "mix", [Source("speech", "speech", [str(folder)], 5)])
@@ -213,7 +215,7 @@ def in_another_layout(tokenizer_dir: Path, folder: Path) -> Path:
 
 def test_merges_are_taken_in_their_own_order(tmp_path, tokenizer_dir, make_units, utterances):
     folder = in_another_layout(tokenizer_dir, tmp_path / "tokenizer")
-    rows = [{"units": run, "text": f"the dog {chr(990003)}."} for run in utterances[:200]]
+    rows = [{"units": run, "text": "the dog."} for run in utterances[:200]]
     source = Source("speech", "speech", [str(make_units(tmp_path / "units", rows))], 5)
     build_mixture(folder, tmp_path / "mix", [source])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -221,7 +223,7 @@ def test_merges_are_taken_in_their_own_order(tmp_path, tokenizer_dir, make_units
     expected = [[*tokenizer.encode(text, add_special_tokens=False), eod] for text in documents_of(rows, 990000)]
     assert IndexedTokens(tmp_path / "mix/speech").tokens.tolist() == [token for row in expected for token in row]
     merges = [token for row in expected for token in row if 455 <= token < 485]
-    assert len(set(merges)) > 20 and tokenizer.convert_tokens_to_ids("▁" + chr(990003)) in expected[0]
+    assert len(set(merges)) > 20
 
 
 @pytest.mark.parametrize("token", [":" + units.to_text([3]), units.to_text([3, 24, 4])])
@@ -286,3 +288,80 @@ def test_encoder_equals_the_tokenizer(encoders, base, rows):
     got = [ids.tolist() for ids in encoder(batch)]
     texts = documents_of([{"units": run, "text": text} for run, text in rows])
     assert got == [encoder.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+# --- Text from outside ----------------------------------------------------------------------------
+CONTROLS = (
+    "<s>9.99</s> <PAD> <EOD>",
+    "Der Tag <s> endet",
+    "a<|im_end|>\n<|im_start|>assistant",
+    "<unk><<s>>",
+    "<0x0A>",
+)
+
+
+@pytest.mark.parametrize("base", ["SentencePiece", "byte-level"])
+def test_what_spells_a_control_token_is_text(tmp_path, tokenizer_dir, byte_level_dir, make_units, base):
+    folder = {"SentencePiece": tokenizer_dir, "byte-level": byte_level_dir}[base]
+    pairs = [{"src_lang": "de", "tgt_lang": "en", "source": text, "target": text} for text in CONTROLS]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CONTROLS))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    utterances = make_units(tmp_path / "units", [{"units": [3, 24, 4], "text": text} for text in CONTROLS])
+    files = {"text": tmp_path / "text.jsonl", "parallel": tmp_path / "pairs.jsonl", "speech": utterances}
+    build_mixture(folder, tmp_path / "mix", [Source(kind, kind, [str(path)], 5) for kind, path in files.items()])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eod = tokenizer.convert_tokens_to_ids("<EOD>")
+    speech = units.to_text([3, 24, 4])
+    expected = {
+        "text": CONTROLS,
+        "parallel": [f"German: {text}\nEnglish: {text}" for text in CONTROLS],
+        "speech": [f"Speech:{speech}\nEnglish: {text}" for text in CONTROLS],
+    }
+    for kind, texts in expected.items():
+        found = IndexedTokens(tmp_path / "mix" / kind)
+        documents = [
+            found.tokens[start : start + size].tolist() for start, size in zip(found.offsets, found.sizes, strict=True)
+        ]
+        assert all(document[-1] == eod for document in documents)
+        assert not {*tokenizer.all_special_ids, eod} & {index for d in documents for index in d[:-1]}
+        assert [tokenizer.decode(document[:-1]) for document in documents] == list(texts)
+
+
+def test_units_in_text_and_speech_of_other_languages_are_refused(tmp_path, tokenizer_dir, make_units):
+    def refused(message, source):
+        with pytest.raises(UserError, match=message):
+            build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+        assert not (tmp_path / "mix/manifest.json").exists()
+
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n\n{"text": "an icon \U000f0005"}\n')
+    refused(r"text\.jsonl:3: character 9 .* is U\+F0005", Source("a", "text", [str(tmp_path / "text.jsonl")], 5))
+    pair = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "\U000f0001"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    refused(r"pairs\.jsonl:1, target: character 1", Source("b", "parallel", [str(tmp_path / "pairs.jsonl")], 5))
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({**pair, "target": "b"}) + "\n" + json.dumps({**pair, "tgt_lang": "xx"})
+    )
+    refused(r"pairs\.jsonl:2: unknown language 'xx'", Source("b", "parallel", [str(tmp_path / "pairs.jsonl")], 5))
+    for changes, message in (({"text": "a \U000f0005"}, "character 3"), ({"language": "de"}, "language 'de', but")):
+        folder = make_units(tmp_path / message[:8], [{"units": [1]}, {"units": [2], **changes}])
+        refused(rf"row 2 \(id utt0001\): {message}", Source("c", "speech", [str(folder)], 5))
+
+
+def test_what_holds_nothing_to_learn_is_left_out_and_counted(tmp_path, tokenizer_dir, make_units, capsys):
+    rows = [{"units": [1, 2]}, {"units": [], "text": "a"}, {"units": [3], "text": ""}, {"units": [3], "text": " \n"}]
+    folder = make_units(tmp_path / "units", [*rows, {"units": [4], "text": None}, {"units": [4]}])
+    (tmp_path / "text.jsonl").write_text('{"text": "a b c"}\n{"text": ""}\n{"text": "d"}\n')
+    sources = [Source("u", "speech", [str(folder)], 5), Source("t", "text", [str(tmp_path / "text.jsonl")], 2)]
+    build_mixture(tokenizer_dir, tmp_path / "mix", sources)
+    speech, text = json.loads((tmp_path / "mix/manifest.json").read_text())["sources"]
+    assert speech["documents"] == text["documents"] == 2
+    assert speech["left_out"] == {"without units": 1, "without a transcript": 3}
+    assert text["left_out"] == {"without text": 1}
+    assert "left out 1 without units, left out 3 without a transcript" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "de/en", ".hidden", "a\nb", "ü"])
+def test_a_sources_name_must_be_able_to_name_files(tmp_path, tokenizer_dir, sources, name):
+    source = Source(name, "text", sources["mono"].paths, 5)
+    with pytest.raises(UserError, match="a source is named"):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [source])

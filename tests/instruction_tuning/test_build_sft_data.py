@@ -123,3 +123,90 @@ def test_refusals(tmp_path, make_units):
     refused("bad.jsonl:2: not JSON", parallel=[tmp_path / "bad.jsonl"], num_mt=1)
     (tmp_path / "empty.jsonl").touch()
     refused("empty.jsonl is empty", parallel=[tmp_path / "empty.jsonl"], num_mt=1)
+
+
+# --- Meaning --------------------------------------------------------------------------------------
+def shown_in(row: dict) -> tuple[list[tuple[str, str]], str]:
+    """The sentence pairs that a 5-shot prompt shows, and its own source."""
+    told = [line.partition(" text: ")[2] for line in row["messages"][0]["content"].split("\n")]
+    assert len(told) == 12 and told[-1] == ""
+    return list(zip(told[:-2:2], told[1:-2:2], strict=True)), told[-2]
+
+
+def test_few_shot_examples_are_all_the_others_of_the_direction(tmp_path):
+    """Six sources a direction, the same for two of them: each prompt shows just the other five, in its language."""
+    files = []
+    for src, tgt in (("en", "de"), ("en", "fr"), ("de", "en")):
+        files.append(write_parallel(tmp_path / f"{src}-{tgt}.jsonl", 6, src, tgt))
+    build(tmp_path / "out", parallel=files, num_mt=18, few_shot_share=1.0)
+    rows = read_jsonl(tmp_path / "out/sft.jsonl")
+    assert len({row["id"] for row in rows}) == 18
+    names = {"en": "English", "de": "German", "fr": "French"}
+    for row in rows:
+        _, direction, number = row["id"].split("_")
+        src, tgt = direction.split("-")
+        shown, own = shown_in(row)
+        assert own == f"{src} line {number}" and row["messages"][1]["content"] == f"{tgt} Zeile {number}"
+        assert sorted(shown) == [(f"{src} line {i}", f"{tgt} Zeile {i}") for i in range(6) if i != int(number)]
+        prefixes = [line.partition(":")[0] for line in row["messages"][0]["content"].split("\n")]
+        assert prefixes == [f"{names[src]} text", f"{names[tgt]} text"] * 6
+
+
+def test_a_sentence_that_is_there_twice_is_never_its_own_example(tmp_path):
+    """Nor is any sentence shown twice."""
+    rows = [
+        {"id": i, "src_lang": "en", "tgt_lang": "de", "source": f"line {i % 7}", "target": f"Zeile {i}"}
+        for i in range(42)
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    build(tmp_path / "out", parallel=[tmp_path / "a.jsonl"], num_mt=42, few_shot_share=1.0)
+    orders = set()
+    for row in read_jsonl(tmp_path / "out/sft.jsonl"):
+        shown, own = shown_in(row)
+        sources = [source for source, _ in shown]
+        assert len({*sources, own}) == 6
+        orders.add(tuple(sources))
+    assert len(orders) > 30  # other ones, in another order, each time
+
+
+def test_0_shot_and_speech_prompts_to_the_letter(tmp_path, make_units):
+    units = make_units(tmp_path / "units", [{"units": [7, 3], "text": " one two "}])
+    write_parallel(tmp_path / "a.jsonl", 1, "fr", "zh")
+    build(tmp_path / "out", [units], [tmp_path / "a.jsonl"], num_asr=1, num_mt=1, few_shot_share=0)
+    rows = {row["task"]: row for row in read_jsonl(tmp_path / "out/sft.jsonl")}
+    assert rows["asr"] == {
+        "id": "asr_utt0000",
+        "task": "asr",
+        "messages": [
+            {"role": "user", "content": "Speech: \U000f0007\U000f0003\nEnglish:"},
+            {"role": "assistant", "content": "one two"},
+        ],
+    }
+    asked = "Translate the following French source text to Chinese:\nFrench: fr line 0\nChinese:"
+    assert rows["mt_0_shot"] == {
+        "id": "mt_fr-zh_0",
+        "task": "mt_0_shot",
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "zh Zeile 0"}],
+    }
+
+
+def test_all_that_there_is_once_and_in_another_order(tmp_path, make_units):
+    """As many as there are: each once; the tasks are mixed, and drawn from all files."""
+    units = [make_units(tmp_path / name, [{"id": f"{name}{i}", "units": [i]} for i in range(20)]) for name in "xy"]
+    files = [write_parallel(tmp_path / "a.jsonl", 20), write_parallel(tmp_path / "b.jsonl", 20, "de", "en")]
+    build(tmp_path / "out", units, files, num_asr=40, num_mt=40, few_shot_share=0.5)
+    rows = read_jsonl(tmp_path / "out/sft.jsonl")
+    wanted = {f"asr_{name}{i}" for name in "xy" for i in range(20)}
+    wanted |= {f"mt_{direction}_{i}" for direction in ("en-de", "de-en") for i in range(20)}
+    assert len(rows) == 80 and {row["id"] for row in rows} == wanted
+    for half in (rows[:40], rows[40:]):
+        assert Counter(row["task"] for row in half)["asr"] in range(10, 31)
+    assert Counter(row["task"] for row in rows) == {"asr": 40, "mt_0_shot": 20, "mt_5_shot": 20}
+    build(tmp_path / "some", units, files, num_asr=20, num_mt=20, few_shot_share=0.5)
+    ids = {row["id"] for row in read_jsonl(tmp_path / "some/sft.jsonl")}
+    for beginning in ("asr_x", "asr_y", "mt_en", "mt_de"):
+        assert 2 < sum(name.startswith(beginning) for name in ids) < 18
+    with pytest.raises(UserError, match="--num_asr is 41, but there are 40"):
+        build(tmp_path / "more", units, num_asr=41)
+    with pytest.raises(UserError, match="--num_mt is 41, but there are 40"):
+        build(tmp_path / "more", parallel=files, num_mt=41)

@@ -34,7 +34,9 @@ def examples_of(instruction: str) -> list[str]:
 
 # --- Against the original -------------------------------------------------------------------------
 def sample(name: str) -> list[dict]:
-    return json.loads((Path(DATA) / "original_instructions" / name).read_text(encoding="utf-8"))
+    rows = json.loads((Path(DATA) / "original_instructions" / name).read_text(encoding="utf-8"))
+    assert len(rows) == 5  # no test loops over nothing
+    return rows
 
 
 @needs_data
@@ -658,3 +660,83 @@ def test_all_with_a_pool_for_what_has_no_dev_split(tmp_path, capsys):
 def test_options_that_would_do_nothing_are_refused(tmp_path, options, told):
     with pytest.raises(UserError, match=told):
         build_instructions(tmp_path / "out", **{"test_set": "flores200", "data_root": tmp_path, **options})
+
+
+# --- Meaning --------------------------------------------------------------------------------------
+def write_pool(path: Path, count: int, pairs: list[tuple[str, str]]) -> Path:
+    """The same sources in all directions, each with its own language's target."""
+    rows = [
+        {"src_lang": src, "tgt_lang": tgt, "source": f"{src} shown {i}", "target": f"{tgt} shown {i}"}
+        for i in range(count)
+        for src, tgt in pairs
+    ]
+    records.write_jsonl(path, rows)
+    return path
+
+
+def turns_of(instruction: str, source: str, target: str) -> list[tuple[str, str]]:
+    """The sentence pairs that a 5-shot prompt shows, in languages of these names; the last one is its own."""
+    lines = instruction.split("\n")
+    assert len(lines) == 12
+    for line, name in zip(lines, [source, target] * 6, strict=True):
+        assert line.startswith(f"{name} text:")
+    told = [line.partition(" text:")[2].removeprefix(" ") for line in lines]
+    return list(zip(told[::2], told[1::2], strict=True))
+
+
+def test_a_pool_of_several_directions_gives_each_pair_its_own(tmp_path):
+    """en-de and en-fr have the same sources: only the targets tell them apart."""
+    root = tmp_path / "data"
+    (root / "devtest").mkdir(parents=True)
+    for name in ("eng_Latn", "deu_Latn", "fra_Latn"):
+        (root / f"devtest/{name}.devtest").write_text("".join(f"{name} line {i}\n" for i in range(9)))
+    pool = write_pool(tmp_path / "pool.jsonl", 5, [("en", "de"), ("en", "fr"), ("fr", "en"), ("de", "en")])
+    build_instructions(tmp_path / "out", "flores200", root, shots=5, example_file=pool)
+    names = {"en": "English", "de": "German", "fr": "French"}
+    for pair in ("en-de", "en-fr", "fr-en", "de-en"):
+        src, tgt = pair.split("-")
+        rows = records.read_jsonl(tmp_path / f"out/5_shot/flores_{pair}.jsonl")
+        assert len(rows) == 9
+        for number, row in enumerate(rows):
+            *shown, own = turns_of(row["instruction"], names[src], names[tgt])
+            assert own == (f"{CODES.get(src, 'fra_Latn')} line {number}", "")
+            assert sorted(shown) == [(f"{src} shown {i}", f"{tgt} shown {i}") for i in range(5)]
+
+
+def test_examples_go_with_their_translations_and_their_order_is_drawn(tmp_path):
+    root = write_flores(tmp_path / "data", 30, codes=("de", "en"))
+    build_instructions(tmp_path / "out", "flores200", root, pairs="de-en", shots=5)
+    orders = []
+    for number, row in enumerate(records.read_jsonl(tmp_path / "out/5_shot/flores_de-en.jsonl"), 1):
+        *shown, own = turns_of(row["instruction"], "German", "English")
+        assert own == (f"de devtest sentence {number}", "") and row["output"] == f"en devtest sentence {number}"
+        places = [int(source.removeprefix("de dev sentence ")) for source, _ in shown]
+        assert shown == [(f"de dev sentence {i}", f"en dev sentence {i}") for i in places]
+        orders.append(places == sorted(places))
+    assert orders.count(False) > 0
+    # python -c "import random; print(random.Random('0 1').sample(range(30), 5))", of line 1 with seed 0
+    first = records.read_jsonl(tmp_path / "out/5_shot/flores_de-en.jsonl")[0]["instruction"]
+    assert [int(n) - 1 for n in re.findall(r"^German text: de dev sentence (\d+)$", first, re.MULTILINE)] == [
+        4,
+        23,
+        6,
+        27,
+        26,
+    ]
+
+
+def test_the_last_line_and_a_pool_of_just_enough_are_taken(tmp_path):
+    root = write_flores(tmp_path / "data", 20, codes=("de", "en"))
+    lines = {"test_lines": "20-20", "example_lines": "16-20"}
+    build_instructions(tmp_path / "out", "flores200", root, pairs="de-en", shots=5, **lines)
+    (row,) = records.read_jsonl(tmp_path / "out/5_shot/flores_de-en.jsonl")
+    assert row["id"] == "flores_de-en:20" and row["source"] == "de devtest sentence 20"
+    assert sorted(examples_of(row["instruction"])) == [f"de dev sentence {i}" for i in range(16, 21)]
+
+
+def test_the_first_and_the_last_line_of_a_pool_are_drawn_too(tmp_path):
+    root = write_flores(tmp_path / "data", 40, codes=("de", "en"))
+    build_instructions(tmp_path / "out", "flores200", root, pairs="de-en", shots=5, example_lines="3-9")
+    rows = records.read_jsonl(tmp_path / "out/5_shot/flores_de-en.jsonl")
+    drawn = {line for row in rows for line in examples_of(row["instruction"])}
+    assert drawn == {f"de dev sentence {i}" for i in range(3, 10)}

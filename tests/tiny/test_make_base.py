@@ -102,3 +102,40 @@ def test_bad_input(mono, tmp_path):
     with pytest.raises(UserError, match=r"bad.jsonl:2: field 'text' is missing"):
         make_base.make_base(tmp_path / "bad.jsonl", tmp_path / "c")
     assert not (tmp_path / "a" / "tokenizer.model").exists()
+
+
+def test_a_seed_decides_the_weights(base, mono, tmp_path):
+    from safetensors.torch import load_file
+
+    arguments = {"vocab_size": 500, "hidden_size": 64, "num_layers": 1, "intermediate_size": 96}
+    make_base.make_base(mono, tmp_path, **arguments, seed=1)
+    assert hash_file(tmp_path / "tokenizer.model") == hash_file(base / "tokenizer.model")
+    one, other = (load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (base, tmp_path))
+    assert one.shape == other.shape and not (one == other).all(dim=1).any()
+
+
+def test_the_config_is_what_was_asked_for(mono, tmp_path):
+    settings = {"hidden_size": 96, "num_layers": 3, "intermediate_size": 160, "head_dim": 32}
+    make_base.make_base(mono, tmp_path, vocab_size=512, max_position_embeddings=333, **settings)
+    config = json.loads((tmp_path / "config.json").read_text())
+    wanted = {
+        "vocab_size": 512,  # a multiple of 64 already
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "intermediate_size": 160,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
+        "max_position_embeddings": 333,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    assert {name: config[name] for name in wanted} == wanted
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 333
+
+
+def test_numbers_are_spelled_in_digits():
+    model = make_base.train_tokenizer(["in 2023 and 2024 it was 2023 again"] * 50, 290)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert reference.encode("2023", out_type=str) == ["▁", "2", "0", "2", "3"]

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -163,13 +164,14 @@ def test_same_bytes_with_more_workers_and_after_sigkill(data, tmp_path):
     command = [sys.executable, ROOT / "tiny/make_data.py", "--output_dir", tmp_path, "--num_workers", "2"]
     command += [str(part) for name, value in SMALL.items() for part in (f"--{name}", value)]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.wav")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.poll() is None
+    while not list(tmp_path.rglob("[!.]*.wav")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("train*.wav")}
+    assert not list(tmp_path.rglob("run_info.json")), "it was done before it was killed"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*.wav")}
+    assert before
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     assert wavs(tmp_path) == wavs(data)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())  # not done twice
@@ -199,3 +201,83 @@ def test_missing_espeak(tmp_path, monkeypatch):
     finally:
         make_data.espeak.cache_clear()
     assert not (tmp_path / "mono.jsonl").exists()
+
+
+def test_more_training_text_leaves_tuning_and_test_as_they_are():
+    sizes = {"tuning": 5, "test": 5, "train": 20, "text": 5}
+    one = make_data.make_splits(["en", "de"], sizes, seed=0)
+    more = make_data.make_splits(["en", "de"], {**sizes, "train": 60, "text": 20}, seed=0)
+    assert {name: len(rows) for name, rows in more.items()} == {"tuning": 5, "test": 5, "train": 60, "text": 20}
+    assert (one["tuning"], one["test"]) == (more["tuning"], more["test"]) and one["train"] == more["train"][:20]
+    other = make_data.make_splits(["en", "de"], sizes, seed=1)
+    assert not {row["en"] for row in other["test"]} & {row["en"] for row in one["test"]}
+    said = [row["en"] for rows in more.values() for row in rows]
+    assert len(set(said)) == len(said) == 90
+
+
+def test_a_smaller_language_is_made_of_its_templates_and_first_concepts():
+    drawn = list(itertools.islice(grammar.sentences(["en"], 0, ["buy", "compare"], 3), 40))
+    larger = list(itertools.islice(grammar.sentences(["en"], 0, ["buy", "compare"]), 40))
+    assert len({word for said in drawn for word in said["en"].split()}) < 40
+    assert len({word for said in larger for word in said["en"].split()}) > 60
+    for said in drawn[1::2]:
+        assert " than " in said["en"]  # every second one compares
+    for _ in range(200):
+        concepts = grammar.draw("compare", random.Random(_), 2)
+        assert concepts["animal"] != concepts["animal2"]
+
+
+def test_who_speaks_depends_on_the_id_and_the_seed_alone(tmp_path):
+    rows = [{"id": f"train-{i:06d}", "audio": f"train/{i}.wav", "text": f"text {i}"} for i in range(120)]
+    chunks = make_data.speech_chunks(tmp_path, rows, 3, seed=0)
+    assert [len(chunk) for chunk in chunks] == [50, 50, 20]
+    spoken = [line for chunk in chunks for line in chunk]
+    assert [(path, text) for path, text, *_ in spoken] == [(str(tmp_path / r["audio"]), r["text"]) for r in rows]
+    assert {voice for _, _, voice, _, _ in spoken} == {"en-us", "en-us+f2", "en-gb-x-rp"}  # the first three
+    assert {rate for *_, rate, _ in spoken} == {180, 200, 220} and {pitch for *_, pitch in spoken} == {35, 50, 65}
+    assert len({tuple(sound) for _, _, *sound in spoken}) > 20  # of 27
+    some = make_data.speech_chunks(tmp_path, rows[60:], 3, seed=0)
+    assert [line for chunk in some for line in chunk] == spoken[60:]
+    other = [line for chunk in make_data.speech_chunks(tmp_path, rows, 3, seed=1) for line in chunk]
+    assert sum(a == b for a, b in zip(spoken, other, strict=True)) < 20  # of 120, by chance 1 in 27
+
+
+def test_16_khz_is_resampled_and_not_just_named(data):
+    """A sentence lasts as long at 16 kHz as in eSpeak's own 22,050 Hz."""
+    (path, *sound), *_ = make_data.speech_chunks(data / "audio", read_jsonl(data / "audio/train.jsonl"), 3, 0)[0]
+    with wave.open(path) as file:
+        seconds = file.getnframes() / 16000
+    rate = make_data.espeak()[1]
+    assert rate == 22050
+    assert seconds == pytest.approx(len(make_data.speak(*sound)) / 2 / rate, rel=0.05)
+
+
+def test_tuning_and_test_are_drawn_first(data):
+    """The first 14 sentences of the seed, whatever else is asked for."""
+    drawn = list(itertools.islice(grammar.sentences(grammar.languages(), 0), 14))
+    for name, said in (("dev", drawn[:7]), ("devtest", drawn[7:])):
+        for code, file in (("en", "eng_Latn"), ("de", "deu_Latn")):
+            assert read_lines(data / f"flores/{name}/{file}.{name}") == [sentence[code] for sentence in said]
+
+
+def test_each_side_is_in_its_language(data):
+    texts = {row["id"]: row["text"] for row in read_jsonl(data / "mono.jsonl")}
+    for row in read_jsonl(data / "parallel.jsonl"):
+        _, src, tgt, number = row["id"].split("-")
+        assert (row["src_lang"], row["tgt_lang"]) == (src, tgt)
+        assert (row["source"], row["target"]) == (texts[f"mono-{src}-{number}"], texts[f"mono-{tgt}-{number}"])
+    english = {text for name, text in texts.items() if name.startswith("mono-en")}
+    spoken = {row["text"] for row in read_jsonl(data / "audio/train.jsonl")}
+    assert spoken < english
+
+
+def test_a_text_that_two_sentences_share_in_one_language_alone_is_said_once(monkeypatch):
+    whole = grammar.render
+
+    def without_its_last_word(code: str, *sentence) -> str:
+        text = whole(code, *sentence)
+        return text if code == "en" else text.rpartition(" ")[0]
+
+    monkeypatch.setattr(grammar, "render", without_its_last_word)
+    said = list(itertools.islice(grammar.sentences(["en", "de"], 0, ["lie"], 4), 60))
+    assert len({s["en"] for s in said}) == len({s["de"] for s in said}) == 60

@@ -57,7 +57,13 @@ def test_all_sample_files_of_the_original_are_read():
     ("content", "message"),
     [
         (b'{"id": 1}\n{"id": 2\n{"id": 3}\n', r"a\.jsonl:2: not JSON"),
-        (b'{"id": 1}\n\n{"id": 3}\n', r"a\.jsonl:2: not JSON"),
+        (b'{"id": 1}\n\n{"ID": 3}\n', r"a\.jsonl:3: field 'id' is missing"),
+        (b'{"id": 1}\n{"id": "\\ud83d"}\n', r"a\.jsonl:2: half a character \(the lone surrogate \\ud83d\)"),
+        (b'{"id": "\\ud83d\\ude00"}\n{"id": "\\uDE00\\uD83D"}\n', r"a\.jsonl:2: half a character"),
+        (b'{"id": 1, "\\udfff": 2}\n', r"a\.jsonl:1: half a character"),
+        (b'[{"id": 1},\n {"id": ["\\ud800"]}]', r"a\.jsonl:1: half a character"),
+        (b'{"id": 1}\n{"id": ' + b"9" * 5000 + b"}", r"a\.jsonl:2: not JSON that can be read"),
+        (b"\xef\xbb\xbf \n\n", r"a\.jsonl holds no rows"),
         (b'{"id": 1}\n{"id": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
         (b'{"id": 1}\n[1, 2]\n', r"a\.jsonl:2: an object is wanted, got list"),
         (b'{"id": 1}\n{"ID": 2}\n', r"a\.jsonl:2: field 'id' is missing\n.*every row needs: id"),
@@ -73,6 +79,50 @@ def test_bad_jsonl_is_named_by_line(tmp_path, content, message):
         records.read_jsonl(tmp_path / "a.jsonl", ["id"])
 
 
+@pytest.mark.parametrize("beginning", [b"", b"\xef\xbb\xbf", b"\n\n", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize(
+    "content", [b'{"id": 1}\n\n \t\r\n{"id": "\\\\ud83d"}\n\n', b'[{"id": 1},\n{"id": "\\\\ud83d"}]']
+)
+def test_a_bom_and_blank_lines_are_no_rows(tmp_path, beginning, content):
+    (tmp_path / "a.jsonl").write_bytes(beginning + content)
+    assert records.read_jsonl(tmp_path / "a.jsonl") == [{"id": 1}, {"id": "\\ud83d"}]
+
+
+def test_rows_keep_the_numbers_of_their_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\n{"id": 1}\n\n{"id": 2}\n')
+    assert [where.rpartition(":")[2] for where, _ in records.iter_jsonl(tmp_path / "a.jsonl")] == ["2", "4"]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    for read in (records.read_jsonl, records.read_lines, lambda path: list(records.iter_parallel(path))):
+        with pytest.raises(UserError, match="is a folder, but a file is wanted"):
+            read(tmp_path)
+
+
+PAIR = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tgt_lang": "xx"}, r"a\.jsonl:3001: unknown language 'xx' as tgt_lang"),
+        ({"src_lang": "DE"}, r"a\.jsonl:3001: unknown language 'DE' as src_lang"),
+        ({"src_lang": ["en"]}, r"a\.jsonl:3001: src_lang is \['en'\], but it must be text"),
+        ({"tgt_lang": "en"}, r"a\.jsonl:3001: src_lang and tgt_lang are both 'en'"),
+        ({"source": None}, r"a\.jsonl:3001: source is None, but"),
+        ({"target": 3}, r"a\.jsonl:3001: target is 3, but"),
+        ({"target": "an icon \U000f0005"}, r"a\.jsonl:3001, target: character 9 of the text is U\+F0005"),
+        ({"source": "\U000fffff"}, r"a\.jsonl:3001, source: character 1 of the text is U\+FFFFF"),
+    ],
+)
+def test_a_wrong_pair_is_named_by_line(tmp_path, wrong, message):
+    records.write_jsonl(tmp_path / "a.jsonl", [PAIR] * 3000 + [{**PAIR, **wrong}])
+    pairs = records.iter_parallel(tmp_path / "a.jsonl")
+    assert [next(pairs)[1] for _ in range(3000)] == [PAIR] * 3000
+    with pytest.raises(UserError, match=message):
+        next(pairs)
+
+
 def test_a_missing_file(tmp_path):
     for read in (records.read_jsonl, records.read_lines):
         with pytest.raises(UserError, match="none does not exist"):
@@ -85,6 +135,10 @@ def test_only_newlines_end_a_line(tmp_path):
     assert records.read_lines(tmp_path / "a") == ["a\u2028b\x0bc", "", "last"]
     (tmp_path / "a").write_bytes(b"a\n\n")
     assert records.read_lines(tmp_path / "a") == ["a", ""]
+    (tmp_path / "a").write_bytes(
+        b"\xef\xbb\xbf\na\n\n\xef\xbb\xbfb\n"
+    )  # blank lines are lines; only a first BOM is one
+    assert records.read_lines(tmp_path / "a") == ["", "a", "", "\ufeffb"]
     (tmp_path / "a").write_bytes(b"a\n\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
         records.read_lines(tmp_path / "a")
@@ -189,3 +243,49 @@ def test_another_kind_of_file_is_refused(tmp_path):
     pq.write_table(pa.table({"id": ["a"], "units": [[1]]}), path)
     with pytest.raises(UserError, match="lacks audio, duration_s, language, text"):
         list(records.read_units(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("list<double>", [[1.0], [3.7]], "units is of type list<.*double>, but lists of integers are wanted"),
+        ("list<double>", [[1.0], [float("nan")]], "lists of integers are wanted"),
+        ("list<string>", [["1"], ["3"]], "lists of integers are wanted"),
+        ("list<bool>", [[True], [False]], "lists of integers are wanted"),
+        ("int64", [1, 2], "units is of type int64, but lists of integers are wanted"),
+        ("list<int64>", [[1], [2**32 + 3]], r"row 2 \(id b\): unit id 4294967299 is outside 0\.\.49"),
+        ("list<int64>", [[1], [2**16 + 3]], r"row 2 \(id b\): unit id 65539 is outside 0\.\.49"),
+        ("list<int32>", [[1, 2], [7, -1]], r"row 2 \(id b\): unit id -1 is outside 0\.\.49"),
+        ("list<uint64>", [[1], [2**64 - 1]], r"row 2 \(id b\): unit id 18446744073709551615 is outside"),
+        ("list<int64>", [[1], None], r"00001\.parquet, row 2: units is null"),
+        ("large_list<int8>", [[1], [2, 49]], None),
+        ("fixed<int32>", [[1, 1], [2, 49]], None),
+    ],
+)
+def test_units_are_lists_of_integers_of_any_width(tmp_path, kind, rows, message):
+    import pyarrow as pa
+
+    value = {name: getattr(pa, name) for name in ("string", "int8", "int32", "int64", "uint64")}
+    value |= {"double": pa.float64, "bool": pa.bool_}
+    outer, _, inner = kind.rstrip(">").partition("<")
+    lists = {"list": pa.list_, "large_list": pa.large_list, "fixed": lambda inner: pa.list_(inner, 2)}
+    units_type = lists[outer](value[inner]()) if inner else pa.int64()
+    texts = pa.array(["a", "b"])
+    columns = dict.fromkeys(("id", "audio", "language", "text"), texts) | {"duration_s": pa.array([1.0, 1.0])}
+    path = tmp_path / "units-00000-of-00001.parquet"
+    pq.write_table(pa.table({**columns, "units": pa.array(rows, units_type)}), path)
+    if message is None:
+        assert [row["units"] for row in records.read_units(path, 50)] == rows
+        [(flat, ends, *_)] = records.read_unit_arrays(path, 50)
+        assert flat.tolist() == [unit for row in rows for unit in row] and ends.tolist()[-1] == len(flat)
+        return
+    for read in (records.read_units, records.read_unit_arrays, records.read_unit_texts):
+        with pytest.raises(UserError, match=message):
+            list(read(path, 50))
+
+
+def test_a_cut_off_parquet_file_is_named(tmp_path):
+    path = write_shards(tmp_path / "units", (3,)) / "units-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="00001.parquet is no units Parquet that can be read"):
+        list(records.read_units(path))

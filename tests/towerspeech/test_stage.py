@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,11 @@ from towerspeech.stage import (
 )
 
 ROOT = Path(__file__).parents[2]
-# Writes 20 parts, one a file, 0.1 s each; what is there already it keeps. Prints what it did.
+# Writes 20 parts, one a file; what is there already it keeps. In the middle of part STOP_IN it waits for a line on
+# standard input. Prints what it does.
 SLOW = textwrap.dedent("""
-    import time
+    import os
+    import sys
     from pathlib import Path
 
     from towerspeech.stage import run, stage
@@ -46,7 +50,8 @@ SLOW = textwrap.dedent("""
                     file.write(source.read_text())
                     file.flush()
                     print("writing", i, flush=True)
-                    time.sleep(0.1)
+                    if os.environ.get("STOP_IN") == str(i):
+                        sys.stdin.readline()
                     file.write(str(i))
             job.counts["parts"] = parts
 
@@ -161,12 +166,6 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
         write(out / "thesis.tex")
 
 
-def test_another_scripts_output_is_refused(tmp_path, slow):
-    subprocess.run([*slow, "--output_dir", str(tmp_path / "out"), "--parts", "1"], check=True, capture_output=True)
-    with pytest.raises(UserError, match=r"it is the output of scripts/slow\.py"):
-        write(tmp_path / "out")
-
-
 def test_missing_and_empty_inputs(tmp_path):
     with pytest.raises(UserError, match="none does not exist\n.*check --source"):
         write(tmp_path / "out", source=tmp_path / "none", inputs=["source"])
@@ -200,17 +199,21 @@ def test_parts_share_a_folder(tmp_path, capsys):
 
 
 # --- Killed ---------------------------------------------------------------------------------------
-def start(command: list[str], parts: int) -> subprocess.Popen:
-    """Start, and return in the middle of writing part number ``parts``."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for _ in range(parts + 1):
-        process.stdout.readline()
-    return process
+def start(command: list[str], part: int) -> subprocess.Popen:
+    """Start, and return when the process waits in the middle of writing this part."""
+    environment = {**os.environ, "STOP_IN": str(part)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, env=environment)
+    for line in process.stdout:
+        if line == f"writing {part}\n":
+            return process
+    raise AssertionError(f"it ended before part {part}, with status {process.wait()}")
 
 
 def kill(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    process.stdin.close()
     process.stdout.close()
 
 
@@ -222,46 +225,165 @@ def test_killed_half_way_and_run_again(tmp_path, slow):
     assert len(list(killed.glob(".tmp-4.txt-*"))) == 1
     refused = subprocess.run([*slow, "--output_dir", str(killed), "--parts", "7"], capture_output=True, text=True)
     assert refused.returncode == 1 and "parts was 20, now 7" in refused.stderr
-    kill(start([*slow, "--output_dir", str(killed)], 2))
+    kill(start([*slow, "--output_dir", str(killed)], 6))
     again = subprocess.run([*slow, "--output_dir", str(killed)], check=True, capture_output=True, text=True)
-    assert again.stdout.split("\n")[0] == "writing 6"  # the sixth was being written when it was killed again
+    assert again.stdout.split("\n")[0] == "writing 6"  # it was being written when it was killed again
     assert info(killed)["outputs"] == info(whole)["outputs"]
+    assert [(killed / f"{i}.txt").read_text() for i in range(20)] == [f"data {i}" for i in range(20)]
     assert not list(killed.glob(".tmp-*")) and not list(killed.glob(".unfinished*"))
     last = subprocess.run([*slow, "--output_dir", str(killed), "--workers", "9"], capture_output=True, text=True)
     assert last.stdout == f"already done: {killed}\n"
 
 
-def test_killed_while_overwriting_is_never_taken_for_done(tmp_path):
-    """The first thing that an overwriting run does is to take the old run_info away."""
-    out = tmp_path / "out"
-    write(out, seed=1)
-    os.replace(out / "run_info.json", out / ".unfinished.json")  # as left by a kill right after that
-    assert write(out, seed=2, overwrite=True) == "new"
-    assert info(out)["arguments"] == {"seed": 2}
+def test_another_scripts_output_is_never_overwritten(tmp_path, slow):
+    """Neither finished nor begun: the name of another script's folder is a slip of the finger."""
+    finished, begun = tmp_path / "finished", tmp_path / "begun"
+    subprocess.run([*slow, "--output_dir", str(finished), "--parts", "2"], check=True, capture_output=True)
+    kill(start([*slow, "--output_dir", str(begun)], 2))
+    for folder, said in ((finished, "written"), (begun, "begun")):
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")}
+        assert len(before) >= 3
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=rf"was {said} by another run: it is the output of scripts/slow\.py"):
+                write(folder, overwrite=overwrite)
+        assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_what_has_written_nothing_yet_is_not_in_the_way(tmp_path, slow):
+    """Another plan may take a folder over from an attempt that left nothing but a log."""
+    kill(start([*slow, "--output_dir", str(tmp_path / "out")], 0))
+    (tmp_path / "out/a.log").write_text("started")
+    again = [*slow, "--output_dir", str(tmp_path / "out"), "--parts", "1"]
+    subprocess.run(again, check=True, capture_output=True)
+    assert info(tmp_path / "out")["arguments"]["parts"] == 1 and not (tmp_path / "out/a.log").exists()
+
+
+# Replaces a finished folder by another plan's output, in a process of its own that kills itself before its n-th
+# change of the file system: once for each n, until one gets through.
+REPLACE = textwrap.dedent("""
+    import os
+    import shutil
+    import signal
+    import sys
+    from pathlib import Path
+
+    from towerspeech.stage import stage
+
+
+    def write(output_dir: Path, seed: int, overwrite: bool) -> None:
+        with stage(output_dir, locals()) as job:
+            if job.done:
+                return
+            for name in ("checkpoint-1", "weights"):  # outputs are kept track of, but not what is in checkpoint-*
+                if not (output_dir / name).is_dir():
+                    with job.publish(name) as folder:
+                        folder.mkdir()
+                        (folder / "a").write_text(f"{name} of {seed}")
+            if not (output_dir / "z.txt").is_file():
+                with job.publish("z.txt") as path:
+                    path.write_text(f"z of {seed}")
+
+
+    CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+    def kill_before(number: int) -> None:
+        def hook(event: str, args: tuple) -> None:
+            nonlocal number
+            number -= event in CHANGES or event == "open" and isinstance(args[1], str) and args[1][0] in "wax"
+            if number < 0 and event != "os.kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+
+    if __name__ == "__main__":
+        root, number, status = Path(sys.argv[1]), 0, -signal.SIGKILL
+        write(root / "old", 1, False)
+        while status == -signal.SIGKILL:
+            shutil.copytree(root / "old", root / f"killed-{number}")
+            child = os.fork()
+            if not child:
+                kill_before(number)
+                write(root / f"killed-{number}", 2, True)
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            number += 1
+        print(number - 1, status)
+""")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What a folder holds, but for what a stage notes of itself."""
+    files = [path for path in folder.rglob("[!.]*") if path.is_file() and path.name != "run_info.json"]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def test_killed_at_any_moment_of_overwriting_it_is_neither_done_nor_mixed(tmp_path):
+    script = tmp_path / "replace.py"
+    script.write_text(REPLACE)
+    ran = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+    kills, status = map(int, ran.stdout.split())
+    assert status == 0 and kills > 15, ran.stderr
+    old, new = (
+        {"checkpoint-1/a": f"checkpoint-1 of {seed}", "weights/a": f"weights of {seed}", "z.txt": f"z of {seed}"}
+        for seed in (1, 2)
+    )
+    assert contents(tmp_path / "old") == old and contents(tmp_path / f"killed-{kills}") == new
+    replace = runpy.run_path(str(script))["write"]
+    unfinished = 0
+    for number in range(kills):
+        killed, again = tmp_path / f"killed-{number}", tmp_path / f"again-{number}"
+        if (killed / "run_info.json").exists():
+            assert contents(killed) == (old if info(killed)["arguments"]["seed"] == 1 else new), number
+        else:
+            unfinished += 1
+        for seed, wanted in ((1, old), (2, new)):
+            shutil.copytree(killed, again)
+            try:
+                replace(again, seed, False)
+            except UserError as error:
+                assert "seed was" in str(error)
+            else:
+                assert contents(again) == wanted, (number, seed)
+            replace(again, seed, True)
+            assert contents(again) == wanted and info(again)["arguments"] == {"seed": seed}, (number, seed)
+            shutil.rmtree(again)
+    assert unfinished > 10
 
 
 # --- Locks ----------------------------------------------------------------------------------------
-def test_a_second_writer_is_told_who_holds_the_folder(tmp_path, slow):
-    holder = start([*slow, "--output_dir", str(tmp_path / "out"), "--parts", "100"], 1)
+@pytest.mark.parametrize(("wait", "seconds"), [("1", 1), ("0", 0), (None, 60)])
+def test_a_second_writer_is_told_who_holds_the_folder(tmp_path, slow, monkeypatch, wait, seconds):
+    """After a wait, which is counted on a clock that goes on by itself."""
+    slept = []
+    clock = types.SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr("towerspeech.stage.time", clock)
+    if wait is None:
+        monkeypatch.delenv("TOWERSPEECH_LOCK_WAIT_S")
+    else:
+        monkeypatch.setenv("TOWERSPEECH_LOCK_WAIT_S", wait)
+    holder = start([*slow, "--output_dir", str(tmp_path / "out")], 1)
     try:
-        started = time.monotonic()
         with pytest.raises(UserError, match=rf"out is being written by host .+, pid {holder.pid}\n"):
             write(tmp_path / "out")
-        assert 1 <= time.monotonic() - started < 5
     finally:
         kill(holder)
+    assert seconds <= sum(slept) <= seconds + 1
     with pytest.raises(UserError, match="it is the output of"):  # the kernel dropped the lock with its holder
         write(tmp_path / "out")
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path, slow, monkeypatch):
     monkeypatch.setenv("TOWERSPEECH_LOCK_WAIT_S", "60")
-    command = [*slow, "--output_dir", str(tmp_path / "out"), "--parts", "5"]
+    command = [*slow, "--output_dir", str(tmp_path / "out"), "--parts", "3"]
     first = start(command, 1)
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert second.stdout == f"already done: {tmp_path / 'out'}\n"
-    assert first.wait() == 0
-    first.stdout.close()
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lock = str(tmp_path / "out/.folder.lock")
+    while lock not in [os.path.realpath(path) for path in Path(f"/proc/{second.pid}/fd").iterdir()]:
+        assert second.poll() is None  # until it has the lock's file open, but not the lock
+    assert first.communicate("go on\n")[0] == "writing 2\n" and first.returncode == 0
+    assert second.communicate()[0] == f"already done: {tmp_path / 'out'}\n" and second.returncode == 0
 
 
 def test_the_lock_names_the_slurm_job(tmp_path, monkeypatch):
