@@ -238,7 +238,7 @@ def read_json(path: Path, made_by: str, required: Sequence[str] = ()) -> dict:
     """Read one JSON object; UserError if it is missing or malformed, or lacks a required field."""
     check_exists(path, made_by)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # JSON's and Unicode's
         raise UserError(f"{path}: not JSON ({error})", made_by) from None
     if not isinstance(value, dict):

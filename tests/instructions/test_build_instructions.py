@@ -284,6 +284,9 @@ def test_a_missing_pool_names_the_option(tmp_path):
         ({"test_lines": "5"}, "is no range of lines"),
         ({"test_lines": "9-5"}, "is no range of lines"),
         ({"test_lines": "0-5"}, "is no range of lines"),
+        ({"test_lines": "²-5"}, "is no range of lines"),
+        ({"test_lines": "1-٣"}, "is no range of lines"),
+        ({"example_lines": "1 -5", "shots": 5}, "is no range of lines"),
         ({"test_lines": "15-21", "pairs": "de-en"}, "ends at line 21, but .* has 20"),
         ({"shots": 5, "example_lines": "1-4"}, "4 lines to draw 5 examples from"),
         ({"dataset": "../x"}, "cannot name a file"),
@@ -306,12 +309,35 @@ def test_bad_files_are_named(tmp_path):
     german.write_text(whole.replace("de devtest sentence 4\n", " \n"))
     with pytest.raises(UserError, match=r"deu_Latn\.devtest:4: the line is empty"):
         build_instructions(out, "flores200", root)
+    german.write_text(whole.replace("de devtest sentence 4\n", "Satz \U000f0005\n"))
+    with pytest.raises(UserError, match=r"deu_Latn\.devtest:4: character 6 of the text is U\+F0005"):
+        build_instructions(out, "flores200", root)
     german.write_text("")
     with pytest.raises(UserError, match=r"deu_Latn\.devtest is empty"):
         build_instructions(out, "flores200", root)
     with pytest.raises(UserError, match="missing does not exist"):
         build_instructions(out, "flores200", tmp_path / "missing")
     assert not out.exists()
+
+
+def test_a_bom_is_no_text(tmp_path):
+    root = write_flores(tmp_path / "data")
+    build_instructions(tmp_path / "out", "flores200", root, pairs="de-en")
+    for file in (root / "devtest").iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    build_instructions(tmp_path / "bom", "flores200", root, pairs="de-en")
+    name = "0_shot/flores_de-en.jsonl"
+    assert (tmp_path / "bom" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_reference_of_several_lines_is_for_chats_alone(tmp_path):
+    folder = tmp_path / "data/mt/own.de-en"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text('{"src": "a", "ref": "b"}\n{"src": "a", "ref": "b\\nc"}\n')
+    with pytest.raises(UserError, match=r"test\.jsonl:2: the reference has several lines"):
+        build_instructions(tmp_path / "out", "towereval", tmp_path / "data")
+    build_instructions(tmp_path / "out", "towereval", tmp_path / "data", style="chat")
+    assert records.read_jsonl(tmp_path / "out/0_shot/own_de-en.jsonl")[1]["output"] == "b\nc"
 
 
 # --- Speech ---------------------------------------------------------------------------------------
@@ -499,13 +525,18 @@ def test_a_cascade_of_the_originals_asr_outputs_is_the_originals_prompt_file(tmp
 
 def test_cascades(tmp_path, capsys):
     """Sources are the reference transcripts; ids the utterances'; an empty output is kept, shown and counted."""
-    asr = write_transcriptions(tmp_path / "ckpt/asr/fleurs.jsonl", [" hello  there", " ", "x"])
+    astray = f"{chr(0xF0003)}x{chr(0xF0004)}"  # units that a model wrote are no words
+    asr = write_transcriptions(tmp_path / "ckpt/asr/fleurs.jsonl", [" hello  there", " ", astray])
     write_transcriptions(tmp_path / "ckpt/asr/clean.jsonl", ["never translated"])
     write_translations(tmp_path / "translations/fleurs.jsonl", ["u0", "u1", "u2", "u3"])
     arguments = {"test_set": "cascade", "data_root": tmp_path / "ckpt", "translations": tmp_path / "translations"}
     build_instructions(tmp_path / "out", **arguments)
     out = capsys.readouterr().out
-    assert "left out: " in out and "clean.jsonl" in out and "3 prompts, 1 empty asr outputs" in out
+    assert (
+        "left out: " in out
+        and "clean.jsonl" in out
+        and "3 prompts, 1 empty asr outputs, 1 asr outputs without their units" in out
+    )
     rows = records.read_jsonl(tmp_path / "out/cascaded_st/fleurs_en-de.jsonl")
     heads = "Translate the following English source text to German Text: "
     assert [row["instruction"] for row in rows] == [f"{heads}{x}\n. German:" for x in (" hello  there", " ", "x")]
@@ -518,7 +549,7 @@ def test_cascades(tmp_path, capsys):
         "source": "Reference 1.",
     }
     info = json.loads((tmp_path / "out/cascaded_st/fleurs_en-de.run_info.json").read_text())
-    assert info["counts"] == {"prompts": 3, "empty_asr_outputs": 1}
+    assert info["counts"] == {"prompts": 3, "empty_asr_outputs": 1, "asr_outputs_without_their_units": 1}
     assert hash_path(asr) in info["inputs"]["data"]  # which ASR outputs these are
     build_instructions(tmp_path / "chat", style="chat", pairs="en-ko", test_lines="2-3", **arguments)
     rows = records.read_jsonl(tmp_path / "chat/cascaded_st/fleurs_en-ko.jsonl")

@@ -1,5 +1,6 @@
 """JSONL, line files and units Parquet: round trips, and bad rows named by file and line."""
 
+import itertools
 import json
 import os
 import random
@@ -8,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from towerspeech import records, units
+from towerspeech import records
 from towerspeech.stage import UserError
 
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
@@ -20,7 +21,8 @@ def test_jsonl_round_trip_keeps_every_character(tmp_path):
     rows = [{"id": "1", "text": "a\u2028b\x85\n\U000f0000"}, {"id": "2", "text": ""}]
     assert records.write_jsonl(tmp_path / "a.jsonl", iter(rows)) == 2
     assert records.read_jsonl(tmp_path / "a.jsonl", ["id", "text"]) == rows
-    assert (tmp_path / "a.jsonl").read_bytes().count(b"\n") == 2
+    lines = '{"id": "1", "text": "a\u2028b\x85\\n\U000f0000"}\n{"id": "2", "text": ""}\n'
+    assert (tmp_path / "a.jsonl").read_bytes() == lines.encode()
     assert [where for where, _ in records.iter_jsonl(tmp_path / "a.jsonl")] == [
         f"{tmp_path}/a.jsonl:1",
         f"{tmp_path}/a.jsonl:2",
@@ -149,8 +151,8 @@ def test_line_counts_of_flores_and_wmt23():
     sizes = {path.name: len(records.read_lines(path)) for path in (Path(DATA) / "flores200/devtest").iterdir()}
     assert len(sizes) == 10 and set(sizes.values()) == {1012}
     for pair, size in (("de-en", 549), ("en-de", 557), ("en-ru", 2074), ("zh-en", 1976)):
-        for path in (Path(DATA) / "wmt23").glob(f"generaltest2023.{pair}.*"):
-            assert len(records.read_lines(path)) == size
+        paths = list((Path(DATA) / "wmt23").glob(f"generaltest2023.{pair}.*"))
+        assert paths and {len(records.read_lines(path)) for path in paths} == {size}
 
 
 # --- Units ----------------------------------------------------------------------------------------
@@ -173,9 +175,20 @@ def test_units_round_trip_in_order(tmp_path):
     assert tuple(pq.read_schema(shard).names) == records.UNIT_COLUMNS
 
 
+def test_pyarrow_reads_what_is_written(tmp_path):
+    row = {**ROW, "units": [0, 65533]}  # the largest unit id
+    records.write_units(tmp_path / "a.parquet", [row, {**row, "id": "u2", "units": []}])
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == [row, {**row, "id": "u2", "units": []}]
+    with pytest.raises(OverflowError):
+        records.write_units(tmp_path / "b.parquet", [{**row, "units": [65536]}])
+
+
 def test_same_rows_same_bytes(tmp_path):
     a, b = write_shards(tmp_path / "a"), write_shards(tmp_path / "b")
-    assert all(path.read_bytes() == (b / path.name).read_bytes() for path in a.iterdir())
+    paths = sorted(a.iterdir())
+    names = ["units-00000-of-00003.parquet", "units-00001-of-00003.parquet", "units-00002-of-00003.parquet"]
+    assert [path.name for path in paths] == names
+    assert all(path.read_bytes() == (b / path.name).read_bytes() for path in paths)
 
 
 def test_incomplete_and_mixed_shards_are_refused(tmp_path):
@@ -209,28 +222,82 @@ def test_a_null_among_units_is_named_by_file_and_row(tmp_path):
         list(records.read_unit_texts(tmp_path, 50))
 
 
-def test_unit_texts_are_those_of_the_rows(tmp_path):
+def many_rows(units: dict[int, object]) -> list[dict]:
+    """3000 rows of units, counted from 0, of which some are given."""
     generator = random.Random(0)
-    rows = [
-        {
-            "id": str(i),
-            "audio": "",
-            "language": "en",
-            "duration_s": 0.0,
-            "text": "",
-            "units": generator.choices(range(60), k=i % 7),
-        }
-        for i in range(2500)
-    ]
+    rows = [{**ROW, "id": str(i), "units": generator.choices(range(50), k=i % 7)} for i in range(3000)]
+    for row, given in units.items():
+        rows[row]["units"] = given
+    return rows
+
+
+def test_unit_texts_are_those_of_the_rows(tmp_path):
+    rows = many_rows({})
     for shard in range(2):
-        records.write_units(tmp_path / f"{records.shard_name(shard, 2)}.parquet", rows[shard::2])
-    texts = [units.to_text(row["units"], 990000) for row in records.read_units(tmp_path)]
-    assert list(records.read_unit_texts(tmp_path, 60, offset=990000)) == texts
-    with pytest.raises(UserError) as wanted:
-        list(records.read_units(tmp_path, 59))
-    with pytest.raises(UserError) as got:
-        list(records.read_unit_texts(tmp_path, 59))
-    assert str(got.value) == str(wanted.value) and "unit id 59" in str(got.value)
+        records.write_units(tmp_path / f"units-0000{shard}-of-00002.parquet", rows[shard * 1700 :][:1700])
+    assert list(records.read_units(tmp_path, 50)) == rows
+    texts = ["".join(chr(990000 + unit) for unit in row["units"]) for row in rows]
+    assert list(records.read_unit_texts(tmp_path, 50, offset=990000)) == texts
+    assert list(records.read_unit_texts(tmp_path, 50)) == [text.translate(MOVED) for text in texts]
+    flat, starts = [], []
+    for units, ends, batch, _ in records.read_unit_arrays(tmp_path, 50, ["text"]):
+        assert units.dtype == "<u4" and ends.dtype == "int64" and len(ends) == len(batch) == len(batch["text"])
+        starts += [len(flat) + end for end in ends]
+        flat += units.tolist()
+    assert flat == [unit for row in rows for unit in row["units"]]
+    assert starts == list(itertools.accumulate(len(row["units"]) for row in rows))
+
+
+MOVED = {990000 + unit: 0xF0000 + unit for unit in range(50)}
+
+
+@pytest.mark.parametrize("read", [records.read_units, records.read_unit_arrays, records.read_unit_texts])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({2047: [3, 50]}, r"row 2048 \(id 2047\): unit id 50 is outside 0\.\.49\n"),
+        ({2048: [50], 2047: [0, 49]}, r"row 2049 \(id 2048\): unit id 50 is outside 0\.\.49\n"),
+        ({1023: [1, 60000], 2500: [50]}, r"row 1024 \(id 1023\): unit id 60000 is outside 0\.\.49\n"),
+        ({1024: [51, 60000, 50]}, r"row 1025 \(id 1024\): unit id 51 is outside 0\.\.49\n"),
+        ({2100: [], 2101: [], 2102: [50], 2103: []}, r"row 2103 \(id 2102\): unit id 50 is outside 0\.\.49\n"),
+        ({1024: None, 1500: None}, r"row 1025: units is null\n"),
+        ({2999: [1, None]}, r"row 3000: a unit is null\n"),
+        ({1023: [], 1024: [None], 1025: [None]}, r"row 1025: a unit is null\n"),
+    ],
+)
+def test_a_bad_row_is_named_wherever_it_is(tmp_path, read, bad, message):
+    """Rows are read 1024 at a time."""
+    for shard, rows in enumerate((many_rows({})[:1500], many_rows(bad))):
+        records.write_units(tmp_path / f"units-0000{shard}-of-00002.parquet", rows)
+    with pytest.raises(UserError, match=rf"units-00001-of-00002\.parquet, {message}"):
+        list(read(tmp_path, 50))
+
+
+def test_a_row_is_named_to_whom_reads_arrays(tmp_path):
+    records.write_units(tmp_path / "a.parquet", many_rows({}))
+    batches = [(place, len(ends)) for _, ends, _, place in records.read_unit_arrays(tmp_path / "a.parquet", 50)]
+    places = [place(row) for place, rows in batches for row in range(rows)]
+    assert len(batches) > 2 and places == [f"{tmp_path}/a.parquet, row {i + 1} (id {i})" for i in range(3000)]
+
+
+def test_units_of_different_kmeans_are_told_apart(tmp_path):
+    """By what label_audio.py has noted, of which the first k-means is what counts; other files are let through."""
+    for name, kmeans in (("a", ["one"]), ("b", ["one"]), ("c", ["two"]), ("d", None)):
+        folder = write_shards(tmp_path / name, (1, 1))
+        for shard in range(2 if kmeans else 0):
+            inputs = {"manifest": [name], "kmeans": kmeans}
+            (folder / f"units-0000{shard}-of-00002.run_info.json").write_text(json.dumps({"inputs": inputs}))
+    (tmp_path / "e.km").write_text("1 2\n")
+    folders = [tmp_path / name for name in ("a", "b", "d", "e.km")]
+    records.check_one_kmeans(folders)
+    records.check_one_kmeans([])
+    for other in (tmp_path / "c", tmp_path / "c/units-00001-of-00002.parquet"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/a and {other} were labelled with different k-means"):
+            records.check_one_kmeans([*folders, other])
+    info = tmp_path / "b/units-00001-of-00002.run_info.json"  # one shard of a folder is enough
+    info.write_text(info.read_text().replace("one", "three"))
+    with pytest.raises(UserError, match="were labelled with different k-means"):
+        records.check_one_kmeans([tmp_path / "b"])
 
 
 def test_another_kind_of_file_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Stages: done or resume, refusals, locks, SIGKILL, full disks; atomic files; hashes; the command line."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from towerspeech.stage import (
     hash_path,
     locked,
     publish,
+    read_json,
     stage,
     write_json,
 )
@@ -175,6 +177,58 @@ def test_missing_and_empty_inputs(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_output_folder_is_no_input(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--output_dir is also --source: out"):
+        write(out, source=[out / "a.txt", Path("out")], inputs=["source"], overwrite=True)
+    assert (out / "a.txt").read_text() == "x"
+
+
+def test_arguments_that_change_no_output_are_settings(tmp_path):
+    """And those that decide the last steps alone may change until these are done."""
+
+    def attempt(finish: bool, **arguments) -> bool:
+        with stage(tmp_path / "out", arguments, ignore=["workers"], late=["steps"]) as job:
+            if not job.done:
+                (tmp_path / "out/a.txt").write_text("a")
+                if not finish:
+                    raise KeyError
+            return job.done or job.resumed
+
+    for seed, steps, workers in ((1, 10, 1), (1, 20, 2)):
+        with pytest.raises(KeyError):
+            attempt(False, seed=seed, steps=steps, workers=workers)
+    with pytest.raises(UserError, match="was begun by another run: seed was 1, now 2\n"):
+        attempt(True, seed=2, steps=20, workers=3)
+    assert attempt(True, seed=1, steps=30, workers=3)
+    assert info(tmp_path / "out")["arguments"] == {"seed": 1, "steps": 30}
+    assert info(tmp_path / "out")["settings"] == {"workers": 3}
+    with pytest.raises(UserError, match="was written by another run: steps was 30, now 20\n"):
+        attempt(True, seed=1, steps=20, workers=3)
+    assert attempt(True, seed=1, steps=30, workers=4) and info(tmp_path / "out")["settings"] == {"workers": 3}
+
+
+def test_outputs_are_all_files_but_logs_checkpoints_and_notes(tmp_path):
+    out = tmp_path / "out"
+    with stage(out, {}) as job:
+        for name in ("b.txt", "sub/c.txt", "checkpoint-5/d.txt", "sub/checkpoint-5/e.txt", "f.log", "sub/.g", ".h"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("a")
+        job.counts["files"] = 7
+    sha256 = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # of "a"
+    assert info(out)["outputs"] == dict.fromkeys(("b.txt", "sub/c.txt", "sub/checkpoint-5/e.txt"), sha256)
+    assert info(out)["counts"] == {"files": 7}
+
+
+def test_who_is_asked_to_stop_is_asked_once(tmp_path):
+    with stage(tmp_path / "out", {}) as job:
+        assert not job.asked_to_stop()
+        (tmp_path / "out/.stop").touch()
+        assert job.asked_to_stop() and not job.asked_to_stop()
+
+
 def test_a_failure_leaves_no_run_info_and_can_be_resumed(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ZeroDivisionError), stage(out, {}) as job, job.publish("a.txt") as path:
@@ -196,6 +250,17 @@ def test_parts_share_a_folder(tmp_path, capsys):
     write(out, part="en-de", seed=2, content="new", overwrite=True)
     assert (out / "de-en.txt").read_text() == "x" and (out / "en-de.txt").read_text() == "new"
     assert info(out, "en-de.run_info.json")["outputs"] == {"en-de.txt": hash_file(out / "en-de.txt")}
+
+
+def test_a_part_leaves_alone_what_another_is_writing(tmp_path):
+    out = tmp_path / "out"
+    with stage(out, {}, part="de-en") as job, job.publish("de-en.txt") as path:
+        path.write_text("whole")
+        (out / ".de-en.note").write_text("progress")
+        for overwrite in (False, True):
+            assert write(out, part="en-de", overwrite=overwrite, seed=int(overwrite)) == "new"
+        assert (out / ".de-en.note").read_text() == "progress"
+    assert (out / "de-en.txt").read_text() == "whole"
 
 
 # --- Killed ---------------------------------------------------------------------------------------
@@ -429,8 +494,12 @@ def test_hashes(tmp_path):
         (tmp_path / name / "sub" / "f").write_text("same")
         (tmp_path / name / ".lock").write_text(name)
     assert hash_path(tmp_path / "x") == hash_path(tmp_path / "y")
+    listing = b"sub/f 0967115f2813a3541eaef77de9d9d5773f1c0c04314b0bbfe4ff3b3b1c55b5d5"  # sha256sum of "same"
+    assert hash_path(tmp_path / "x") == hashlib.sha256(listing).hexdigest()
     (tmp_path / "y/sub/f").rename(tmp_path / "y/sub/g")
     assert hash_path(tmp_path / "x") != hash_path(tmp_path / "y")
+    (tmp_path / "x/sub/f").write_text("Same")
+    assert hash_path(tmp_path / "x") != hashlib.sha256(listing).hexdigest()
 
 
 def test_a_finished_folders_hash_is_that_of_its_outputs_alone(tmp_path):
@@ -440,6 +509,23 @@ def test_a_finished_folders_hash_is_that_of_its_outputs_alone(tmp_path):
     assert hash_path(tmp_path / "x") == hash_path(tmp_path / "y")
     write(tmp_path / "z", content="other")
     assert hash_path(tmp_path / "z") != hash_path(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}', "'b' is missing"),
+        (b"[1]", "an object is wanted, got list"),
+        (b'{"a": ', "not JSON"),
+        (b'"\xff"', "not JSON"),
+        (b"", "is empty"),
+    ],
+)
+def test_wrong_json_is_named(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.json:? {message}.*\n  -> run it") as caught:
+        read_json(tmp_path / "a.json", "run it", ["a", "b"])
+    assert "Traceback" not in str(caught.value)
 
 
 def test_write_json_and_check_exists(tmp_path):
@@ -552,6 +638,14 @@ def test_no_space_left_whichever_library_finds_out(disk, writer):
         writer(path)
     assert len(str(caught.value).splitlines()) == 2
     assert sorted(path.name for path in (disk / "out").rglob("*")) == [".folder.lock", ".unfinished.json"]
+
+
+def test_other_errors_are_not_for_want_of_space(tmp_path):
+    for error in (PermissionError(errno.EACCES, "no"), ValueError("no"), UserError("no")):
+        with pytest.raises(type(error)) as caught, publish(tmp_path / "a") as path:
+            path.write_text("half")
+            raise error
+        assert caught.value is error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("left", [0, 4096, 8192])
