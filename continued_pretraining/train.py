@@ -273,6 +273,13 @@ def train(
             f"--global_batch_size {global_batch_size} is no multiple of {world} processes x {micro_batch_size}",
             "change --global_batch_size or --micro_batch_size",
         )
+    from packing import Mixture  # beside this script, whose folder leads sys.path
+
+    data = Mixture(mixture, sequence_length)
+    steps = -(-data.num_windows // global_batch_size)
+    wanted = sorted({*(keep_steps or []), steps})
+    if wanted[-1] > steps or wanted[0] < 1:
+        raise UserError(f"--keep_steps {keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps")
     with contextlib.ExitStack() as stack:
         job, problem = None, None
         if rank == 0:
@@ -299,15 +306,6 @@ def train(
         if done:
             return
 
-        from packing import Mixture  # beside this script, whose folder leads sys.path
-
-        data = Mixture(mixture, sequence_length)
-        steps = -(-data.num_windows // global_batch_size)
-        wanted = sorted({*(keep_steps or []), steps})
-        if wanted[-1] > steps or wanted[0] < 1:
-            raise UserError(
-                f"--keep_steps {keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps"
-            )
         for step in sorted({*wanted, *range(save_every, steps, save_every)}):
             check_free(output_dir / f"checkpoint-{step}")
         if rank == 0:

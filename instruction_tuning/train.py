@@ -38,7 +38,7 @@ from typing import Any
 from towerspeech import units as dsu
 from towerspeech.prompts import IM_END
 from towerspeech.records import iter_jsonl
-from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, remove, run, stage, write_json
+from towerspeech.stage import RUN_INFO, UserError, check_exists, no_space, quiet, remove, run, stage, write_json
 from towerspeech.tokenizer import check_units, marker, text_tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -193,6 +193,8 @@ def rehearse(settings: dict[str, Any], tokenizer) -> str:
                 trainer.remove_callback(callback)
             trainer.train()
         except Exception as error:
+            if no_space(error, Path(folder)):
+                raise
             return f"{error} ({type(error).__name__})"
     return ""
 
@@ -632,7 +634,7 @@ def train(
 
         PartialState(cpu=not torch.cuda.is_available())  # joins the processes
     prepared = None
-    if not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
+    if overwrite or not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
         prepared = prepare(model, data, output_dir, sft or {}, seed, first)
     with contextlib.ExitStack() as stack:
         job = None

@@ -107,13 +107,13 @@ def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list
     return tasks
 
 
-def token_ids(tokenizer, mark: Callable[[str], str], row: dict) -> list[int]:
+def token_ids(tokenizer, row: dict, mark: Callable[[str], str] = str) -> list[int]:
     """A prompt's ids. A plain instruction begins with BOS, once; a chat begins as in training, without it.
 
     Args:
-        tokenizer: Of ``text_tokenizer``.
-        mark: Of ``marker``: what the prompt spells is text.
+        tokenizer: Of ``text_tokenizer``, where prompts are marked.
         row: The prompt.
+        mark: Of ``marker``: what the prompt spells is text.
     """
     if "messages" in row:
         messages = [{**turn, "content": mark(turn["content"])} for turn in row["messages"]]
@@ -160,7 +160,7 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
             if "messages" in row and not tokenizer.chat_template:
                 raise UserError(f"{where}: {checkpoint} has no chat template", "use prompts of another --style")
             try:
-                ids = token_ids(encoder, mark, row)
+                ids = token_ids(encoder, row, mark)
             except TemplateError as error:
                 problem = f"{where}: the chat template of {checkpoint} does not take this chat: {error}"
                 raise UserError(problem, "mend the messages") from None

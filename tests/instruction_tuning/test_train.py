@@ -569,6 +569,15 @@ def test_settings_are_refused_before_the_model_is_loaded(sft, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_refused_replaces_no_finished_model(tmp_path, model_dir, data):
+    out = tmp_path / "out"
+    script.train(model_dir, data, out, {**QUICK, "max_steps": 1})
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="adamw_9bit"):
+        script.train(model_dir, data, out, {**QUICK, "max_steps": 1, "optim": "adamw_9bit"}, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before and (out / "run_info.json").is_file()
+
+
 def test_data_is_refused(tmp_path, model_dir):
     path = tmp_path / "bad.jsonl"
 
@@ -642,9 +651,10 @@ def test_model_folders_are_refused(tmp_path, model_dir, base_model_dir, data):
     refused("has no chat template", plain)
 
 
-def test_published_settings_are_accepted(tmp_path, monkeypatch):
+def test_published_settings_are_accepted(tmp_path, model_dir, monkeypatch):
     import torch
     import yaml
+    from transformers import AutoConfig
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # for bf16
     sft = yaml.safe_load((ROOT / "instruction_tuning/configs/towerspeech_7b.yaml").read_text())["sft"]
@@ -653,6 +663,18 @@ def test_published_settings_are_accepted(tmp_path, monkeypatch):
     config = script.make_config({**settings, "bf16": False}, tmp_path)
     assert (config.learning_rate, config.num_train_epochs, config.warmup_steps) == (8e-5, 1, 20)
     assert config.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+    with pytest.raises(UserError, match="there is only one"):  # the one thing that it lacks here
+        script.check_sharding(config, AutoConfig.from_pretrained(model_dir))
+
+
+def test_the_rehearsal_leaves_accelerate_no_state(prepared):
+    """Else the real run's settings of sharding would be passed over."""
+    from accelerate.state import AcceleratorState
+
+    assert script.rehearse(prepared.settings, prepared.tokenizer) == ""
+    assert AcceleratorState._shared_state
+    script.make_config(prepared.settings, Path("nowhere"))
+    assert not AcceleratorState._shared_state
 
 
 def test_help_loads_no_library():
