@@ -4,9 +4,9 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_mixture import build_mixture as script
 from data_mixture.build_mixture import Encoder, Source, build_mixture
 from towerspeech import prompts, units
 from towerspeech.indexed import IndexedTokens
 from towerspeech.records import read_units, write_units
 from towerspeech.stage import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +122,217 @@ def test_bad_input_is_named(tmp_path, base_model_dir, model_dir, sources, make_u
         build_mixture(model_dir, tmp_path / "e", [Source("x", "text", [str(tmp_path / "nowhere")], 5)])
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path, model_dir, make_units):
-    """SIGKILL between two notes; the second run tokenizes the rest, and the bytes are those of an unbroken run."""
-    path = make_units(tmp_path / "units", 80_000, num_shards=2)
-    sources = [{"name": "speech", "kind": "speech", "paths": [str(path)], "budget": 1000}]
-    command = [sys.executable, script.__file__, "--tokenizer", str(model_dir), "--sources", json.dumps(sources)]
-    killed = subprocess.Popen([*command, "--output_dir", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    note = tmp_path / "killed/.speech.json"
-    while not note.is_file():
-        assert killed.poll() is None
-        time.sleep(0.005)
-    killed.kill()
-    killed.wait()
-    assert 0 < json.loads(note.read_text())["documents"] < 80_000
-    for name in ("killed", "whole"):
-        subprocess.run([*command, "--output_dir", str(tmp_path / name)], check=True, stderr=subprocess.DEVNULL)
-    for file in ("speech.bin", "speech.idx", "manifest.json"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+# Builds a mixture in processes that kill themselves, each just before one of these moments: ("fsync" or a change of
+# the file system, the file's name, how often it was named by then).
+KILLED = """
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer  # once for all processes
+
+from data_mixture import build_mixture as script
+
+tokenizer, source, root, *moments = map(json.loads, sys.argv[1:])
+script.BATCH_DOCUMENTS = 5  # a note every 80 documents
+fsync = os.fsync
+
+
+def kill_before(moment: list) -> None:
+    seen = 0
+
+    def happens(event: str, path) -> None:
+        nonlocal seen
+        seen += [event, os.path.basename(os.fsdecode(path))] == moment[:2]
+        if seen == moment[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def synced(descriptor: int) -> None:
+        happens("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("os.rename", "os.remove"):
+            happens(event, args[1 if event == "os.rename" else 0])
+
+    os.fsync = synced
+    sys.addaudithook(hook)
+
+
+for number, moment in enumerate(moments):
+    child = os.fork()
+    if not child:
+        kill_before(moment)
+        script.build_mixture(Path(tokenizer), Path(root, str(number)), [script.Source(**source)], seed=5)
+        os._exit(0)
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+# With each: of how many documents the note knows then, and the tokens on the disk.
+MOMENTS = {
+    "before any note": (("fsync", ".speech.bin", 1), 0, 80),
+    "between notes": (("fsync", ".speech.bin", 2), 80, 160),
+    "between notes, with the sizes on the disk": (("os.rename", ".speech.json", 2), 80, 160),
+    "after a note": (("fsync", ".speech.bin", 3), 160, 240),
+    "before the last note": (("os.rename", ".speech.json", 4), 240, 251),
+    "before the index": (("os.rename", "speech.idx", 1), 251, 251),
+    "before the tokens have their name": (("os.rename", "speech.bin", 1), 251, 251),
+    "before the sizes are gone": (("os.remove", ".speech.sizes", 1), 251, 251),
+    "before the manifest": (("os.rename", "manifest.json", 1), 251, 251),
+}
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer_dir, make_units):
+    """Tokens and sizes that no note tells of are cut off; the bytes are megatron-core's, of all the documents."""
+    rows = [{"units": [i % 50, (3 * i + 1) % 50], "text": f"the dog sees {i} boats."} for i in range(251)]
+    left_out = [{"units": [], "text": "a"}, {"units": [1], "text": ""}]
+    folder = make_units(tmp_path / "units", [*rows[:100], *left_out, *rows[100:], *left_out])
+    source = {"name": "speech", "kind": "speech", "paths": [str(folder)], "budget": 50}
+    words = (str(tokenizer_dir), source, str(tmp_path), *(moment for moment, *_ in MOMENTS.values()))
+    command = [sys.executable, "-c", KILLED, *map(json.dumps, words)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"^status (.*)$", ran.stdout, re.M) == [str(-signal.SIGKILL)] * len(MOMENTS), ran.stderr
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    eod = tokenizer.convert_tokens_to_ids("<EOD>")
+    documents = [[*tokenizer.encode(text, add_special_tokens=False), eod] for text in documents_of(rows)]
+    write_with_megatron(tmp_path / "megatron", documents)
+    for number, (moment, (_, noted, on_disk)) in enumerate(MOMENTS.items()):
+        mix = tmp_path / str(number)
+        note = mix / ".speech.json"
+        assert (json.loads(note.read_text())["documents"] if note.is_file() else 0) == noted, moment
+        [tokens] = [path for name in (".speech.bin", "speech.bin") if (path := mix / name).is_file()]
+        assert tokens.stat().st_size == 2 * sum(map(len, documents[:on_disk])), moment
+        build_mixture(tokenizer_dir, mix, [Source(**source)], seed=5)
+        for ending in ("bin", "idx"):
+            assert (mix / f"speech.{ending}").read_bytes() == (tmp_path / f"megatron.{ending}").read_bytes(), moment
+        [facts] = json.loads((mix / "manifest.json").read_text())["sources"]
+        assert facts["documents"] == 251, moment
+        assert facts["left_out"] == {"without units": 2, "without a transcript": 2}, moment
+        assert not [path for path in mix.iterdir() if path.name.startswith(".tmp-") or path.suffix == ".sizes"], moment
+
+
+# --- Numbers and orders ---------------------------------------------------------------------------
+def write_texts(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "budget", "epochs"),
+    [
+        (1.0, 99, 0.99),
+        (1.0, 100, 1.0),
+        (1.0, 101, None),
+        (1.1, 110, 1.1),
+        (1.1, 111, None),
+        (0.5, 50, 0.5),
+        (0.5, 51, None),
+    ],
+)
+def test_a_budget_met_exactly_and_missed_by_one_token(tmp_path, tokenizer_dir, max_epochs, budget, epochs):
+    """Of 25 documents of 4 tokens: ▁the ▁old ▁captain <EOD>."""
+    path = write_texts(tmp_path / "a.jsonl", ["the old captain"] * 25)
+    source = Source("a", "text", [str(path)], budget, max_epochs)
+    if epochs is None:
+        wanted = rf"'a' has 100 tokens for a budget of {budget}\n.* {budget / 100:.2f} \(it is {max_epochs}\)"
+        with pytest.raises(UserError, match=wanted):
+            build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+        assert not (tmp_path / "mix/manifest.json").exists()
+        return
+    build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+    [facts] = json.loads((tmp_path / "mix/manifest.json").read_text())["sources"]
+    assert (facts["tokens"], facts["budget"], facts["epochs"]) == (100, budget, epochs)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_is_positive(tmp_path, tokenizer_dir, sources, budget):
+    with pytest.raises(UserError, match="'mono' needs paths and a positive budget"):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [replace(sources["mono"], budget=budget)])
+    with pytest.raises(UserError, match="'mono' needs paths and a positive budget"):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [replace(sources["mono"], paths=[])])
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(tmp_path, tokenizer_dir):
+    source = Source("a", "text", [str(write_texts(tmp_path / "a.jsonl", ["", " \n"]))], 5, 1e9)
+    with pytest.raises(UserError, match="'a' has 0 tokens for a budget of 5, left out 2 without text"):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65499, "<u2"), (65500, "<i4"), (70000, "<i4")])
+def test_tokens_of_large_vocabularies_on_the_disk(tmp_path, size, dtype):
+    """A tokenizer of single characters, U+20000 and on, in order; without <EOD>, documents end with its EOS."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(0x20000 + index): index for index in range(size - 2)}
+    backend = Tokenizer(models.BPE({**vocabulary, "<s>": size - 2, "</s>": size - 1}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    documents = [[size - 2, 7, size - 3, 65000, size - 1], [size - 2, 300, size - 1]]
+    texts = ["".join(chr(0x20000 + index) for index in document[1:-1]) for document in documents]
+    path = write_texts(tmp_path / "a.jsonl", texts)
+    build_mixture(tmp_path / "tokenizer", tmp_path / "mix", [Source("a", "text", [str(path)], 3)], bos=True)
+    assert (tmp_path / "mix/a.bin").read_bytes() == np.array(documents[0] + documents[1], dtype).tobytes()
+    assert (tmp_path / "mix/a.idx").read_bytes()[17] == {"<u2": 8, "<i4": 4}[dtype]  # Megatron's code
+    read = IndexedDataset(str(tmp_path / "mix/a"))
+    assert [read[i].tolist() for i in range(len(read))] == documents
+    manifest = json.loads((tmp_path / "mix/manifest.json").read_text())
+    assert (manifest["eod_id"], manifest["vocab_size"], manifest["bos"]) == (size - 1, size, True)
+
+
+def test_documents_stay_in_the_order_of_files_and_batches(tmp_path, tokenizer_dir, make_units, monkeypatch):
+    """Many small batches, some of long documents, so that they are not ready in their order."""
+    monkeypatch.setattr("data_mixture.build_mixture.BATCH_DOCUMENTS", 3)
+    texts = ["the dog sees " * (400 if i % 6 == 0 else 1) + str(i) for i in range(50)]
+    paths = [write_texts(tmp_path / name, part) for name, part in (("b", texts[:31]), ("a", texts[31:]))]
+    rows = [{"units": [i % 50, 3], "text": text} for i, text in enumerate(texts)]
+    folders = [make_units(tmp_path / name, part) for name, part in (("y", rows[:8]), ("x", rows[8:]))]
+    sources = [
+        Source("text", "text", [*map(str, paths)], 5),
+        Source("speech", "speech", [*map(str, folders)], 5),
+    ]
+    build_mixture(tokenizer_dir, tmp_path / "mix", sources, seed=11)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    eod = tokenizer.convert_tokens_to_ids("<EOD>")
+    for name, documents in (("text", texts), ("speech", documents_of(rows))):
+        expected = [[*tokenizer.encode(text, add_special_tokens=False), eod] for text in documents]
+        write_with_megatron(tmp_path / "megatron", expected)
+        for ending in ("bin", "idx"):
+            assert (tmp_path / f"mix/{name}.{ending}").read_bytes() == (tmp_path / f"megatron.{ending}").read_bytes()
+
+
+def test_the_seed_reaches_the_trainer(tmp_path, tokenizer_dir, sources):
+    """Two seeds: the same tokens, in two orders."""
+    from continued_pretraining.packing import Mixture
+
+    windows = {}
+    for seed in (0, 1):
+        mix = tmp_path / str(seed)
+        build_mixture(tokenizer_dir, mix, [sources["mono"], sources["speech"]], seed=seed)
+        assert json.loads((mix / "manifest.json").read_text())["seed"] == seed
+        data = Mixture(mix, 32)
+        windows[seed] = data.owner.tolist(), data.batch(range(data.num_windows))[0].tolist()
+    assert (tmp_path / "0/mono.bin").read_bytes() == (tmp_path / "1/mono.bin").read_bytes()
+    assert windows[0][0] != windows[1][0] and sorted(windows[0][1]) != sorted(windows[1][1])
+    with pytest.raises(UserError, match="was written by another run: seed was 0, now 1"):
+        build_mixture(tokenizer_dir, tmp_path / "0", [sources["mono"], sources["speech"]], seed=1)
+
+
+def test_tokenizers_without_the_tokens_that_are_wanted(tmp_path, sources):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    for name, tokens, bos, message in (
+        ("a", {"bos_token": "0"}, False, "has no <EOD> or EOS token"),
+        ("b", {"eos_token": "0"}, True, "has no BOS token"),
+    ):
+        backend = Tokenizer(models.WordLevel({"0": 0, "1": 1}, "1"))
+        PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            build_mixture(tmp_path / name, tmp_path / f"{name}_mix", [sources["mono"]], bos=bos)
 
 
 # --- Units apart from text ------------------------------------------------------------------------
