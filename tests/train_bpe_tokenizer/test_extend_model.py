@@ -148,6 +148,8 @@ def test_rows_have_the_old_statistics():
     assert torch.equal(make_rows(old, 3, "mean", 0), mean.float().repeat(3, 1))
     assert torch.equal(make_rows(old, 700, "normal", 5), make_rows(old, 700, "normal", 5))
     assert not torch.equal(make_rows(old, 3, "normal", 5), make_rows(old, 3, "normal", 6))
+    bias = make_rows(old[:, 0], 200_000, "normal", 0).double()
+    assert bias.shape == (200_000,) and 0.98 < bias.var() / (1e-5 * old[:, 0].double().var()) < 1.02
 
 
 def test_embeddings_head_and_seeds_draw_different_rows(tmp_path, untied_dir, tokenizer_dir):
@@ -325,7 +327,7 @@ def make_base(tmp_path, base_model_dir):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.data.normal_()
-        model.save_pretrained(tmp_path / "base")
+        model.save_pretrained(tmp_path / "base", max_shard_size="120KB")
         for path in base_model_dir.glob("tokenizer*"):
             shutil.copyfile(path, tmp_path / "base" / path.name)
         return tmp_path / "base"
@@ -352,6 +354,8 @@ def test_other_architectures(tmp_path, make_base, tokenizer_dir, kind, options):
     extend_model(base, tokenizer_dir, tmp_path / "out", init="merge_mean")
     old, (new, told) = load(base), load_told(tmp_path / "out")
     assert not any(told.values()) and new.get_input_embeddings().weight.shape == (512, 64)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "out").values())
     ids = torch.arange(1, 400, 7)[None]
     with torch.no_grad():
         assert torch.equal(old(ids).logits, new(ids).logits[..., :400])

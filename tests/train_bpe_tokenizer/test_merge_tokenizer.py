@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from towerspeech import prompts
@@ -79,7 +80,7 @@ def test_metadata_name_what_it_was_made_of(tokenizer_dir, base_model_dir, units_
     assert facts["corpora_sha256"] == corpora and len(corpora) == 1
 
 
-def test_special_tokens(fast, slow):
+def test_special_tokens(tokenizer_dir, fast, slow):
     assert (fast.bos_token, fast.eos_token, fast.pad_token, fast.pad_token_id) == ("<s>", "</s>", "<PAD>", 403)
     assert set(fast.all_special_ids) == {0, 1, 2, *range(400, 405), 485, 486}
     assert all(slow.is_control(index) for index in [*range(400, 405), 485, 486])
@@ -87,7 +88,10 @@ def test_special_tokens(fast, slow):
     text = f"<|im_start|>{dsu.to_text([3])}<|im_end|><EOD>"
     assert fast(text)["input_ids"] == [1, 486, 408, 485, 401]
     assert fast.decode([1, 486, 408, 485, 401], skip_special_tokens=True) == dsu.to_text([3])
-    assert fast.tokenize("a<|im_end|>a a") == ["▁a", "<|im_end|>", "a", "▁a"]  # no space after a special token
+    # No space after a special token, for those who read tokenizer.json by itself, too
+    raw = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    for tokens in (fast.tokenize("a<|im_end|>a a"), raw.encode("a<|im_end|>a a", add_special_tokens=False).tokens):
+        assert tokens == ["▁a", "<|im_end|>", "a", "▁a"]
 
 
 def test_word_start_and_newline(fast):
@@ -277,6 +281,9 @@ def test_ids_that_differ_are_told_with_their_tokens(fast):
     o, d = f"'\\u2581old' ({old})", f"'\\u2581d' ({dog})"
     assert str(error.value).startswith(f"ids differ on 'the old dog', from token 1 on: {o} {d} 'o' (")
     assert f" and {d} {d} 'o' (" in str(error.value)
+    text = "a quiet garden and the long river near the station"
+    with pytest.raises(UserError, match="ids differ on 'ng river near the station', from token \\d+ on: 'at' "):
+        check_same(fast, [text], [encode(fast, text)], [encode(fast, f"{text[:-4]}xion")], "ids")
 
 
 def train_base(folder, **options):

@@ -80,6 +80,7 @@ def test_equals_plain_sentencepiece(tmp_path):
     assert pieces(tmp_path / "out") == [*wanted[:40], *dsu.to_text(range(NUM_UNITS))]
     assert sorted(wanted) == sorted(pieces(tmp_path / "out"))
     ours = SentencePieceProcessor(model_file=str(tmp_path / "out/units_bpe.model"))
+    assert [ours.get_score(index) for index in range(1, 91)] == [-rank for rank in range(90)]
     for text in held_out:
         assert ours.encode(text, out_type=str) == plain.encode(text, out_type=str)
     facts = json.loads((tmp_path / "out/units_bpe.json").read_text())
