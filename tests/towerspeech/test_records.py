@@ -72,6 +72,7 @@ def test_all_sample_files_of_the_original_are_read():
         (b'{"id": 1}\n{"id": 2}\n{"id": ', r"a\.jsonl:3: not JSON"),
         (b'[{"id": 1},\n {"ID": 2}]', r"a\.jsonl, item 2: field 'id' is missing"),
         (b'[{"id": 1},\n {"id": ]', r"a\.jsonl:2: not JSON"),
+        (b'[{"id": 1},\n {"id": "\xff"}]', r"a\.jsonl:2: not UTF-8"),
         (b"", r"a\.jsonl is empty"),
     ],
 )
@@ -273,8 +274,12 @@ def test_a_bad_row_is_named_wherever_it_is(tmp_path, read, bad, message):
         list(read(tmp_path, 50))
 
 
-def test_a_row_is_named_to_whom_reads_arrays(tmp_path):
-    records.write_units(tmp_path / "a.parquet", many_rows({}))
+@pytest.mark.parametrize("row_group_size", [3000, 700, 1])
+def test_a_row_is_named_to_whom_reads_arrays(tmp_path, row_group_size):
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(many_rows({}))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=row_group_size)  # as others may write it
     batches = [(place, len(ends)) for _, ends, _, place in records.read_unit_arrays(tmp_path / "a.parquet", 50)]
     places = [place(row) for place, rows in batches for row in range(rows)]
     assert len(batches) > 2 and places == [f"{tmp_path}/a.parquet, row {i + 1} (id {i})" for i in range(3000)]

@@ -5,6 +5,7 @@ import random
 import unicodedata
 
 import pytest
+from transformers import AutoTokenizer
 
 from towerspeech import prompts, units
 from towerspeech.stage import UserError
@@ -43,6 +44,29 @@ def test_range():
         units.check_range([-1, 10], 10, "x")
     with pytest.raises(UserError, match=r"text: unit id -\d+ is outside"):
         units.from_text("plain text", 5000)
+
+
+def test_one_limit_of_units():
+    """Plane 15 has 65,534 characters, of which the original TowerSpeech's 990000 leaves out 6,960."""
+    for offset, most in ((0xF0000, 65534), (990000, 58574)):
+        for num_units in (2, 5000, most):
+            units.check_num_units(num_units, offset)
+            assert ord(units.to_text([num_units - 1], offset)) <= 0xFFFFD
+        for num_units in (-1, 0, 1, most + 1):
+            with pytest.raises(UserError, match=rf"--num_units is {num_units:,}\n.*give 2 to {most:,}"):
+                units.check_num_units(num_units, offset)
+    units.check_num_units(65534)
+
+
+def test_a_word_start_with_units_is_no_unit_token(base_model_dir, tmp_path):
+    """It decodes to units alone."""
+    pieces = [*map(chr, range(990000, 990005)), chr(990003) + chr(990001), "▁" + chr(990003)]
+    folder = save_foreign(tmp_path / "tokenizer", base_model_dir, pieces, True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode([406]) == chr(990003)
+    singles = {400 + unit: [unit] for unit in range(5)}
+    assert units.unit_tokens(tokenizer, 5, 990000) == {**singles, 405: [3, 1]}
+    assert units.unit_tokens(tokenizer, 3, 990000) == {400: [0], 401: [1], 402: [2]}
 
 
 def test_metadata_and_tokenizer_hash(tmp_path):
