@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 # Sizes that programs write who cannot know them, as when they write to a pipe: ffmpeg, SoX, arecord and others.
-STREAMED = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
-MAX_OGG_PAGE = 27 + 255 + 255 * 255  # header, segment table, segments
+STREAMED = (range(0x7F000000, 0x80000001), range(0xFFFF0000, 0x100000000))
 MAX_JUNK = 1 << 16  # bytes searched for an MP3's first frame
 UNHEARD_FRAMES = 8  # of an MP3, at most: its header, the encoder's delay and padding
 
@@ -94,11 +93,12 @@ def _at(file: BinaryIO, place: int, length: int) -> bytes:
 
 
 def _ogg_ends_early(file: BinaryIO, size: int) -> bool:
-    """Whether the last page is cut off, or does not end its stream."""
-    tail = _at(file, max(0, size - MAX_OGG_PAGE), MAX_OGG_PAGE)
-    page = tail[tail.rfind(b"OggS") :]
-    whole = len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
-    return not (whole and page[5] & 4)
+    """Whether the last page is cut off, or does not end its stream; or a second one follows, which is not read."""
+    place, ended = 0, False
+    while len(head := _at(file, place, 27)) == 27 and head.startswith(b"OggS") and not ended:
+        ended = bool(head[5] & 4)
+        place += 27 + head[26] + sum(file.read(head[26]))
+    return not ended or place > size or head.startswith(b"OggS")
 
 
 def _mp3_ends_early(data: bytes, num_samples: int) -> bool:
@@ -125,7 +125,7 @@ def _mp3_ends_early(data: bytes, num_samples: int) -> bool:
         return True
     head = data[first : first + _mp3_frame(data, first)]
     xing = max(head[:64].find(b"Xing"), head[:64].find(b"Info"))
-    counted = xing > 0 and head[xing + 7] & 1
+    counted = xing > 0 and int.from_bytes(head[xing + 4 : xing + 8], "big") & 1
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
     samples_a_frame = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     if num_samples < (frames - UNHEARD_FRAMES) * samples_a_frame:

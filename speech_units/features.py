@@ -4,10 +4,12 @@ Shared by fit_kmeans.py and label_audio.py, so that audio is labelled with exact
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -16,11 +18,14 @@ from containers import ends_early
 
 from towerspeech.records import iter_jsonl
 from towerspeech.stage import UserError, check_exists, read_json
+from towerspeech.tokenizer import check_outside_text
 
 SAMPLE_RATE = 16000  # Hz
 RATES = range(1000, 768_001)  # Hz; what else a header says is an error of its own
 LOUDEST = 1000  # of samples that should lie between -1 and 1
-BLOCK = 1 << 14  # bytes of a file that its fingerprint reads at three places
+WHOLE = 1 << 20  # bytes; 30 s of WAV. A fingerprint takes smaller files whole, of larger ones three blocks
+BLOCK = 1 << 14  # bytes
+READERS = 16  # threads: on a cluster's file system it is the opening that takes time
 HOP = 320  # samples: 20 ms
 WINDOW = 480  # samples: 30 ms
 FFT_SIZE = 512
@@ -31,11 +36,11 @@ DELTA_WEIGHT = 0.7  # deltas count less in k-means' distances
 LOG_FLOOR = 1e-10  # power of digital silence
 HUBERT_WINDOW = 400  # samples; features.json of earlier versions does not say it
 
-# Fields that mean a part of a recording, whatever their unit: start, end_time, offset_s, segmentStart, frame_offset.
+# Names that mean a part of a recording, in any unit and with anything before: start, t_end, offset_s, startTime.
+UNIT = "time|timestamp|ts|at|offset|s|secs?|seconds?|ms|hms|samples?|frames?|byte"
 SEGMENT = re.compile(
-    "(audio|clip|speech|segment|seg|utterance|utt|frame|sample|time)*"
-    "(start|end|stop|begin|onset|offset|segments?|interval|timestamps?)(time|s|secs?|seconds?|ms|samples?|frames?)*"
-    "|channel"
+    f"(.*_)?(t?start|t?beg|begin|onset|offset|stop|t?end|segments?|seg|interval|span|timestamps?|[se]time|t[01]"
+    f"|[tx]m(in|ax))_?({UNIT})?(_({UNIT}))*|(.*_)?chan(nel)?(_id)?|(from|to)(_({UNIT}))?"
 )
 
 
@@ -63,7 +68,7 @@ def read_manifest(
             missing; names manifest:line.
     """
     fields = ("id", "audio", "language", "text")
-    first_line: dict[str, int] = {}
+    ids: set[str] = set()
     for number, (where, row) in enumerate(iter_jsonl(manifest, fields)):
         for name in fields:
             if not isinstance(row[name], str):
@@ -72,12 +77,12 @@ def read_manifest(
                     "rows need id, audio, language, text",
                 )
         _check_whole(row, where)
-        line = int(re.split("[: ]", where)[-1])
-        if row["id"] in first_line:
-            raise UserError(
-                f"{where}: id {row['id']!r} stands in line {first_line[row['id']]} already", "make ids unique"
-            )
-        first_line[row["id"]] = line
+        check_outside_text(row["text"], where)
+        if row["id"] in ids:
+            first = next(place for place, other in iter_jsonl(manifest) if other["id"] == row["id"])
+            line = re.search(r"\d+$", first)[0]
+            raise UserError(f"{where}: id {row['id']!r} stands in line {line} already", "make ids unique")
+        ids.add(row["id"])
         if number >= start and (end is None or number < end):
             if audio_root is not None and not os.path.isfile(Path(audio_root) / row["audio"]):
                 raise UserError(
@@ -87,45 +92,65 @@ def read_manifest(
 
 
 def _check_whole(row: dict, where: str) -> None:
-    """Raise UserError if a row means a part of its recording; a duration, or an offset of 0, means none."""
-    plain = {re.sub("[^a-z]", "", name.lower()): name for name, value in row.items() if value not in (None, [])}
-    for field, name in plain.items():
-        no_offset = field.startswith("offset") and row[name] == 0 and not any("duration" in other for other in plain)
-        if SEGMENT.fullmatch(field) and not no_offset:
+    """Raise UserError if a row means a part of its recording; an offset of 0 alone means none.
+
+    A duration may be the whole file's: ``read_audio`` compares it.
+    """
+    for name, value in row.items():
+        if not _means_a_part(name) or value is None or value == []:
+            continue
+        if not (
+            name.startswith("offset")
+            and value == 0
+            and not any(re.match("dur|len|num", key) and row[key] is not None for key in row)
+        ):
             raise UserError(
                 f"{where}: field {name!r} means a part of the recording, but whole files are labelled",
                 "cut the audio into a file an utterance, and leave the field out",
             )
 
 
+@functools.cache
+def _means_a_part(name: str) -> bool:
+    return bool(SEGMENT.fullmatch(re.sub("(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).lower()))
+
+
+def duration(row: dict) -> float | None:
+    """The seconds that a manifest row says its file lasts, if it does."""
+    return next((row[name] for name in ("duration", "duration_s") if row.get(name) is not None), None)
+
+
 def fingerprint(rows: Iterable[dict], audio_root: Path) -> str:
     """SHA-256 over the rows' audio: path in the manifest, size, and content (of large files three blocks)."""
-    digest = hashlib.sha256()
-    for row in rows:
+
+    def digest(row: dict) -> bytes:
         path = Path(audio_root) / row["audio"]
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                digest.update(f"{row['audio']}\0{size}\0".encode())
-                if size <= 4 * BLOCK:
-                    digest.update(file.read())
-                    continue
+                found = hashlib.sha256(f"{row['audio']}\0{size}\0".encode())
+                if size <= WHOLE:
+                    found.update(file.read())
+                    return found.digest()
                 for place in (0, (size - BLOCK) // 2, size - BLOCK):
                     file.seek(place)
-                    digest.update(file.read(BLOCK))
+                    found.update(file.read(BLOCK))
+                return found.digest()
         except OSError as error:
             raise UserError(
                 f"{row['where']}: {path} cannot be read ({error.strerror})", "check --audio_root and the line"
             ) from None
-    return digest.hexdigest()
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return hashlib.sha256(b"".join(readers.map(digest, rows))).hexdigest()
 
 
-def read_audio(path: Path, where: str, min_samples: int = 1):
+def read_audio(path: Path, where: str, min_samples: int = 1, said_s: float | None = None):
     """Read an audio file as mono at 16 kHz: float32 array (samples,).
 
     Raises:
-        UserError: It cannot be read, ends early, holds what is no sound, or is shorter than ``min_samples``;
-            ``where`` names the manifest's line.
+        UserError: It cannot be read, ends early, holds what is no sound, is shorter than ``min_samples``, or lasts
+            over a second more or less than the manifest says, ``said_s``; ``where`` names the manifest's line.
     """
     import numpy as np
     import soundfile
@@ -138,10 +163,11 @@ def read_audio(path: Path, where: str, min_samples: int = 1):
         with soundfile.SoundFile(path) as file:
             rate, container, announced = file.samplerate, file.format, file.frames
             samples = file.read(dtype="float32", always_2d=True)
-        early = ends_early(path, container, len(samples))
     except Exception as error:  # soundfile's own, and what its arguments, numpy and the system raise
         refuse(f"is not readable audio ({str(error) or 'it is damaged or ends early'})")
-    if early or (len(samples) < announced and container != "MP3"):  # an MP3 may announce an estimate
+    if ends_early(path, container, len(samples)) or (
+        len(samples) < announced and container != "MP3"
+    ):  # an MP3 may announce an estimate
         refuse("ends early: less of it can be read than its header or its frames announce, or its end is missing")
     if rate not in RATES:
         refuse(f"has {rate} samples a second, but {RATES[0]:,} to {RATES[-1]:,} are possible")
@@ -152,6 +178,9 @@ def read_audio(path: Path, where: str, min_samples: int = 1):
         samples = resample_poly(samples, SAMPLE_RATE, rate).astype(np.float32)
     if len(samples) < min_samples:
         refuse(f"has {len(samples)} samples at 16 kHz, at least {min_samples} are needed")
+    seconds = len(samples) / SAMPLE_RATE
+    if said_s is not None and not (isinstance(said_s, int | float) and abs(seconds - said_s) <= 1):
+        refuse(f"lasts {seconds:.2f} s, but the manifest says {said_s!r}: does the row mean a part of it?")
     return samples
 
 

@@ -13,7 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from features import FeatureConfig, extractor, features_json, fingerprint, hubert_config, read_audio, read_manifest
+from features import (
+    FeatureConfig,
+    duration,
+    extractor,
+    features_json,
+    fingerprint,
+    hubert_config,
+    read_audio,
+    read_manifest,
+)
 
 from towerspeech.stage import UserError, run, stage, write_json
 from towerspeech.units import check_num_units
@@ -21,7 +30,7 @@ from towerspeech.units import check_num_units
 BATCH_SIZE = 10_000  # frames of a k-means step; the default of HuBERT's own recipe
 EPOCHS = 20  # passes over the frames, at most
 MIN_STEPS = 100
-COMPARED = 1000  # files that decide whether the audio is still the same
+COMPARED = 10_000  # files that decide whether the audio is still the same
 
 
 def sample_rows(rows: Iterable[dict], size: int, seed: int) -> list[dict]:
@@ -46,7 +55,8 @@ def sample_frames(rows: list[dict], audio_root: Path, config: FeatureConfig, dev
     frames, filled, used = None, 0, 0
     with tqdm(total=max_frames, desc="features", unit="frame") as progress:
         for row in rows:
-            found = extract(read_audio(audio_root / row["audio"], row["where"], config.window_samples))
+            samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
+            found = extract(samples)
             if frames is None:
                 frames = np.empty((max_frames, found.shape[1]), dtype=np.float32)  # touched, and so used, as it fills
             found = found[: max_frames - filled]

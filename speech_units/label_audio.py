@@ -14,9 +14,19 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from features import SAMPLE_RATE, FeatureConfig, extractor, fingerprint, load_kmeans, read_audio, read_manifest
+from features import (
+    SAMPLE_RATE,
+    FeatureConfig,
+    duration,
+    extractor,
+    fingerprint,
+    load_kmeans,
+    read_audio,
+    read_manifest,
+)
 
 from towerspeech.records import shard_name, write_units
 from towerspeech.stage import UserError, check_exists, run, stage
@@ -45,7 +55,7 @@ def shard_bounds(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
 
 def label(row: dict, audio_root: Path, config: FeatureConfig, centroids, extract: Callable) -> dict:
     """One manifest row as a units row."""
-    samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples)
+    samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
     return {
         "id": row["id"],
         "audio": row["audio"],
@@ -129,9 +139,11 @@ def label_audio(
     num_rows = sum(1 for _ in read_manifest(manifest))
     with contextlib.ExitStack() as stack:
         label_rows = None
-        for index in range(num_shards) if shard is None else [shard]:
+        shards = range(num_shards) if shard is None else [shard]
+        left = read_manifest(manifest, audio_root, shard_bounds(num_rows, shards[0], num_shards)[0])
+        for index in shards:
             name, (start, end) = shard_name(index, num_shards), shard_bounds(num_rows, index, num_shards)
-            spoken = list(read_manifest(manifest, audio_root, start, end))
+            spoken = list(islice(left, end - start))
             arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
             with stage(output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as job:
                 if job.done:

@@ -381,11 +381,11 @@ def test_other_audio_is_not_done(corpus, kmeans, tmp_path, capsys, script):
 
 
 def test_fingerprint_of_large_files(tmp_path):
-    """Of files above 64 KiB: the first, middle and last 16 KiB, and the size."""
+    """Of files above 1 MiB: the first, middle and last 16 KiB, and the size."""
     path, rows = tmp_path / "a", [{"audio": "a", "where": "m:1"}]
     found = set()
-    large = [(200000, place) for place in (None, 16383, 100000, 183616)]
-    for size, place in [(65536, None), (65537, None), (65536, 20000), *large, (200001, None)]:
+    large = [(2_000_000, place) for place in (None, 16383, 1_000_000, 1_983_616)]
+    for size, place in [(1 << 20, None), ((1 << 20) + 1, None), (1 << 20, 300_000), *large, (2_000_001, None)]:
         data = bytearray(size)
         if place is not None:
             data[place] = 1
@@ -441,6 +441,7 @@ def row(i: int = 0, **changes) -> dict:
         ([row(0), "[]"], r"bad.jsonl:2: an object is wanted"),
         ([row(0), {"id": "x"}], r"bad.jsonl:2: field 'audio' is missing"),
         ([row(0), row(4, id="u0")], r"bad.jsonl:2: id 'u0' stands in line 1 already"),
+        ([row(0), "", row(4), row(4)], r"bad.jsonl:4: id 'u4' stands in line 3 already"),
         ([row(0), row(4, audio="gone.wav")], r"bad.jsonl:2: .*gone.wav does not exist"),
         ([row(0), row(4, audio="noise.wav")], r"bad.jsonl:2: .*noise.wav is not readable audio"),
         ([row(0), row(4, audio="empty.wav")], r"bad.jsonl:2: .*empty.wav has 0 samples"),
@@ -450,6 +451,7 @@ def row(i: int = 0, **changes) -> dict:
         ([row(0), "", row(4, start=1.5)], r"bad.jsonl:3: field 'start' means a part"),
         ([row(0), row(4, text=None)], r"bad.jsonl:2: field 'text' is not a string: None"),
         ([row(0), row(4, text="\ud83d")], r"bad.jsonl:2: half a character"),
+        ([row(0), row(4, text="icon \U000f0005")], r"bad.jsonl:2: character 6 of the text is U\+F0005"),
         (["", " "], r"bad.jsonl holds no rows"),
         ([], r"bad.jsonl is empty"),
     ],
@@ -489,6 +491,9 @@ def test_bom_and_blank_lines_in_a_manifest(corpus, tmp_path):
         {"start_time": 1}, {"end_time": 1}, {"begin_time": "0:01"}, {"begin": 1}, {"startTime": 1}, {"start-ms": 5},
         {"segment": [1, 2]}, {"segments": [{"start": 1}]}, {"segment_start": 3}, {"channel": 1}, {"frame_offset": 7},
         {"END_S": 4}, {"stop": 1}, {"timestamps": [0, 1]}, {"audio_end": 2.0}, {"start_s": False},
+        {"offset": 0, "len": 2}, {"t_start": 1}, {"tstart": 1}, {"t0": 1, "t1": 2}, {"start_offset": 1}, {"stime": 1},
+        {"xmin": 1, "xmax": 2}, {"from": 1, "to": 2}, {"seg": [1, 2]}, {"audio_channel": 0}, {"channel_id": 1},
+        {"start_timestamp": 1}, {"clipStart": 1}, {"to": 2.0},
     ],
 )  # fmt: skip
 def test_segments_are_refused(tmp_path, fields):
@@ -503,6 +508,7 @@ def test_segments_are_refused(tmp_path, fields):
         {"duration": 2.5}, {"duration_s": 2.5}, {"offset": 0}, {"offset": None, "duration": 1}, {"start": None},
         {"offset": 0.0, "duration": None}, {"segments": []}, {"speaker": "a", "gender": "f", "segment_id": 3},
         {"num_channels": 2, "sampling_rate": 16000, "num_samples": 5, "end_punctuation": "."},
+        {"translated_from": "de", "gender": "f", "restarted": True, "tokens": 3, "weekend": "no"},
     ],
 )  # fmt: skip
 def test_fields_of_whole_files_are_not(tmp_path, fields):
@@ -553,6 +559,38 @@ def test_files_that_end_early(recordings, tmp_path, name):
             features.read_audio(tmp_path / name, "m:7", 400)
 
 
+@pytest.mark.parametrize("name", ["vorbis.ogg", "opus.opus", "layer3.mp3"])
+def test_of_two_files_in_one_libsndfile_reads_the_first(recordings, tmp_path, name):
+    (tmp_path / name).write_bytes((recordings / name).read_bytes() * 2)
+    assert soundfile.info(tmp_path / name).duration == pytest.approx(4, abs=0.1)  # of 8 s
+    with pytest.raises(UserError, match="m:7: .* ends early"):
+        features.read_audio(tmp_path / name, "m:7")
+
+
+def test_a_duration_must_be_the_files(corpus, kmeans, tmp_path):
+    """Of 0.wav, 0.5 s, as NeMo's manifests say it; a part without its offset is refused."""
+    for said, fits in (
+        (0.5, True),
+        (1, True),
+        (None, True),
+        (1.51, False),
+        (30, False),
+        ("0.5", False),
+        (-0.6, False),
+    ):
+        for name in ("duration", "duration_s"):
+            write_manifest(tmp_path / "m.jsonl", [row(0, **{name: said})])
+            if fits:
+                label_audio.label_audio(tmp_path / "m.jsonl", corpus, kmeans, tmp_path / "u", overwrite=True)
+            else:
+                with pytest.raises(
+                    UserError, match=f"m.jsonl:1: .*0.wav lasts 0.50 s, but the manifest says {said!r}"
+                ):
+                    label_audio.label_audio(tmp_path / "m.jsonl", corpus, kmeans, tmp_path / "u", overwrite=True)
+    with pytest.raises(UserError, match="lasts 0.50 s, but the manifest says -0.6"):
+        fit_kmeans.fit_kmeans(tmp_path / "m.jsonl", corpus, tmp_path / "k", features="mfcc", num_units=5)
+
+
 def test_ogg_cut_between_pages_and_mp3_between_frames(recordings, tmp_path):
     with pytest.raises(UserError, match="ends early"):  # libsndfile guesses its length, and reads 2 s of 4
         features.read_audio(recordings / "variable.mp3", "m:1")
@@ -570,6 +608,15 @@ def test_wav_from_a_pipe(recordings, tmp_path, size):
     data[4:8], data[40:44] = b"\xff\xff\xff\xff", struct.pack("<I", size)
     (tmp_path / "a.wav").write_bytes(data)
     assert len(features.read_audio(tmp_path / "a.wav", "m:1")) == 64000
+
+
+def test_aiff_from_a_pipe(recordings, tmp_path):
+    """SoX announces 0x7F000008 bytes."""
+    data = bytearray((recordings / "mac.aiff").read_bytes())
+    place = data.index(b"SSND") + 4
+    data[place : place + 4] = struct.pack(">I", 0x7F000008)
+    (tmp_path / "a.aiff").write_bytes(data)
+    assert len(features.read_audio(tmp_path / "a.aiff", "m:1")) == 64000
 
 
 def test_wav_with_chunks_before_and_after(recordings, tmp_path):
