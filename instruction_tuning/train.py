@@ -37,11 +37,10 @@ from typing import Any
 
 from towerspeech import units as dsu
 from towerspeech.prompts import IM_END
-from towerspeech.records import iter_jsonl
+from towerspeech.records import check_messages, iter_jsonl
 from towerspeech.stage import RUN_INFO, UserError, check_exists, no_space, quiet, remove, run, stage, write_json
 from towerspeech.tokenizer import check_units, marker, text_tokenizer
 
-ROLES = ("system", "user", "assistant")
 IGNORED = -100  # the label of a token without loss
 ENCODE_ROWS = 1000  # conversations tokenized at once
 DEFAULTS = {  # the first five are the original's
@@ -262,10 +261,8 @@ def read_conversations(data: Path, num_units: int, offset: int) -> tuple[list[st
     places, chats = [], []
     for place, row in iter_jsonl(data, required=("id", "messages")):
         where = f"{place} (id {row['id']})"
-        if not isinstance(row["messages"], list):
-            raise UserError(f"{where}: messages must be a list of turns with role and content", "mend the line")
+        check_messages(row["messages"], where)
         for number, turn in enumerate(row["messages"], 1):
-            check_turn(turn, f"{where}, message {number}")
             task = row.get("task") if turn["role"] == "user" else None  # a transcript has no units
             check_units(turn["content"], task, num_units, offset, f"{where}, message {number}")
         roles = [turn["role"] for turn in row["messages"]]
@@ -275,21 +272,6 @@ def read_conversations(data: Path, num_units: int, offset: int) -> tuple[list[st
         places.append(where)
         chats.append(row["messages"])
     return places, chats
-
-
-def check_turn(turn: Any, where: str) -> None:
-    """Raise UserError unless a message is an object with a role of ``ROLES`` and a text that is not blank."""
-    if not isinstance(turn, dict):
-        raise UserError(f"{where} is {turn!r}, but an object with role and content is wanted", "mend the line")
-    if turn.get("role") not in ROLES:
-        found = f"its role is {turn['role']!r}" if "role" in turn else "it has no role"
-        raise UserError(f"{where}: {found}", f"use one of {', '.join(ROLES)}")
-    content = turn.get("content")
-    if not isinstance(content, str):
-        found = f"its content is a {type(content).__name__}" if content is not None else "it has no content"
-        raise UserError(f"{where}: {found}, but a text is wanted", "write the text itself, not a list of parts")
-    if not content.strip():
-        raise UserError(f"{where}: its content is blank", "remove the row, or write the text")
 
 
 def encode(tokenizer, conversations: list[list[dict]], places: list[str]) -> tuple[list[list[int]], list[list[int]]]:

@@ -314,8 +314,9 @@ def read_transcriptions(path: Path) -> list[tuple[str, dict]]:
             raise UserError(
                 f"{where}: task is {row['task']!r}", "a cascade starts from generations of generate_ASR.py"
             )
-        if not isinstance(row["text"], str) or not (row["reference"] or "").strip():
-            raise UserError(f"{where}: no text, or no reference", "decode prompts that have references")
+        for field in ("id", "text", "reference"):
+            if not isinstance(row[field], str) or (field != "text" and not row[field].strip()):
+                raise UserError(f"{where}: no {field}, but {row[field]!r:.80}", "decode prompts that have references")
         if row["id"] in seen:
             raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
         if rows and row["dataset"] != rows[0][1]["dataset"]:

@@ -52,9 +52,9 @@ class Decoding:
 def facts_of_name(path: Path) -> dict:
     """What a prompt file's name and folder say of its rows, as the original's do: 5_shot/flores_de-en.json."""
     codes = "|".join(LANGUAGES)
-    facts = {}
+    facts = {"dataset": path.stem}
     if found := re.fullmatch(rf"([\w-]+?)_({codes})-({codes})(_(\d+)_shot)?", path.stem):
-        facts = dict(zip(("dataset", "src_lang", "tgt_lang"), found.groups(), strict=False), task="mt")
+        facts = {"task": "mt", "dataset": found[1], "src_lang": found[2], "tgt_lang": found[3]}
     elif found := re.fullmatch(rf"AST_({codes})", path.stem):  # the original's cascade of FLEURS
         facts = {"task": "cascaded_st", "dataset": "AST", "src_lang": "en", "tgt_lang": found[1]}
     if shots := re.match(r"(\d+)_shot$", path.resolve().parent.name):

@@ -124,21 +124,30 @@ def iter_parallel(path: Path, required: Iterable[str] = PARALLEL_FIELDS) -> Iter
         yield where, row
 
 
+ROLES = ("system", "user", "assistant")
+
+
 def check_messages(messages, where: str) -> None:
-    """Raise UserError unless these are the turns of a chat: objects with a role and a content, both texts.
+    """Raise UserError unless these are the turns of a chat: objects with one of ``ROLES`` and a text as content.
 
     OpenAI's content parts (a list) are none: no tokenizer here reads audio or images.
     """
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages must be a list of turns, got {messages!r:.80}", "mend or remove the row")
+        problem = f"{where}: messages must be a list of turns with role and content, got {messages!r:.80}"
+        raise UserError(problem, "mend or remove the row")
     for number, turn in enumerate(messages, 1):
-        for field in ("role", "content"):
-            value = turn.get(field) if isinstance(turn, dict) else None
-            if not isinstance(value, str) or not value:
-                raise UserError(
-                    f"{where}: {field} of message {number} must be a text that is not empty, got {value!r:.80}",
-                    'messages are [{"role": "user", "content": "..."}, ...]',
-                )
+        place = f"{where}, message {number}"
+        if not isinstance(turn, dict):
+            raise UserError(f"{place} is {turn!r:.80}, but an object with role and content is wanted", "mend the row")
+        if turn.get("role") not in ROLES:
+            found = f"its role is {turn['role']!r:.80}" if "role" in turn else "it has no role"
+            raise UserError(f"{place}: {found}", f"use one of {', '.join(ROLES)}")
+        content = turn.get("content")
+        if not isinstance(content, str):
+            found = f"its content is a {type(content).__name__}" if content is not None else "it has no content"
+            raise UserError(f"{place}: {found}, but a text is wanted", "write the text itself, not a list of parts")
+        if not content.strip():
+            raise UserError(f"{place}: its content is blank", "remove the row, or write the text")
 
 
 def dumps(row: dict) -> str:

@@ -591,9 +591,9 @@ def test_data_is_refused(tmp_path, model_dir):
     refused("is empty", [])
     refused("bad.jsonl:2: not JSON", [good, "{oops\n"])
     refused("field 'messages' is missing", [{"id": "1"}])
-    for messages in ([assistant, user], [user], [user, user, assistant], [], [user, assistant, user], [assistant]):
+    for messages in ([assistant, user], [user], [user, user, assistant], [user, assistant, user], [assistant]):
         refused(r"bad.jsonl:2 \(id 2\): the roles are", [good, {"id": "2", "messages": messages}])
-    for messages in ("hello", None, user):
+    for messages in ("hello", None, user, []):
         refused(r"bad.jsonl:2 \(id 2\): messages must be a list of turns", [good, {"id": "2", "messages": messages}])
     parts = [{"type": "text", "text": "a"}]
     for turn, message in (

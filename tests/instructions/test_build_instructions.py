@@ -589,7 +589,10 @@ def test_5_shot_cascades_and_their_pool(tmp_path):
         ({"task": "mt"}, r"fleurs\.jsonl:2: task is 'mt'"),
         ({"id": "u0"}, r"fleurs\.jsonl:2: id 'u0' repeats"),
         ({"id": "u9"}, r"fleurs\.jsonl:2: no translation of 'u9' into de"),
-        ({"reference": None}, r"fleurs\.jsonl:2: no text, or no reference"),
+        ({"reference": None}, r"fleurs\.jsonl:2: no reference, but None"),
+        ({"reference": " "}, r"fleurs\.jsonl:2: no reference, but ' '"),
+        ({"text": 3}, r"fleurs\.jsonl:2: no text, but 3"),
+        ({"id": ["u0"]}, r"fleurs\.jsonl:2: no id, but \['u0'\]"),
         ({"dataset": "other"}, r"fleurs\.jsonl:2: data sets 'fleurs' and 'other'"),
     ],
 )

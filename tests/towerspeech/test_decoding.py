@@ -459,9 +459,7 @@ def test_facts_are_the_rows_own_else_given_else_the_names(tmp_path, capsys):
     assert facts.items() <= row.items()
     (tmp_path / "some.json").write_text('[{"instruction": "x", "output": "y"}]')
     decoding.read_prompts([tmp_path / "some.json"])
-    said = (
-        "some.json: nothing says its task, dataset, shots, src_lang, tgt_lang, without which score.py cannot score it"
-    )
+    said = "some.json: nothing says its task, shots, src_lang, tgt_lang, without which score.py cannot score it"
     assert said in capsys.readouterr().out
 
 
@@ -470,10 +468,13 @@ def test_facts_are_the_rows_own_else_given_else_the_names(tmp_path, capsys):
     [
         ({"instruction": "a", "output": "b\nc"}, "the reference has several lines"),
         ({"instruction": "a", "output": 3}, "output is 3"),
-        ({"messages": [{"content": "a"}]}, "role of message 1 must be a text"),
-        ({"messages": [{"role": "user", "content": None}]}, "content of message 1 must be a text that is not empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "content of message 1 must be"),
-        ({"messages": ["a"]}, "role of message 1"),
+        ({"messages": [{"content": "a"}]}, "message 1: it has no role"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: it has no content, but a text is wanted"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+            "message 1: its content is a list, but a text is wanted",
+        ),
+        ({"messages": ["a"]}, "message 1 is 'a', but an object"),
         ({"messages": []}, "messages must be a list of turns"),
         ({"messages": {"role": "user"}}, "messages must be a list of turns"),
     ],
@@ -481,5 +482,5 @@ def test_facts_are_the_rows_own_else_given_else_the_names(tmp_path, capsys):
 def test_prompts_that_cannot_be_are_named_by_row(tmp_path, row, message):
     fine = {"instruction": "a", "output": "b\n"}
     write_jsonl(tmp_path / "p.jsonl", [fine, row])
-    with pytest.raises(UserError, match=rf"p\.jsonl:2: {message}"):
+    with pytest.raises(UserError, match=rf"p\.jsonl:2[:,] {message}"):
         decoding.read_prompts([tmp_path / "p.jsonl"])
