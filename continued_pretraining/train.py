@@ -191,6 +191,22 @@ class Log:
 
 
 # --- Training -------------------------------------------------------------------------------------
+def read_mixture(mixture: Path, sequence_length: int, global_batch_size: int, keep_steps: list[int] | None):
+    """The Mixture, the number of steps, and the steps whose checkpoints are kept, the last one among them.
+
+    Raises:
+        UserError: The mixture is not whole, or a step to keep lies outside the run.
+    """
+    from packing import Mixture  # beside this script, whose folder leads sys.path
+
+    data = Mixture(mixture, sequence_length)
+    steps = -(-data.num_windows // global_batch_size)
+    wanted = sorted({*(keep_steps or []), steps})
+    if wanted[-1] > steps or wanted[0] < 1:
+        raise UserError(f"--keep_steps {keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps")
+    return data, steps, wanted
+
+
 def train(
     model: Path,
     mixture: Path,
@@ -273,13 +289,8 @@ def train(
             f"--global_batch_size {global_batch_size} is no multiple of {world} processes x {micro_batch_size}",
             "change --global_batch_size or --micro_batch_size",
         )
-    from packing import Mixture  # beside this script, whose folder leads sys.path
-
-    data = Mixture(mixture, sequence_length)
-    steps = -(-data.num_windows // global_batch_size)
-    wanted = sorted({*(keep_steps or []), steps})
-    if wanted[-1] > steps or wanted[0] < 1:
-        raise UserError(f"--keep_steps {keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps")
+    if overwrite or not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
+        read_mixture(mixture, sequence_length, global_batch_size, keep_steps)  # before a finished run is replaced
     with contextlib.ExitStack() as stack:
         job, problem = None, None
         if rank == 0:
@@ -306,6 +317,7 @@ def train(
         if done:
             return
 
+        data, steps, wanted = read_mixture(mixture, sequence_length, global_batch_size, keep_steps)
         for step in sorted({*wanted, *range(save_every, steps, save_every)}):
             check_free(output_dir / f"checkpoint-{step}")
         if rank == 0:

@@ -242,7 +242,9 @@ def tokenize(
     begin, end = np.array(before, dtype), np.array([eod_id], dtype)
     partial, sizes_file = job.output_dir / f".{source.name}.bin", job.output_dir / f".{source.name}.sizes"
     note = job.output_dir / f".{source.name}.json"
-    done = json.loads(note.read_text()) if note.is_file() else {"documents": 0, "tokens": 0}
+    done = json.loads(note.read_text()) if note.is_file() else {}
+    if "left_out" not in done:  # of an earlier version, which had other documents
+        done = {"documents": 0, "tokens": 0}
     with open(partial, "ab") as data, open(sizes_file, "ab") as sizes:
 
         def note_down() -> None:
@@ -341,12 +343,13 @@ def build_mixture(
         manifest_sources, began = [], time.perf_counter()
         for source in sources:
             prefix = output_dir / source.name
-            if prefix.with_name(f"{source.name}.bin").is_file():
+            note = output_dir / f".{source.name}.json"
+            if prefix.with_name(f"{source.name}.bin").is_file() and note.is_file():
                 (output_dir / f".{source.name}.sizes").unlink(missing_ok=True)  # a kill came just before
             else:
                 before, left_out = [loaded.bos_token_id] if bos else [], Counter()
                 tokenize(job, source, encoder, read(source, left_out), before, eod_id, left_out)
-            left_out = json.loads((output_dir / f".{source.name}.json").read_text())["left_out"]
+            left_out = json.loads(note.read_text())["left_out"]
             told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
             tokens = IndexedTokens(prefix)
             total = int(tokens.sizes.sum(dtype="int64"))

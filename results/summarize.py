@@ -129,7 +129,7 @@ def read_table(paths: list[Path]) -> tuple[Table, list[str]]:
                 raise UserError(f"{path}:{number}: score or interval is no number", "score anew")
             origin[system, column] = path
             table.setdefault(system, {})[column] = Value(score, *bounds)
-            if row["metric"] in SHOWN and (row["metric"] != "cer_basic" or row["tgt_lang"] in CER_LEADS):
+            if row["metric"] in SHOWN and is_for(row["metric"], row["tgt_lang"]):
                 signatures.add(f"{row['metric']}|{row['signature']}")
     if not signatures:
         raise UserError(f"no {', '.join(SHOWN)} in {len(paths)} CSVs", "run results/score.py")
@@ -156,11 +156,18 @@ def column_order(column: Column) -> tuple:
     return task, column.dataset, shots, not into_english, column.pair, metric_order(column.metric)
 
 
+def is_for(metric: str, target_lang: str) -> bool:
+    """Whether a metric is shown of this language: CER where it leads."""
+    return metric != "cer_basic" or target_lang in CER_LEADS
+
+
 def columns_of(table: Table, metrics: Iterable[str]) -> list[Column]:
     """The columns of some metrics, ours or reported, in order."""
     found = {column for scores in table.values() for column in scores}
-    found = {c for c in found if c.metric != "cer_basic" or c.pair.endswith(CER_LEADS)}
-    return sorted((c for c in found if c.metric.removesuffix(REPORTED) in metrics), key=column_order)
+    return sorted(
+        (c for c in found if c.metric.removesuffix(REPORTED) in metrics and is_for(c.metric, c.pair.split("-")[-1])),
+        key=column_order,
+    )
 
 
 def labels(systems: list[System]) -> list[str]:

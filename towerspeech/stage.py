@@ -217,9 +217,9 @@ def hash_path(path: Path) -> str:
     """SHA-256 of a file, or of a folder: from the run_info files that finished it, else from all that it holds."""
     if path.is_file():
         return hash_file(path)
-    infos = sorted(path.glob(f"*{RUN_INFO}"))
-    if infos:
-        parts = [json.dumps(json.loads(info.read_text(encoding="utf-8"))["outputs"], sort_keys=True) for info in infos]
+    infos = [read_json(info, "remove it, or put the whole folder there") for info in sorted(path.glob(f"*{RUN_INFO}"))]
+    if infos and all("outputs" in info for info in infos):  # else somebody else's
+        parts = [json.dumps(info["outputs"], sort_keys=True) for info in infos]
     else:
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         parts = [f"{file.relative_to(path)} {hash_file(file)}" for file in files]

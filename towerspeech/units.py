@@ -41,7 +41,7 @@ def check_num_units(num_units: int, offset: int = OFFSET) -> None:
     """Raise UserError unless so many units have a character each: 2 to MAX_NUM_UNITS, or fewer at another offset."""
     most = OFFSET + MAX_NUM_UNITS - offset
     if not 2 <= num_units <= most:
-        raise UserError(f"--num_units is {num_units:,}", f"give 2 to {most:,}: plane 15 has no more characters")
+        raise UserError(f"--num_units is {num_units:,}", f"give 2 to {most:,}, for which plane 15 has characters")
 
 
 def check_range(units: Sequence[int], num_units: int, where: str) -> None:
