@@ -3,6 +3,7 @@
 import re
 import struct
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,10 +50,10 @@ def _end_of_data(file: BinaryIO) -> Iterator[int]:
         yield from [] if length in STREAMED[1] else [start + length]
     elif magic == b"NIST":
         header = file.read(1020)
-        numbers = [re.search(name + rb" -i (\d+)", header) for name in (b"sample_count", b"sample_n_bytes")]
-        channels = re.search(rb"channel_count -i (\d+)", header)
+        fields = (b"sample_count", b"sample_n_bytes", b"channel_count")
+        numbers = [re.search(name + rb" -i (\d+)", header) for name in fields]
         if all(numbers) and b"shorten" not in header:
-            yield 1024 + int(numbers[0][1]) * int(numbers[1][1]) * (int(channels[1]) if channels else 1)
+            yield 1024 + prod(int(number[1]) for number in numbers)
     elif magic == b"caff":
         place = 8
         while len(head := _at(file, place, 12)) == 12:

@@ -1,9 +1,11 @@
 """Features, k-means and labels, against transformers' audio code, a hooked HuBERT, scikit-learn and plain loops."""
 
+import io
 import json
 import shutil
 import struct
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from towerspeech.stage import UserError, hash_file
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "speech_units"))  # as for `python speech_units/label_audio.py`
 
+import containers  # noqa: E402
 import features  # noqa: E402
 import fit_kmeans  # noqa: E402
 import label_audio  # noqa: E402
@@ -529,11 +532,12 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """4 s of every kind of file; MP3 also of MPEG 1, without its header, and between tags."""
+    """4 s of every kind of file; NIST also in stereo, MP3 of MPEG 1, without its header, and between tags."""
     folder = tmp_path_factory.mktemp("recordings")
     for name, (container, subtype) in KINDS.items():
         soundfile.write(folder / name, tone(3, 4), 16000, format=container, subtype=subtype)
     soundfile.write(folder / "mpeg1.mp3", tone(3, 4, 44100), 44100, format="MP3")
+    soundfile.write(folder / "stereo.sph", np.stack([tone(3, 4)] * 2, axis=1), 16000, format="NIST", subtype="PCM_16")
     mp3 = (folder / "layer3.mp3").read_bytes()
     assert mp3[:3] == b"\xff\xf3\x88" and b"Xing" in mp3[:40]  # a frame of 64 kbit/s, at 16 kHz 288 bytes
     (folder / "variable.mp3").write_bytes(mp3[288:])
@@ -547,7 +551,7 @@ def recordings(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [*KINDS, "mpeg1.mp3", "bare.mp3", "tagged.mp3"])
+@pytest.mark.parametrize("name", [*KINDS, "stereo.sph", "mpeg1.mp3", "bare.mp3", "tagged.mp3"])
 def test_files_that_end_early(recordings, tmp_path, name):
     whole = (recordings / name).read_bytes()
     seconds = len(features.read_audio(recordings / name, "m:1")) / 16000
@@ -599,6 +603,16 @@ def test_ogg_cut_between_pages_and_mp3_between_frames(recordings, tmp_path):
         (tmp_path / name).write_bytes(whole[: whole.rindex(mark, 0, len(whole) * 3 // 4 + 2000)])
         with pytest.raises(UserError, match="m:7: .* ends early"):
             features.read_audio(tmp_path / name, "m:7")
+
+
+def test_frames_of_mpeg_audio_are_as_long_as_mpg123_says():
+    """Of every version, layer, bit rate and sampling rate: 20 empty frames of our length are 20 to libsndfile."""
+    for version, layer, bit_rate, rate, padding in product((3, 2, 0), (1, 2, 3), range(1, 15), range(3), (0, 1)):
+        head = 0x7FF << 21 | version << 19 | 4 - layer << 17 | 1 << 16 | bit_rate << 12 | rate << 10 | padding << 9
+        head = (head | 3 << 6).to_bytes(4, "big")  # mono
+        frame = head + bytes(containers._mp3_frame(head, 0) - 4)
+        samples_a_frame = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
+        assert len(soundfile.read(io.BytesIO(20 * frame))[0]) == 20 * samples_a_frame, head.hex()
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x80000000, 0x7FFFFFFF - 36, 0xFFFFFFFF - 36])
@@ -671,6 +685,8 @@ def test_the_number_of_units_is_checked_first(tmp_path, num_units):
 
 def test_bad_arguments(corpus, kmeans, tmp_path):
     manifest = corpus / "train.jsonl"
+    with pytest.raises(UserError, match="--max_frames 11 is less than --num_units 12"):
+        fit_kmeans.fit_kmeans(tmp_path / "none", corpus, tmp_path / "k", features="mfcc", num_units=12, max_frames=11)
     with pytest.raises(UserError, match="shards are 0 to num_shards - 1"):
         label_audio.label_audio(manifest, corpus, kmeans, tmp_path, num_shards=2, shard=2)
     with pytest.raises(UserError, match="frames for 5,000 units"):
