@@ -6,6 +6,7 @@ the foreground as children of the test process, which ends them by their process
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -96,6 +97,14 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError("no free ports")
 
 
+@contextlib.contextmanager
+def alone():
+    """Free ports are free, and the hosts file is as it was read, only while no other test run starts or ends a Slurm."""
+    with open(HOSTS, encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class LocalSlurm:
     """Start with ``with LocalSlurm(folder) as slurm``; commands find it by ``slurm.environment``."""
 
@@ -110,7 +119,8 @@ class LocalSlurm:
     # --- Start and stop
     def __enter__(self) -> "LocalSlurm":
         try:
-            self._start()
+            with alone():
+                self._start()
         except BaseException:
             self.__exit__()
             raise
@@ -175,8 +185,9 @@ class LocalSlurm:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        kept = [line for line in HOSTS.read_text().splitlines(keepends=True) if self.mark not in line]
-        HOSTS.write_text("".join(kept))  # in place: it may be a mount
+        with alone():
+            kept = [line for line in HOSTS.read_text().splitlines(keepends=True) if self.mark not in line]
+            HOSTS.write_text("".join(kept))  # in place: it may be a mount
 
     def processes(self) -> list[psutil.Process]:
         """What jobs left running: slurmstepd and its children outlive slurmd."""
@@ -204,13 +215,15 @@ class LocalSlurm:
 
     def wait_for_nodes(self) -> None:
         """Wait until both nodes can take jobs."""
-        states = ("idle", "mixed", "allocated")
-        wait_until(
-            lambda: (
-                sum(self("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").split().count(state) for state in states) == 2
-            ),
-            "both nodes are up",
-        )
+
+        def up() -> bool:
+            for name, daemon in self.daemons.items():
+                log = self.root / f"{name}.log"
+                assert daemon.poll() is None, f"{name} has ended:\n{log.read_text(errors='replace')[-2000:]}"
+            states = self("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").split()
+            return sum(states.count(state) for state in ("idle", "mixed", "allocated")) == 2
+
+        wait_until(up, "both nodes are up")
 
     # --- Jobs
     def __call__(self, *command: object, check: bool = True, **variables: object) -> str:
