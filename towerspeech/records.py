@@ -58,7 +58,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as file:
         begun = False
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            line = line.removeprefix(codecs.BOM_UTF8)  # in the middle too: files that were joined have one a file
             if not line.strip():
                 continue
             if not begun and line.lstrip().startswith(b"["):

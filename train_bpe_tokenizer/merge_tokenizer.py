@@ -210,7 +210,7 @@ def own_settings(base: Path) -> tuple[str | None, str | None]:
     settings, template = base / "tokenizer_config.json", base / "chat_template.jinja"
     found = read_json(settings, "copy it anew") if settings.is_file() else {}
     pad = found.get("pad_token")
-    own = template.read_text(encoding="utf-8") if template.is_file() else found.get("chat_template")
+    own = template.read_text(encoding="utf-8-sig") if template.is_file() else found.get("chat_template")
     return pad["content"] if isinstance(pad, dict) else pad, own
 
 

@@ -84,7 +84,7 @@ def test_bad_jsonl_is_named_by_line(tmp_path, content, message):
 
 @pytest.mark.parametrize("beginning", [b"", b"\xef\xbb\xbf", b"\n\n", b"\xef\xbb\xbf\r\n"])
 @pytest.mark.parametrize(
-    "content", [b'{"id": 1}\n\n \t\r\n{"id": "\\\\ud83d"}\n\n', b'[{"id": 1},\n{"id": "\\\\ud83d"}]']
+    "content", [b'{"id": 1}\n\n \t\r\n\xef\xbb\xbf{"id": "\\\\ud83d"}\n\n', b'[{"id": 1},\n{"id": "\\\\ud83d"}]']
 )
 def test_a_bom_and_blank_lines_are_no_rows(tmp_path, beginning, content):
     (tmp_path / "a.jsonl").write_bytes(beginning + content)
