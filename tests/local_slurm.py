@@ -99,7 +99,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def alone():
-    """Free ports are free, and the hosts file is as it was read, only while no other test run starts or ends a Slurm."""
+    """No other test run starts or ends a Slurm meanwhile: free ports stay free, the hosts file as it was read."""
     with open(HOSTS, encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
