@@ -15,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 from towerspeech.stage import (
@@ -445,7 +446,7 @@ def test_a_second_writer_waits_for_the_first(tmp_path, slow, monkeypatch):
     first = start(command, 1)
     second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     lock = str(tmp_path / "out/.folder.lock")
-    while lock not in [os.path.realpath(path) for path in Path(f"/proc/{second.pid}/fd").iterdir()]:
+    while lock not in [file.path for file in psutil.Process(second.pid).open_files()]:
         assert second.poll() is None  # until it has the lock's file open, but not the lock
     assert first.communicate("go on\n")[0] == "writing 2\n" and first.returncode == 0
     assert second.communicate()[0] == f"already done: {tmp_path / 'out'}\n" and second.returncode == 0
