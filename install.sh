@@ -99,7 +99,7 @@ install_set() { # venv, kind, stamp's name, requirements file, more arguments of
     local venv="$1" kind="$2" name="$3" file="$4" wanted started=$SECONDS
     shift 4
     local read=("$file")
-    [[ "$name" != base ]] || read+=(requirements-common.txt)
+    [[ "$name" != base ]] || read+=(requirements-common.txt pyproject.toml)
     wanted="$(printf '%s\n' "$repo" "$kind" "$@" | cat - "${read[@]}" | sha256sum)"
     if [[ ! -e "$venv/.unfinished" && -e "$venv/.stamp-$name" && "$(<"$venv/.stamp-$name")" == "$wanted" ]]; then
         say "$venv: $name ($file) is there"

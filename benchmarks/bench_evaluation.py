@@ -24,8 +24,9 @@ import sys
 import time
 from pathlib import Path
 
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, read_json
 from towerspeech.records import read_jsonl
-from towerspeech.stage import UserError, check_exists, read_json, run
 
 REPO = Path(__file__).resolve().parent.parent
 TINY_TOKENS, SMOLLM2_TOKENS = 64, 64  # limits of a generation

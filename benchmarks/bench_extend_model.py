@@ -17,13 +17,12 @@ import os
 import random
 import shutil
 import struct
-import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-from towerspeech.stage import UserError, run
+from benchmarks.measure import measure
+from towerspeech.command import UserError, run
 
 REPO = Path(__file__).resolve().parent.parent
 TOKENS, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32_000, 4096, 11_008, 32, 32  # Llama-2-7B
@@ -135,26 +134,6 @@ def make_tokenizer(root: Path) -> tuple[Path, Path]:
 
 
 # --- Measuring ------------------------------------------------------------------------------------
-def measure(command: list, log: Path) -> tuple[float, float]:
-    """Run a command; its seconds, from outside, and its peak resident memory in bytes.
-
-    The kernel counts what the starting process held in at first, so this one must stay small.
-
-    Raises:
-        UserError: It failed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    os.sync()  # not to wait for what an earlier one wrote
-    began = time.perf_counter()
-    with open(log, "w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{log.stem} ended with status {process.returncode}", f"see {log}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
-
-
 def script(name: str, output_dir: Path, *words) -> tuple[float, float]:
     """Run one of train_bpe_tokenizer's scripts."""
     command = [sys.executable, REPO / "train_bpe_tokenizer" / name, *words, "--output_dir", output_dir]

@@ -23,11 +23,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench_extend_model import measure  # beside this script
-
+from benchmarks.measure import measure
 from towerspeech import units as dsu
-from towerspeech.records import shard_name, write_units
-from towerspeech.stage import UserError, read_json, run
+from towerspeech.command import UserError, run
+from towerspeech.files import read_json
+from towerspeech.units_parquet import shard_name, write_units
 
 REPO = Path(__file__).resolve().parent.parent
 NUM_UNITS, VOCAB_SIZE = 5000, 8000

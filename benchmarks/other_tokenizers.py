@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import check_exists, run, write_json
+from towerspeech.command import run
+from towerspeech.files import check_exists, write_json
+from towerspeech.tokenizer import EOD, read_metadata
 
 
 def with_sentencepiece(source: Path, merges: int, num_units: int, output_dir: Path) -> float:
@@ -65,11 +67,11 @@ def line_by_line(source: Path, tokenizer: Path, output_dir: Path) -> float:
 
     from towerspeech import prompts, units
     from towerspeech.indexed import token_dtype
-    from towerspeech.records import read_units
+    from towerspeech.units_parquet import read_units
 
     loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    facts = units.read_metadata(tokenizer)
-    eod_id, seconds = loaded.convert_tokens_to_ids(prompts.EOD), 0.0
+    facts = read_metadata(tokenizer)
+    eod_id, seconds = loaded.convert_tokens_to_ids(EOD), 0.0
     with open(output_dir / "tokens.bin", "wb") as file:
         for row in read_units(source):
             document = prompts.speech_document(units.to_text(row["units"], facts["offset"]), row["text"])

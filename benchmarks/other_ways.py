@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech import decoding, prompts
-from towerspeech.records import write_jsonl
-from towerspeech.stage import run, write_json
+from towerspeech import decoding
+from towerspeech.command import run
+from towerspeech.files import write_json
+from towerspeech.records import read_prompts, write_jsonl
+from towerspeech.tokenizer import stop_token_ids
 
 
 def with_vllm(model: Path, tasks: dict, max_new_tokens: int) -> tuple[dict, float]:
@@ -26,7 +28,7 @@ def with_vllm(model: Path, tasks: dict, max_new_tokens: int) -> tuple[dict, floa
 
     llm = LLM(str(model), dtype="float32", enforce_eager=True)
     params = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop=["\n"])
-    params.stop_token_ids = prompts.stop_token_ids(llm.get_tokenizer())
+    params.stop_token_ids = stop_token_ids(llm.get_tokenizer())
     found, seconds = {}, 0.0
     for name, rows in tasks.items():
         began = time.perf_counter()
@@ -48,7 +50,7 @@ def with_transformers(model_dir: Path, tasks: dict, max_new_tokens: int, batch_s
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    stop_ids = prompts.stop_token_ids(tokenizer)
+    stop_ids = stop_token_ids(tokenizer)
     pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     newlines = [i for i, piece in enumerate(pieces) if "\n" in piece]
     found, seconds = {}, 0.0
@@ -103,7 +105,7 @@ def other_way(
         max_new_tokens: Limit of a generation.
         batch_size: Of transformers.
     """
-    tasks = decoding.read_prompts(prompts)
+    tasks = read_prompts(prompts)
     if way == "vllm":
         found, seconds = with_vllm(model, tasks, max_new_tokens)
     else:

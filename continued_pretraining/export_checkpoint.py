@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import RUN_INFO, UserError, hash_path, read_json, run, stage
+from towerspeech.command import UserError, run
+from towerspeech.files import read_json
+from towerspeech.stage import RUN_INFO, hash_path, stage
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -36,8 +38,8 @@ def export_checkpoint(
     made_by = "name a checkpoint-<step> folder of continued_pretraining/train.py"
     info = read_json(checkpoint / RUN_INFO, made_by, ["step", "tokens", "plan"])
     read_json(model / "config.json", "name the model folder that training began with")
-    with stage(output_dir, arguments, inputs=["checkpoint", "model"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["checkpoint", "model"]) as work:
+        if work.done:
             return
         if info["plan"]["inputs"]["model"] != [hash_path(model)]:
             raise UserError(f"{checkpoint} was not trained from {model}", "name the --model that train.py was given")
@@ -54,13 +56,13 @@ def export_checkpoint(
             dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
         network.load_state_dict(weights)
         network.to(getattr(torch, dtype))
-        with job.publish() as folder:
+        with work.publish() as folder:
             network.save_pretrained(folder)
             for file in sorted(model.iterdir()):  # tokenizer, speech_units.json, licence: as they are
                 is_note = file.name.startswith(".") or file.name.endswith(RUN_INFO) or ".safetensors." in file.name
                 if file.is_file() and not is_note and file.suffix not in WEIGHTS and not (folder / file.name).exists():
                     shutil.copyfile(file, folder / file.name)
-        job.counts.update({"step": info["step"], "tokens": info["tokens"]})
+        work.counts.update({"step": info["step"], "tokens": info["tokens"]})
         print(f"step {info['step']:,}, {sum(info['tokens'].values()):,} tokens, {dtype}: {output_dir}")
 
 

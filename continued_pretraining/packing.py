@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from towerspeech.files import check_exists
 from towerspeech.indexed import IndexedTokens
-from towerspeech.stage import check_exists
 
 IGNORE = -100  # target that the loss leaves out
 

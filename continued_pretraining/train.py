@@ -21,13 +21,15 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import RUN_INFO, UserError, publish, read_json, remove, run, stage, write_json
+from towerspeech.command import UserError, run
+from towerspeech.files import publish, read_json, remove, write_json
+from towerspeech.stage import RUN_INFO, stage
 
 
 # --- Set-up ---------------------------------------------------------------------------------------
 def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     """Refuse a model without weights, a mixture of another tokenizer, and windows beyond the model's context."""
-    from towerspeech.units import tokenizer_hash
+    from towerspeech.tokenizer import tokenizer_hash
 
     made_by = "make the model with train_bpe_tokenizer/extend_model.py"
     config = read_json(model / "config.json", made_by, ["vocab_size", "max_position_embeddings"])
@@ -197,7 +199,7 @@ def read_mixture(mixture: Path, sequence_length: int, global_batch_size: int, ke
     Raises:
         UserError: The mixture is not whole, or a step to keep lies outside the run.
     """
-    from packing import Mixture  # beside this script, whose folder leads sys.path
+    from continued_pretraining.packing import Mixture
 
     data = Mixture(mixture, sequence_length)
     steps = -(-data.num_windows // global_batch_size)
@@ -292,7 +294,7 @@ def train(
     if overwrite or not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
         read_mixture(mixture, sequence_length, global_batch_size, keep_steps)  # before a finished run is replaced
     with contextlib.ExitStack() as stack:
-        job, problem = None, None
+        work, problem = None, None
         if rank == 0:
             speed = [
                 "micro_batch_size",
@@ -304,10 +306,10 @@ def train(
                 "device",
             ]
             try:
-                job = stack.enter_context(stage(output_dir, arguments, inputs=["model", "mixture"], ignore=speed))
+                work = stack.enter_context(stage(output_dir, arguments, inputs=["model", "mixture"], ignore=speed))
             except UserError as error:
                 problem = error
-        problem, done = agree((str(problem) if problem else None, bool(job and job.done)))
+        problem, done = agree((str(problem) if problem else None, bool(work and work.done)))
         if problem or done:
             leave()
         if problem:
@@ -371,7 +373,7 @@ def train(
             logged_targets += num_targets
             progress.update()
 
-            stopping = step < steps and agree_on_flag(bool(job and job.asked_to_stop()))
+            stopping = step < steps and agree_on_flag(bool(work and work.asked_to_stop()))
             saving = stopping or step in wanted or step % save_every == 0
             if saving or step % log_every == 0:
                 dist.all_reduce(loss_sum)
@@ -391,7 +393,7 @@ def train(
                 logged_targets = 0
             if saving:
                 tokens = data.tokens_seen(step * global_batch_size)
-                plan = job.plan if rank == 0 else None
+                plan = work.request if rank == 0 else None
                 save(
                     output_dir / f"checkpoint-{step}",
                     network,
@@ -410,7 +412,7 @@ def train(
         progress.close()
         if rank == 0:
             remove_old(output_dir, wanted)  # also what a kill after the last save left
-            job.counts.update({"steps": steps, "tokens": data.tokens_seen(data.num_windows)})
+            work.counts.update({"steps": steps, "tokens": data.tokens_seen(data.num_windows)})
             print(f"trained on {data.budgets.sum():,} tokens: {output_dir}/checkpoint-{steps}", flush=True)
     leave()
 

@@ -26,8 +26,12 @@ from typing import Literal
 import numpy as np
 
 from towerspeech import prompts, records, units
-from towerspeech.stage import UserError, check_exists, run, stage, write_json
-from towerspeech.tokenizer import MARK, check_outside_text, marker, text_tokenizer
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, write_json
+from towerspeech.outside_text import MARK, check_outside_text, marker, text_tokenizer
+from towerspeech.stage import stage
+from towerspeech.tokenizer import read_metadata, tokenizer_hash, unit_tokens
+from towerspeech.units_parquet import check_one_kmeans, read_unit_arrays
 
 BATCH_DOCUMENTS = 2048  # tokenized at once, on all cores; also how much a killed run repeats at most, times 16
 COMPARED_DOCUMENTS = 64  # of each source, with the tokenizer's own ids
@@ -84,7 +88,7 @@ def documents(
 
     for path in map(Path, source.paths):
         if source.kind == "speech":
-            for flat, ends, batch, place in records.read_unit_arrays(path, num_units, ["language", "text"]):
+            for flat, ends, batch, place in read_unit_arrays(path, num_units, ["language", "text"]):
                 runs = np.split(flat, ends[:-1])
                 languages, texts = batch.column("language").to_pylist(), batch.column("text").to_pylist()
                 for row, (speech, language, text) in enumerate(zip(runs, languages, texts, strict=True)):
@@ -155,7 +159,7 @@ class Encoder:
         before = prompts.speech_document(self.stand_in, "").partition(self.stand_in)[0]
         self.position = len(self.reference(before + self.stand_in)) - 1  # of the stand-in's token
 
-        tokens = units.unit_tokens(tokenizer, num_units, offset) if num_units else {}
+        tokens = unit_tokens(tokenizer, num_units, offset) if num_units else {}
         names = dict(zip(tokens, tokenizer.convert_ids_to_tokens(list(tokens)), strict=True))
         singles = {found[0]: index for index, found in tokens.items() if len(found) == 1}
         missing = sorted(set(range(num_units)) - set(singles))
@@ -222,7 +226,7 @@ def encode_ahead(encoder: Encoder, batches: Iterator[list]) -> Iterator[list[np.
 
 
 def tokenize(
-    job,
+    work,
     source: Source,
     encoder: Encoder,
     stream: Iterator[tuple],
@@ -240,8 +244,8 @@ def tokenize(
 
     dtype = encoder.dtype
     begin, end = np.array(before, dtype), np.array([eod_id], dtype)
-    partial, sizes_file = job.output_dir / f".{source.name}.bin", job.output_dir / f".{source.name}.sizes"
-    note = job.output_dir / f".{source.name}.json"
+    partial, sizes_file = work.output_dir / f".{source.name}.bin", work.output_dir / f".{source.name}.sizes"
+    note = work.output_dir / f".{source.name}.json"
     done = json.loads(note.read_text()) if note.is_file() else {}
     if "left_out" not in done:  # of an earlier version, which had other documents
         done = {"documents": 0, "tokens": 0}
@@ -271,9 +275,9 @@ def tokenize(
                 note_down()
         note_down()
         progress.close()
-    with job.publish(f"{source.name}.idx") as path:
+    with work.publish(f"{source.name}.idx") as path:
         write_index(path, np.fromfile(sizes_file, np.int32), dtype)
-    os.replace(partial, job.output_dir / f"{source.name}.bin")
+    os.replace(partial, work.output_dir / f"{source.name}.bin")
     sizes_file.unlink()
 
 
@@ -308,7 +312,7 @@ def build_mixture(
             check_exists(Path(path), f"check paths of source {source.name!r}")
         if source.budget <= 0 or not source.paths:
             raise UserError(f"source {source.name!r} needs paths and a positive budget", "mend the config")
-    records.check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.paths)
+    check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.paths)
     arguments = {key: value for key, value in locals().items() if key in build_mixture.__annotations__}
     # Paths are compared by content, the rest of a source by value.
     arguments["paths"] = [path for source in sources for path in source.paths]
@@ -316,18 +320,18 @@ def build_mixture(
     arguments["budgets"] = {source.name: [source.budget, source.max_epochs] for source in sources}
 
     # Tokens do not depend on budgets: if one is too large, what was tokenized stays.
-    with stage(output_dir, arguments, inputs=["tokenizer", "paths"], late=["budgets", "seed"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["tokenizer", "paths"], late=["budgets", "seed"]) as work:
+        if work.done:
             return
         from transformers import AutoTokenizer
 
         from towerspeech.indexed import IndexedTokens
-        from towerspeech.prompts import EOD
+        from towerspeech.tokenizer import EOD
 
-        tokenizer_sha256 = units.tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
+        tokenizer_sha256 = tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
         loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         needs_units = any(source.kind == "speech" for source in sources)
-        dsu = units.read_metadata(tokenizer) if needs_units else {"num_units": 0, "offset": 0}
+        dsu = read_metadata(tokenizer) if needs_units else {"num_units": 0, "offset": 0}
         eod_id = loaded.get_vocab().get(EOD, loaded.eos_token_id)
         if eod_id is None or (bos and loaded.bos_token_id is None):
             raise UserError(
@@ -348,7 +352,7 @@ def build_mixture(
                 (output_dir / f".{source.name}.sizes").unlink(missing_ok=True)  # a kill came just before
             else:
                 before, left_out = [loaded.bos_token_id] if bos else [], Counter()
-                tokenize(job, source, encoder, read(source, left_out), before, eod_id, left_out)
+                tokenize(work, source, encoder, read(source, left_out), before, eod_id, left_out)
             left_out = json.loads(note.read_text())["left_out"]
             told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
             tokens = IndexedTokens(prefix)
@@ -375,9 +379,9 @@ def build_mixture(
                     "epochs": round(epochs, 4),
                 }
             )
-        job.counts["last_attempt"] = {"tokenize_s": round(time.perf_counter() - began, 3)}
+        work.counts["last_attempt"] = {"tokenize_s": round(time.perf_counter() - began, 3)}
         budget = sum(source.budget for source in sources)
-        with job.publish("manifest.json") as path:
+        with work.publish("manifest.json") as path:
             manifest = {
                 "tokenizer_sha256": tokenizer_sha256,
                 "vocab_size": len(loaded),
@@ -390,7 +394,7 @@ def build_mixture(
                 "data_path": " ".join(f"{source.budget / budget:.6f} {source.name}" for source in sources),
             }
             path.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
-        job.counts.update({"budget": budget, **{source["name"]: source["tokens"] for source in manifest_sources}})
+        work.counts.update({"budget": budget, **{source["name"]: source["tokens"] for source in manifest_sources}})
         print(f"mixture of {budget:,} tokens: {output_dir}")
 
 

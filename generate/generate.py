@@ -10,7 +10,7 @@ that a run that was killed decodes the missing prompts alone.
 
 from pathlib import Path
 
-from towerspeech.stage import run
+from towerspeech.command import run
 
 
 def generate(
@@ -53,8 +53,9 @@ def generate(
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
-    from towerspeech.decoding import Decoding, decode, read_prompts
+    from towerspeech.decoding import Decoding, decode
     from towerspeech.languages import parse_pair
+    from towerspeech.records import read_prompts
 
     decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})
     facts = {"dataset": dataset, "shots": shots}

@@ -11,7 +11,7 @@ a run that was killed decodes the missing utterances alone.
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import UserError, run
+from towerspeech.command import UserError, run
 
 
 def generate_ASR(
@@ -55,9 +55,10 @@ def generate_ASR(
         raise UserError("speech is wanted once", "give either --units or --prompts")
     if prompts and style != "original":
         raise UserError("--style is of prompts made from units", "leave it out: prompt files have their own")
-    from towerspeech.decoding import Decoding, decode, read_prompts
-    from towerspeech.prompts import speech_rows
-    from towerspeech.units import read_metadata
+    from towerspeech.decoding import Decoding, decode
+    from towerspeech.records import read_prompts
+    from towerspeech.speech_prompts import speech_rows
+    from towerspeech.tokenizer import read_metadata
 
     def load(checkpoint: Path) -> dict[str, list[dict]]:
         if prompts:

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.records import iter_parallel, read_units, write_jsonl
-from towerspeech.stage import UserError, run, stage
-from towerspeech.tokenizer import check_outside_text
+from towerspeech.command import UserError, run
+from towerspeech.outside_text import check_outside_text
+from towerspeech.records import iter_parallel, write_jsonl
+from towerspeech.stage import stage
+from towerspeech.units_parquet import read_units
 
 NUM_SHOTS = 5  # the original's few-shot prompts
 PARALLEL_FIELDS = ("id", "src_lang", "tgt_lang", "source", "target")
@@ -155,11 +157,11 @@ def build_sft_data(
                 f"--{name} is {'missing' if number else 'given'}, but {number} of its examples are wanted",
                 f"give both --{name} and its number, or neither",
             )
-    with stage(output_dir, arguments, inputs=["units", "parallel"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["units", "parallel"]) as work:
+        if work.done:
             return
         rng = random.Random(seed)
-        asr, num_transcribed = sample(transcribed(units or [], unit_offset, job.counts), num_asr, rng)
+        asr, num_transcribed = sample(transcribed(units or [], unit_offset, work.counts), num_asr, rng)
         pairs = [row for path in parallel or [] for row in read_parallel(path)]
         for name, wanted, found in (("asr", num_asr, num_transcribed), ("mt", num_mt, len(pairs))):
             if wanted > found:
@@ -170,10 +172,10 @@ def build_sft_data(
         rows = asr + translations(pairs, num_mt, few_shot_share, rng)
         rng.shuffle(rows)
         write_jsonl(output_dir / "sft.jsonl", rows)
-        job.counts.update({"asr_available": num_transcribed, "mt_available": len(pairs), "examples": len(rows)})
+        work.counts.update({"asr_available": num_transcribed, "mt_available": len(pairs), "examples": len(rows)})
         for row in rows:
-            job.counts[row["task"]] = job.counts.get(row["task"], 0) + 1
-        for name, count in job.counts.items():
+            work.counts[row["task"]] = work.counts.get(row["task"], 0) + 1
+        for name, count in work.counts.items():
             print(f"{name}: {count:,}")
         print(f"wrote {output_dir / 'sft.jsonl'}")
 

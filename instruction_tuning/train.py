@@ -35,11 +35,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from towerspeech import units as dsu
-from towerspeech.prompts import IM_END
+from towerspeech.command import UserError, no_space, quiet, run
+from towerspeech.files import check_exists, remove, write_json
+from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import check_messages, iter_jsonl
-from towerspeech.stage import RUN_INFO, UserError, check_exists, no_space, quiet, remove, run, stage, write_json
-from towerspeech.tokenizer import check_units, marker, text_tokenizer
+from towerspeech.stage import RUN_INFO, stage
+from towerspeech.tokenizer import IM_END, read_metadata
 
 IGNORED = -100  # the label of a token without loss
 ENCODE_ROWS = 1000  # conversations tokenized at once
@@ -230,7 +231,7 @@ def load_tokenizer(model: Path):
 
     made_by = "make the model folder with train_bpe_tokenizer/extend_model.py"
     check_exists(model / "config.json", made_by)
-    dsu.read_metadata(model)
+    read_metadata(model)
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
@@ -395,7 +396,7 @@ def prepare(
         check_sharding(sft_config, config)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"sft.fsdp and sft.fsdp_config cannot be used: {error}", "mend them") from None
-    units = dsu.read_metadata(model)
+    units = read_metadata(model)
     places, chats = read_conversations(data, units["num_units"], units["offset"])
     batch = sft_config.train_batch_size * sft_config.world_size
     if sft_config.dataloader_drop_last and len(chats) < batch:
@@ -619,10 +620,11 @@ def train(
     if overwrite or not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
         prepared = prepare(model, data, output_dir, sft or {}, seed, first)
     with contextlib.ExitStack() as stack:
-        job = None
+        work = None
         if first:
-            job = stack.enter_context(stage(output_dir, arguments, inputs=["model", "data"]))
-        plan = [job.done if job else None, newest_checkpoint(output_dir, processes) if job and not job.done else None]
+            work = stack.enter_context(stage(output_dir, arguments, inputs=["model", "data"]))
+        checkpoint = newest_checkpoint(output_dir, processes) if work and not work.done else None
+        plan = [work.done if work else None, checkpoint]
         if processes > 1:  # the first process decides for all
             from accelerate.utils import broadcast_object_list
 
@@ -637,7 +639,7 @@ def train(
                     print(f"going on from {checkpoint}", flush=True)
 
             def asked_to_stop() -> bool:  # the first process decides for all
-                flag = [bool(job and job.asked_to_stop())]
+                flag = [bool(work and work.asked_to_stop())]
                 if processes > 1:
                     broadcast_object_list(flag)
                 return flag[0]
@@ -649,10 +651,10 @@ def train(
                     sys.exit(1)  # the first process says it for all
                 saved = newest_checkpoint(output_dir, processes)
                 raise UserError(f"asked to stop: saved {saved}", "run this again, and it goes on from there")
-            if job:
-                with job.publish() as folder:
+            if work:
+                with work.publish() as folder:
                     save_model(weights, prepared, model, folder)
-                job.counts.update(examples=len(prepared.dataset), tokens=count_tokens(prepared.dataset))
+                work.counts.update(examples=len(prepared.dataset), tokens=count_tokens(prepared.dataset))
                 print(f"wrote {output_dir}")
     if first:  # only now is the model known to be whole
         for path in checkpoints(output_dir):

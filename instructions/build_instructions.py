@@ -34,15 +34,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import read_test_sets as test_sets  # beside this script, whose folder leads sys.path
-from read_test_sets import Missing, Parallel
-
+from instructions import read_test_sets as test_sets
+from instructions.read_test_sets import Missing, Parallel
 from towerspeech import prompts
 from towerspeech import units as dsu
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists
 from towerspeech.languages import parse_pair
+from towerspeech.outside_text import PLANE_15
 from towerspeech.records import dumps
-from towerspeech.stage import UserError, check_exists, run, stage
-from towerspeech.tokenizer import PLANE_15
+from towerspeech.speech_prompts import speech_rows
+from towerspeech.stage import stage
 
 TEXT_SETS = {"flores200": "flores", "wmt23": "wmt23", "towereval": None}  # file names: the original's, or TowerEval's
 # The original's WMT23 5-shot files have a space before every example but the first, and before the sentence itself.
@@ -233,14 +235,14 @@ def speech_files(request: Request) -> list[PromptFile]:
     settings = dict(offset=request.unit_offset, wanted=parse_lines(request.test_lines, "test_lines"))
     facts = facts_of(request, name, []) | {"unit_offset": request.unit_offset}
     if not request.translations:
-        rows = prompts.speech_rows(request.data_root, name, request.style, **settings)
+        rows = speech_rows(request.data_root, name, request.style, **settings)
         return [PromptFile("asr", name, "", rows, {**facts, "data": request.data_root}, {})]
     file, translations = test_sets.read_translations(request.translations, name)
     arguments = {**facts, "data": [request.data_root, file]}
     files = []
     for tgt in test_sets.speech_targets(request.pairs, file, translations):
         targets = {key: text for key, (_, text) in translations[tgt].items()}
-        rows = prompts.speech_rows(request.data_root, name, request.style, **settings, tgt_lang=tgt, targets=targets)
+        rows = speech_rows(request.data_root, name, request.style, **settings, tgt_lang=tgt, targets=targets)
         files.append(PromptFile("st", name, f"en-{tgt}", rows, arguments, {}))
     return files
 
@@ -432,13 +434,13 @@ def build_instructions(
         files, skipped = plan(Request(**given)), []
     for file in files:
         arguments = {**file.arguments, "overwrite": overwrite}
-        with stage(output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as job:
-            if job.done:
+        with stage(output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as work:
+            if work.done:
                 continue
-            with job.publish(f"{file.stem}.jsonl") as path, open(path, "w", encoding="utf-8") as output:
+            with work.publish(f"{file.stem}.jsonl") as path, open(path, "w", encoding="utf-8") as output:
                 output.writelines(dumps(row) + "\n" for row in file.rows)
-            job.counts.update({"prompts": len(file.rows), **file.counts})
-            counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in job.counts.items())
+            work.counts.update({"prompts": len(file.rows), **file.counts})
+            counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in work.counts.items())
             print(f"{output_dir / file.folder / file.stem}.jsonl: {counted}")
     if all:
         print(table(files, skipped))

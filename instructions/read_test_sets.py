@@ -15,10 +15,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from towerspeech.command import UserError
+from towerspeech.files import check_exists
 from towerspeech.languages import LANGUAGES, language, parse_pair
+from towerspeech.outside_text import check_outside_text
 from towerspeech.records import iter_jsonl, iter_parallel, read_lines
-from towerspeech.stage import UserError, check_exists
-from towerspeech.tokenizer import check_outside_text
 
 WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
 TEST_SPLITS = {"flores200": "devtest", "wmt23": "test", "towereval": "test"}

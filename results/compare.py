@@ -21,12 +21,12 @@ import itertools
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from score import FACTS, Outputs, finished_files, read_generations, read_line_files  # beside this script
-
+from results.score import FACTS, Outputs, finished_files, read_generations, read_line_files
+from towerspeech.command import UserError, run
 from towerspeech.languages import language
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, ERROR_RATES, NORMALIZERS, SEED, TASKS, markdown_table, one_line
 from towerspeech.records import read_jsonl
-from towerspeech.stage import UserError, run, stage
+from towerspeech.stage import stage
 
 LEVEL = 0.05
 TOO_FEW = 5  # where so many segments differ, the smallest p is 2 / 2^5
@@ -303,8 +303,8 @@ def compare(
             language(key[3])
         except UserError as error:
             raise UserError(f"{sets_a[key].outputs.file}: {error}") from None
-    with stage(output_dir, arguments, inputs=["system_a", "system_b", "references"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["system_a", "system_b", "references"]) as work:
+        if work.done:
             print((output_dir / "comparison.md").read_text(encoding="utf-8"), end="")
             return
         rows = []
@@ -320,14 +320,14 @@ def compare(
         notes.append(NOTE)
         lines = cells(rows)
         signatures = list(dict.fromkeys(f"{row.metric}|{row.signature}" for row in rows))
-        with job.publish("comparison.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        with work.publish("comparison.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(Comparison._fields)
             writer.writerows(rows)
-        with job.publish("comparison.md") as path:
+        with work.publish("comparison.md") as path:
             path.write_text(as_markdown(lines, notes, signatures), encoding="utf-8")
         marked = sum(row.significant == "yes" for row in rows)
-        job.counts |= {"test_sets": len(shared), "rows": len(rows), "significant": marked}
+        work.counts |= {"test_sets": len(shared), "rows": len(rows), "significant": marked}
         print("\n".join(["", as_text(lines), "", *named, *notes[1:]]))
     print(f"{marked} of {len(rows)} differences are significant; written: {output_dir}/comparison.md, comparison.csv")
 

@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from towerspeech.decoding import prompt_hash, read_prompts
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, hash_file, locked
 from towerspeech.metrics import (
     BOOTSTRAP_SAMPLES,
     ERROR_RATES,
@@ -39,8 +40,8 @@ from towerspeech.metrics import (
     read_results,
     write_results,
 )
-from towerspeech.records import read_jsonl, read_lines
-from towerspeech.stage import RUN_INFO, UserError, check_exists, hash_file, locked, run
+from towerspeech.records import prompt_hash, read_jsonl, read_lines, read_prompts
+from towerspeech.stage import RUN_INFO
 
 FACTS = ("task", "dataset", "shots", "src_lang", "tgt_lang")
 GENERATED = ("id", *FACTS, "reference", "text", "finish_reason")

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from towerspeech import metrics
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, hash_file, locked, publish, remove
 from towerspeech.languages import LANGUAGES, parse_pair
 from towerspeech.records import read_lines
-from towerspeech.stage import UserError, check_exists, hash_file, locked, publish, remove, run
 
 METRICS = ("bleu", "chrf2", "chrf2++", "wer", "cer")  # the same on every machine: not all have spBLEU's model
 TOLERANCE = 1e-6

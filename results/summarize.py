@@ -21,10 +21,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from plots import Bars, Line, Panel, Point, checkpoint_order, draw_bars, draw_lines  # beside this script
-
+from results.plots import Bars, Line, Panel, Point, checkpoint_order, draw_bars, draw_lines
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, locked, publish
 from towerspeech.metrics import CER_LEADS, markdown_table, read_results
-from towerspeech.stage import UserError, check_exists, locked, publish, run
 
 FIGURES = ("scores.png", "comet.png", "forgetting.png", "wer_parts.png")
 # metric: its heading, the factor to the numbers shown, and their digits

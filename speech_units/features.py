@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
-from containers import ends_early
-
+from speech_units.containers import ends_early
+from towerspeech.command import UserError
+from towerspeech.files import check_exists, read_json
+from towerspeech.outside_text import check_outside_text
 from towerspeech.records import iter_jsonl
-from towerspeech.stage import UserError, check_exists, read_json
-from towerspeech.tokenizer import check_outside_text
 
 SAMPLE_RATE = 16000  # Hz
 RATES = range(1000, 768_001)  # Hz; what else a header says is an error of its own

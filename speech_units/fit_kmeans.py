@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from features import (
+from speech_units.features import (
     FeatureConfig,
     duration,
     extractor,
@@ -23,8 +23,9 @@ from features import (
     read_audio,
     read_manifest,
 )
-
-from towerspeech.stage import UserError, run, stage, write_json
+from towerspeech.command import UserError, run
+from towerspeech.files import write_json
+from towerspeech.stage import stage
 from towerspeech.units import check_num_units
 
 BATCH_SIZE = 10_000  # frames of a k-means step; the default of HuBERT's own recipe
@@ -166,8 +167,8 @@ def fit_kmeans(
         os.environ.setdefault(variable, "1")
     rows = sample_rows(read_manifest(manifest, audio_root), max_frames, seed)
     arguments["audio"] = fingerprint(rows[:COMPARED], audio_root)  # the same files elsewhere are the same input
-    with stage(output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as work:
+        if work.done:
             return
         config = hubert_config(hubert, layer) if features == "hubert" else FeatureConfig("mfcc")
         frames, used = sample_frames(rows, audio_root, config, device, max_frames)
@@ -180,11 +181,11 @@ def fit_kmeans(
 
         from safetensors.numpy import save_file
 
-        with job.publish("kmeans.safetensors") as path:
+        with work.publish("kmeans.safetensors") as path:
             save_file({"centroids": centroids}, path)
         write_json(output_dir / "features.json", features_json(config, *centroids.shape))
-        job.counts.update(frames=len(frames), utterances=used, mean_squared_distance=round(distance, 4))
-        job.counts.update(distinct_units=num_units, used_units=used_units)
+        work.counts.update(frames=len(frames), utterances=used, mean_squared_distance=round(distance, 4))
+        work.counts.update(distinct_units=num_units, used_units=used_units)
         print(f"{num_units:,} distinct units, {used_units:,} of them used; mean squared distance {distance:.4g}")
     print(output_dir)
 

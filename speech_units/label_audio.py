@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from features import (
+from speech_units.features import (
     SAMPLE_RATE,
     FeatureConfig,
     duration,
@@ -27,10 +27,11 @@ from features import (
     read_audio,
     read_manifest,
 )
-
-from towerspeech.records import shard_name, write_units
-from towerspeech.stage import UserError, check_exists, run, stage
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists
+from towerspeech.stage import stage
 from towerspeech.units import collapse
+from towerspeech.units_parquet import shard_name, write_units
 
 SETTINGS = ("audio_root", "shard", "num_workers", "device")  # arguments that do not change the output
 FRAMES_AT_ONCE = 2048  # bounds the distance table: 2048 x 5000 units is 41 MB
@@ -145,8 +146,8 @@ def label_audio(
             name, (start, end) = shard_name(index, num_shards), shard_bounds(num_rows, index, num_shards)
             spoken = list(islice(left, end - start))
             arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
-            with stage(output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as job:
-                if job.done:
+            with stage(output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
+                if work.done:
                     continue
                 if label_rows is None:  # the first shard that is not done yet
                     load_kmeans(kmeans)  # bad input is found before workers start
@@ -160,10 +161,10 @@ def label_audio(
                     if isinstance(row, UserError):
                         raise row
                     rows.append(row)
-                with job.publish(f"{name}.parquet") as path:
+                with work.publish(f"{name}.parquet") as path:
                     write_units(path, rows)
                 num_units, seconds = sum(len(row["units"]) for row in rows), sum(row["duration_s"] for row in rows)
-                job.counts.update(utterances=len(rows), units=num_units, seconds_of_audio=round(seconds, 2))
+                work.counts.update(utterances=len(rows), units=num_units, seconds_of_audio=round(seconds, 2))
                 print(
                     f"{name}: {len(rows):,} utterances, {num_units:,} units, {seconds / 3600:.2f} h"
                     + (f", {num_units / seconds:.1f} units a second" if rows else ""),

@@ -2,13 +2,11 @@
 
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train_bpe_tokenizer"))  # as for `python train_bpe_tokenizer/...`
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 
@@ -77,7 +75,7 @@ def make_units() -> Callable[..., Path]:
 
     Rows may give any of the columns; the others are filled in.
     """
-    from towerspeech.records import shard_name, write_units
+    from towerspeech.units_parquet import shard_name, write_units
 
     def make(folder: Path, rows: list[dict] | int = 40, num_shards: int = 1, num_units: int = NUM_UNITS) -> Path:
         if isinstance(rows, int):

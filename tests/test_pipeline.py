@@ -5,25 +5,24 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from benchmarks.other_ways import with_transformers
+from tiny import pipeline
+from tiny.check_scores import problems
+from towerspeech.command import UserError
+from towerspeech.records import (
+    read_jsonl,
+    read_prompts,
+)
+from towerspeech.speech_prompts import speech_rows
+from towerspeech.tokenizer import read_metadata
+
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO / "tiny"))
-
-import pipeline  # noqa: E402 (tiny/ is a folder of scripts)
-from check_scores import problems  # noqa: E402
-
-from benchmarks.other_ways import with_transformers  # noqa: E402
-from towerspeech.decoding import read_prompts  # noqa: E402
-from towerspeech.prompts import speech_rows  # noqa: E402
-from towerspeech.records import read_jsonl  # noqa: E402
-from towerspeech.stage import UserError  # noqa: E402
-from towerspeech.units import read_metadata  # noqa: E402
 
 
 # --- Without running it ---------------------------------------------------------------------------

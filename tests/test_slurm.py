@@ -20,7 +20,7 @@ import yaml
 
 from tests.local_slurm import WAIT_S, LocalSlurm, missing, wait_until
 from tiny.pipeline import Runner
-from towerspeech.stage import read_json
+from towerspeech.files import read_json
 
 REPO = Path(__file__).resolve().parents[1]
 FILES = sorted((REPO / "sbatch").glob("*.sbatch"))

@@ -8,7 +8,8 @@ stands in the YAML.
 
 from pathlib import Path
 
-from towerspeech.stage import UserError, check_exists, run
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists
 
 OPERATORS = {"below": lambda a, b: a < b, "above": lambda a, b: a > b}
 

@@ -12,9 +12,10 @@ import io
 from pathlib import Path
 
 from towerspeech import prompts
+from towerspeech.command import UserError, run
 from towerspeech.languages import language
 from towerspeech.records import read_jsonl
-from towerspeech.stage import UserError, run, stage
+from towerspeech.stage import stage
 
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to a multiple of this, as in Llama-2's training
 PROMPT_SHARE = 10  # one prompt line for so many lines of text, so that prompts are not spelled in bytes
@@ -124,8 +125,8 @@ def make_base(
     arguments = dict(locals())
     if hidden_size % head_dim:
         raise UserError(f"--hidden_size {hidden_size} is no multiple of --head_dim {head_dim}", "change one of them")
-    with stage(output_dir, arguments, inputs=["mono"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["mono"]) as work:
+        if work.done:
             return
         rows = read_jsonl(mono, required=["language", "text"])
         codes = sorted({language(row["language"]).code for row in rows})
@@ -154,11 +155,11 @@ def make_base(
         )
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        with job.publish() as folder:
+        with work.publish() as folder:
             model.save_pretrained(folder)
             save_tokenizer(model_bytes, folder, max_position_embeddings)
             check_tokenizer(folder, text[:200] + words)
-        job.counts.update(pieces=vocab_size, rows=config.vocab_size, parameters=model.num_parameters())
+        work.counts.update(pieces=vocab_size, rows=config.vocab_size, parameters=model.num_parameters())
         print(f"{vocab_size:,} pieces, {config.vocab_size:,} embedding rows, {model.num_parameters():,} parameters")
     print(output_dir)
 

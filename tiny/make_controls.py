@@ -11,7 +11,9 @@ units are most alike (what a search without any model gets right).
 from pathlib import Path
 
 from towerspeech import records, units
-from towerspeech.stage import run, stage
+from towerspeech.command import run
+from towerspeech.stage import stage
+from towerspeech.units_parquet import read_units, shard_name, write_units
 
 
 def shuffled(rows: list[dict], seed: int) -> list[dict]:
@@ -45,17 +47,17 @@ def make_controls(
         seed: Of the shuffling.
         overwrite: Replace the output of a run with other arguments.
     """
-    rows = list(records.read_units(test))
+    rows = list(read_units(test))
     arguments = {"test": test, "seed": seed, "overwrite": overwrite}
-    with stage(shuffled_dir, arguments, inputs=["test"]) as job:
-        if not job.done:
-            with job.publish(f"{records.shard_name(0, 1)}.parquet") as path:
-                records.write_units(path, shuffled(rows, seed))
+    with stage(shuffled_dir, arguments, inputs=["test"]) as work:
+        if not work.done:
+            with work.publish(f"{shard_name(0, 1)}.parquet") as path:
+                write_units(path, shuffled(rows, seed))
             print(f"{len(rows):,} utterances with shuffled units: {shuffled_dir}")
     arguments = {"train": train, "test": test, "overwrite": overwrite}
-    with stage(nearest_dir, arguments, inputs=["train", "test"]) as job:
-        if not job.done:
-            known = list(records.read_units(train))
+    with stage(nearest_dir, arguments, inputs=["train", "test"]) as work:
+        if not work.done:
+            known = list(read_units(train))
             found = nearest(rows, known)
             facts = {"task": "asr", "dataset": test.name, "shots": 0, "src_lang": "en", "tgt_lang": "en"}
             results = (

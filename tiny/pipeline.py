@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.stage import UserError, check_exists, hash_file, read_json, run, write_json
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, hash_file, read_json, write_json
 
 REPO = Path(__file__).resolve().parent.parent
 FINISHED = "finished.json"

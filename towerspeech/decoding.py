@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from towerspeech import prompts
-from towerspeech.languages import LANGUAGES
-from towerspeech.records import check_messages, dumps, iter_jsonl, write_jsonl
-from towerspeech.stage import UserError, read_json, stage
-from towerspeech.tokenizer import check_units, marker, text_tokenizer
+from towerspeech.command import UserError
+from towerspeech.files import read_json
+from towerspeech.outside_text import check_units, marker, text_tokenizer
+from towerspeech.records import METADATA, dumps, prompt_hash, write_jsonl
+from towerspeech.stage import stage
+from towerspeech.tokenizer import stop_token_ids
 
 MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
 CONFIG_FIELDS = ("vocab_size", "max_position_embeddings")
-METADATA = ("task", "dataset", "shots", "src_lang", "tgt_lang", "source")
 
 
 @dataclass
@@ -49,64 +49,6 @@ class Decoding:
     gpu_memory_utilization: float = 0.9
 
 
-def facts_of_name(path: Path) -> dict:
-    """What a prompt file's name and folder say of its rows, as the original's do: 5_shot/flores_de-en.json."""
-    codes = "|".join(LANGUAGES)
-    facts = {"dataset": path.stem}
-    if found := re.fullmatch(rf"([\w-]+?)_({codes})-({codes})(_(\d+)_shot)?", path.stem):
-        facts = {"task": "mt", "dataset": found[1], "src_lang": found[2], "tgt_lang": found[3]}
-    elif found := re.fullmatch(rf"AST_({codes})", path.stem):  # the original's cascade of FLEURS
-        facts = {"task": "cascaded_st", "dataset": "AST", "src_lang": "en", "tgt_lang": found[1]}
-    if shots := re.match(r"(\d+)_shot$", path.resolve().parent.name):
-        facts["shots"] = int(shots[1])
-    return facts
-
-
-def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list[dict]]:
-    """Read prompt files (JSONL, or the original's JSON lists) as {output file: rows}.
-
-    A file in a folder such as 5_shot/, asr/ or st/ keeps that folder's name. Rows without an id get their number.
-
-    Args:
-        files: The files.
-        facts: What rows are about (of METADATA), where they do not say it; else their file's name says it.
-
-    Raises:
-        UserError: Malformed rows, ids that repeat, a reference that no output can equal; or two files that would be
-            written to one.
-    """
-    tasks = {}
-    for path in map(Path, files):
-        folder = path.parent.name if re.fullmatch(r"\d+_shot|asr|st|cascaded_st", path.resolve().parent.name) else ""
-        name = str(Path(folder) / f"{path.stem}.jsonl")
-        if name in tasks:
-            raise UserError(f"{path}: another prompt file is already called {name}", "rename one of them")
-        known = facts_of_name(path) | {key: value for key, value in (facts or {}).items() if value is not None}
-        rows, seen = [], set()
-        for number, (where, row) in enumerate(iter_jsonl(path)):
-            row = {**known, **{key: value for key, value in row.items() if value is not None}}
-            row.setdefault("id", f"{path.stem}-{number}")
-            if "messages" in row:
-                check_messages(row["messages"], where)
-            elif not isinstance(row.get("instruction"), str) or not row["instruction"]:
-                raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
-            if not isinstance(row["id"], str):
-                raise UserError(f"{where}: id is {row['id']!r}", "ids must be texts")
-            if row["id"] in seen:
-                raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
-            if not isinstance(row.get("output", ""), str):
-                raise UserError(f"{where}: output is {row['output']!r}", "it must be a text")
-            if "messages" not in row:
-                prompts.check_reference(row.get("output", ""), where)
-            seen.add(row["id"])
-            rows.append({**row, "where": where})
-        missing = [key for key in METADATA if key != "source" and any(key not in row for row in rows)]
-        if missing:
-            print(f"{path}: nothing says its {', '.join(missing)}, without which score.py cannot score it")
-        tasks[name] = rows
-    return tasks
-
-
 def token_ids(tokenizer, row: dict, mark: Callable[[str], str] = str) -> list[int]:
     """A prompt's ids. A plain instruction begins with BOS, once; a chat begins as in training, without it.
 
@@ -121,11 +63,6 @@ def token_ids(tokenizer, row: dict, mark: Callable[[str], str] = str) -> list[in
     return tokenizer(mark(row["instruction"]))["input_ids"]
 
 
-def prompt_hash(row: dict) -> str:
-    """SHA-256 of what the model is asked."""
-    return hashlib.sha256(dumps(row.get("messages") or row["instruction"]).encode()).hexdigest()
-
-
 def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows: int):
     """Load the tokenizer and encode all prompts; refuse any that is too long for the model.
 
@@ -135,7 +72,7 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
-    from towerspeech.units import read_metadata
+    from towerspeech.tokenizer import read_metadata
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
@@ -235,12 +172,12 @@ def decode(
     speed = ["tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"]
     for checkpoint, name in zip(checkpoints, names, strict=True):
         own = {**{key: value for key, value in arguments.items() if key != "checkpoints"}, "checkpoint": checkpoint}
-        with stage(output_dir / name, own, inputs=["checkpoint", *inputs], ignore=speed) as job:
-            if not job.done:
-                decode_one(checkpoint.resolve(), load(checkpoint), decoding, job)
+        with stage(output_dir / name, own, inputs=["checkpoint", *inputs], ignore=speed) as work:
+            if not work.done:
+                decode_one(checkpoint.resolve(), load(checkpoint), decoding, work)
 
 
-def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, job) -> None:
+def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, work) -> None:
     """Decode what is missing of all tasks with one checkpoint; a task's file appears when its last prompt is done."""
     config = read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
     context = config["max_position_embeddings"]
@@ -252,7 +189,7 @@ def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decodin
     tokenizer, encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
     results, missing = {}, []
     for name, rows in tasks.items():
-        file, partial = job.output_dir / name, partial_file(job.output_dir, name)
+        file, partial = work.output_dir / name, partial_file(work.output_dir, name)
         results[name] = finished_rows(file, rows) | finished_rows(partial, rows)
         undone = [i for i, row in enumerate(rows) if row["id"] not in results[name]]
         # Prompts that begin alike follow one another: their common beginning is computed once (prefix cache).
@@ -261,27 +198,27 @@ def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decodin
     if len(missing) < total:
         print(f"{checkpoint.name}: {total - len(missing):,} of {total:,} prompts were done before", flush=True)
     if missing:
-        stop_ids = prompts.stop_token_ids(tokenizer)
-        run_prompts(checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding, job)
+        stop_ids = stop_token_ids(tokenizer)
+        run_prompts(checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding, work)
     reasons: Counter = Counter()
     for name, rows in tasks.items():
-        if partial_file(job.output_dir, name).is_file() or not (job.output_dir / name).is_file():
-            finish(job.output_dir, name, rows, results[name])  # a kill came just before
+        if partial_file(work.output_dir, name).is_file() or not (work.output_dir / name).is_file():
+            finish(work.output_dir, name, rows, results[name])  # a kill came just before
         reasons.update(result["finish_reason"] for result in results[name].values())
     new_tokens = sum(result["num_tokens"] for found in results.values() for result in found.values())
-    job.counts.update({"prompts": total, "new_tokens": new_tokens, "finish_reasons": dict(sorted(reasons.items()))})
-    print(f"{checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {job.output_dir}", flush=True)
+    work.counts.update({"prompts": total, "new_tokens": new_tokens, "finish_reasons": dict(sorted(reasons.items()))})
+    print(f"{checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {work.output_dir}", flush=True)
 
 
 def run_prompts(
-    checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding: Decoding, job
+    checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding: Decoding, work
 ) -> None:
     """Put the missing prompts through vLLM; append each result to its task's partial file as it comes."""
     from tqdm import tqdm
 
     from towerspeech.engine import CPU_BLOCK, Request, kv_cache_bytes, on_gpu, run_engines
 
-    log = job.output_dir / "vllm.log"
+    log = work.output_dir / "vllm.log"
     dtype = decoding.dtype
     if dtype == "auto":  # vLLM's own auto would decode a float32 checkpoint in half precision
         dtype = config.get("dtype") or config.get("torch_dtype") or "auto"
@@ -331,7 +268,7 @@ def run_prompts(
                 "num_tokens": result.num_tokens,
             }
             if name not in partials:
-                partials[name] = files.enter_context(open(partial_file(job.output_dir, name), "a", encoding="utf-8"))
+                partials[name] = files.enter_context(open(partial_file(work.output_dir, name), "a", encoding="utf-8"))
             partials[name].write(dumps(results[name][row["id"]]) + "\n")
             partials[name].flush()
             num_tokens, cached = num_tokens + result.num_tokens, cached + result.cached
@@ -339,14 +276,14 @@ def run_prompts(
             bar.update()
             left[name] -= 1
             if not left[name]:
-                finish(job.output_dir, name, tasks[name], results[name])
+                finish(work.output_dir, name, tasks[name], results[name])
                 reasons = Counter(result["finish_reason"] for result in results[name].values())
                 bar.write(f"{checkpoint.name}: {name}: {len(tasks[name]):,} generations, finished by {told(reasons)}")
     seconds = last - ready  # of decoding: not of the engine's start and end
     prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
     speed = {"start_s": round(ready - started, 1), "decode_s": round(seconds, 1), "new_tokens": num_tokens}
     speed |= {"prompts": len(missing), "prompt_tokens": prompt_tokens, "cached_tokens": cached}
-    job.counts["last_attempt"] = speed  # a run that was killed before did a part of the work then
+    work.counts["last_attempt"] = speed  # a run that was killed before did a part of the work then
     print(
         f"{checkpoint.name}: {num_tokens:,} new tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s), "
         f"after {ready - started:.1f} s of starting; {cached / prompt_tokens:.0%} of {prompt_tokens:,} prompt tokens "

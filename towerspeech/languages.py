@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
 
 
 class Language(NamedTuple):

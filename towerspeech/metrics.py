@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from towerspeech.command import UserError
+from towerspeech.files import check_exists, hash_file, publish
 from towerspeech.languages import language
-from towerspeech.stage import UserError, check_exists, hash_file, publish
 
 BOOTSTRAP_SAMPLES = 1000
 SEED = 12345  # sacreBLEU's default

@@ -1,20 +1,17 @@
 """JSONL, the original's JSON lists and sharded units Parquet, in and out; bad rows are named by file and line."""
 
 import codecs
-import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from towerspeech import units as dsu
+from towerspeech.command import UserError
+from towerspeech.files import check_exists, publish
 from towerspeech.languages import LANGUAGES
-from towerspeech.stage import RUN_INFO, UserError, check_exists, publish, read_json
-from towerspeech.tokenizer import check_outside_text
-
-UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
-REMAKE = "run speech_units/label_audio.py"
-
+from towerspeech.outside_text import check_outside_text
+from towerspeech.prompts import check_reference
 
 # --- JSONL ----------------------------------------------------------------------------------------
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is half a character, or half of a pair
@@ -175,172 +172,69 @@ def read_lines(path: Path) -> list[str]:
 
 
 # --- Units Parquet --------------------------------------------------------------------------------
-def shard_name(shard: int, num_shards: int) -> str:
-    """units-00003-of-00008, without the ending."""
-    return f"units-{shard:05d}-of-{num_shards:05d}"
 
 
-def write_units(path: Path, rows: list[dict]) -> None:
-    """Write one shard of units rows (``UNIT_COLUMNS``) to ``path``."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = (pa.string(), pa.string(), pa.string(), pa.float64(), pa.list_(pa.uint16()), pa.string())
-    schema = pa.schema(list(zip(UNIT_COLUMNS, types, strict=True)))
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+METADATA = ("task", "dataset", "shots", "src_lang", "tgt_lang", "source")
 
 
-def unit_shards(folder: Path) -> list[Path]:
-    """The shards of a units folder, in order.
-
-    Raises:
-        UserError: There are none, or some of the ``-of-N`` are not there (yet).
-    """
-    made_by = "run speech_units/label_audio.py"
-    check_exists(Path(folder), made_by)
-    shards = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("units-*-of-*.parquet"))
-    if not shards:
-        raise UserError(f"{folder} holds no units-*-of-*.parquet", made_by)
-    if Path(folder).is_file():
-        return shards
-    totals = {int(re.search(r"-of-(\d+)\.parquet$", shard.name)[1]) for shard in shards}
-    wanted = {f"{shard_name(i, max(totals))}.parquet" for i in range(max(totals))}
-    if len(totals) > 1 or wanted != {shard.name for shard in shards}:
-        raise UserError(
-            f"{folder} holds {len(shards)} of {max(totals)} shards"
-            + (f", of sets of different sizes {sorted(totals)}" if len(totals) > 1 else ""),
-            f"{made_by} for the missing shards, and keep one set a folder",
-        )
-    return shards
+def facts_of_name(path: Path) -> dict:
+    """What a prompt file's name and folder say of its rows, as the original's do: 5_shot/flores_de-en.json."""
+    codes = "|".join(LANGUAGES)
+    facts = {"dataset": path.stem}
+    if found := re.fullmatch(rf"([\w-]+?)_({codes})-({codes})(_(\d+)_shot)?", path.stem):
+        facts = {"task": "mt", "dataset": found[1], "src_lang": found[2], "tgt_lang": found[3]}
+    elif found := re.fullmatch(rf"AST_({codes})", path.stem):  # the original's cascade of FLEURS
+        facts = {"task": "cascaded_st", "dataset": "AST", "src_lang": "en", "tgt_lang": found[1]}
+    if shots := re.match(r"(\d+)_shot$", path.resolve().parent.name):
+        facts["shots"] = int(shots[1])
+    return facts
 
 
-def check_one_kmeans(paths: Iterable[Path]) -> None:
-    """Raise UserError if units folders or Parquet files were labelled with different k-means.
+def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list[dict]]:
+    """Read prompt files (JSONL, or the original's JSON lists) as {output file: rows}.
 
-    Their ids would mean different sounds. It is known of what label_audio.py wrote, not of .km files.
-    """
-    found = {}
-    for path in paths:
-        infos = path.glob(f"*{RUN_INFO}") if path.is_dir() else [path.with_suffix(f".{RUN_INFO}")]
-        for info in sorted(info for info in infos if info.is_file()):
-            labelled = read_json(info, "label the audio anew").get("inputs", {}).get("kmeans")
-            if labelled:
-                found.setdefault(labelled[0], path)
-    if len(found) > 1:
-        one, other = list(found.values())[:2]
-        raise UserError(
-            f"{one} and {other} were labelled with different k-means: their unit ids mean different sounds",
-            "label all corpora with the same one (speech_units/label_audio.py)",
-        )
-
-
-def read_units(folder: Path, num_units: int | None = None) -> Iterator[dict]:
-    """Stream the rows of a units folder (or one file): id, audio, language, duration_s, units, text.
+    A file in a folder such as 5_shot/, asr/ or st/ keeps that folder's name. Rows without an id get their number.
 
     Args:
-        folder: Folder of shards, or one Parquet file.
-        num_units: If given, every id must lie below it.
+        files: The files.
+        facts: What rows are about (of METADATA), where they do not say it; else their file's name says it.
 
     Raises:
-        UserError: Incomplete shards, a file that is no units Parquet; or units that are null or out of range, with
-            file and row.
+        UserError: Malformed rows, ids that repeat, a reference that no output can equal; or two files that would be
+            written to one.
     """
-    for _, batch, _, _ in _unit_batches(folder, UNIT_COLUMNS, num_units):
-        yield from batch.to_pylist()
+    tasks = {}
+    for path in map(Path, files):
+        folder = path.parent.name if re.fullmatch(r"\d+_shot|asr|st|cascaded_st", path.resolve().parent.name) else ""
+        name = str(Path(folder) / f"{path.stem}.jsonl")
+        if name in tasks:
+            raise UserError(f"{path}: another prompt file is already called {name}", "rename one of them")
+        known = facts_of_name(path) | {key: value for key, value in (facts or {}).items() if value is not None}
+        rows, seen = [], set()
+        for number, (where, row) in enumerate(iter_jsonl(path)):
+            row = {**known, **{key: value for key, value in row.items() if value is not None}}
+            row.setdefault("id", f"{path.stem}-{number}")
+            if "messages" in row:
+                check_messages(row["messages"], where)
+            elif not isinstance(row.get("instruction"), str) or not row["instruction"]:
+                raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
+            if not isinstance(row["id"], str):
+                raise UserError(f"{where}: id is {row['id']!r}", "ids must be texts")
+            if row["id"] in seen:
+                raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
+            if not isinstance(row.get("output", ""), str):
+                raise UserError(f"{where}: output is {row['output']!r}", "it must be a text")
+            if "messages" not in row:
+                check_reference(row.get("output", ""), where)
+            seen.add(row["id"])
+            rows.append({**row, "where": where})
+        missing = [key for key in METADATA if key != "source" and any(key not in row for row in rows)]
+        if missing:
+            print(f"{path}: nothing says its {', '.join(missing)}, without which score.py cannot score it")
+        tasks[name] = rows
+    return tasks
 
 
-def read_unit_arrays(folder: Path, num_units: int, columns: Iterable[str] = ()) -> Iterator[tuple]:
-    """Stream a units folder (or one file) in batches of rows, as arrays: 20 times as fast as ``read_units``.
-
-    Yields:
-        All units of a batch, one row's after another's, (num_units_in_batch,) uint32; where each row's end,
-        (num_rows,) int64; the pyarrow.RecordBatch with the columns asked for, and id; and a function from a row of it,
-        counted from 0, to its place: file, row and id.
-
-    Raises:
-        UserError: As ``read_units``.
-    """
-    for place, batch, units, ends in _unit_batches(folder, ("id", "units", *columns), num_units):
-        yield units.astype("<u4"), ends, batch, place
-
-
-def read_unit_texts(folder: Path, num_units: int, offset: int = dsu.OFFSET) -> Iterator[str]:
-    """Stream the utterances of a units folder (or one file) as ``units.to_text`` writes them, as fast.
-
-    Raises:
-        UserError: As ``read_unit_arrays``.
-    """
-    for units, ends, *_ in read_unit_arrays(folder, num_units):
-        yield from split_units(units, ends, offset)
-
-
-def split_units(units, ends, offset: int = dsu.OFFSET) -> Iterator[str]:
-    """Private-use text of each row, from all rows' units, (num_units,) uint32, and where a row's end, (num_rows,)."""
-    text = (units + offset).tobytes().decode("utf-32-le")
-    start = 0
-    for end in ends.tolist():
-        yield text[start:end]
-        start = end
-
-
-def _unit_batches(folder: Path, columns: Iterable[str], num_units: int | None) -> Iterator[tuple]:
-    """Read each shard of a units folder in batches, and check its units before any cast.
-
-    Yields:
-        A function from a row of the batch, counted from 0, to its place; the pyarrow.RecordBatch; all its units, in
-        the integer type of the file; and where each row's end, (num_rows,) int64.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    for shard in unit_shards(folder):
-        first = 1
-        try:
-            file = pq.ParquetFile(shard)
-            _check_types(shard, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-                place = functools.partial(_place, shard, first, batch)
-                column = batch.column("units")
-                if column.null_count:
-                    row = column.is_null().to_pylist().index(True)
-                    problem = f"{shard}, row {first + row}: units is null"
-                    raise UserError(problem, "remove the row; no speech is an empty list")
-                flat, ends = column.flatten(), pc.list_value_length(column).to_numpy().cumsum(dtype="i8")
-                if flat.null_count:
-                    row = next(row for row, units in enumerate(column.to_pylist()) if None in units)
-                    raise UserError(f"{shard}, row {first + row}: a unit is null", "mend or remove the row")
-                units = flat.to_numpy(zero_copy_only=False)
-                if len(units) and (units.min() < 0 or (num_units is not None and units.max() >= num_units)):
-                    most = num_units if num_units is not None else dsu.MAX_NUM_UNITS
-                    bad = int(((units < 0) | (units >= most)).argmax())
-                    row = int(ends.searchsorted(bad, side="right"))
-                    dsu.check_range([int(units[bad])], most, place(row))
-                yield place, batch, units, ends
-                first += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{shard} is no units Parquet that can be read: {reason}", REMAKE) from None
-
-
-def _place(shard: Path, first: int, batch, row: int) -> str:
-    return f"{shard}, row {first + row} (id {batch.column('id')[row].as_py()})"
-
-
-def _check_types(shard: Path, schema) -> None:
-    """Raise UserError unless a Parquet file has the columns of a units row: texts, and lists of integers."""
-    from pyarrow import types
-
-    missing = set(UNIT_COLUMNS) - set(schema.names)
-    if missing:
-        raise UserError(f"{shard} is no units Parquet: it lacks {', '.join(sorted(missing))}", REMAKE)
-    for name in ("id", "audio", "language", "text", "units"):
-        kind, wanted = schema.field(name).type, "strings"
-        right = types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
-        if name == "units":
-            wanted = "lists of integers"
-            right = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-            # If all of a file's utterances are empty, their lists are of nulls.
-            right = right and (types.is_integer(kind.value_type) or types.is_null(kind.value_type))
-        if not right:
-            raise UserError(f"{shard}: {name} is of type {kind}, but {wanted} are wanted", REMAKE)
+def prompt_hash(row: dict) -> str:
+    """SHA-256 of what the model is asked."""
+    return hashlib.sha256(dumps(row.get("messages") or row["instruction"]).encode()).hexdigest()

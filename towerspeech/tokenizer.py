@@ -1,113 +1,146 @@
-"""Text from outside is text: whatever it spells, it becomes neither a control token nor a speech unit.
+"""What a tokenizer folder says about units, special tokens and chat."""
 
-A Hugging Face tokenizer takes ``<s>`` or ``<|im_end|>`` for the control token wherever a text spells it, and merges
-may make one of its characters. So what comes from outside goes through ``marker``, which breaks such spellings with a
-mark, and is encoded with ``text_tokenizer``, which takes the marks out again after it has looked for control tokens.
-What our own templates put around a text is not marked, and stays what it is.
-"""
+from pathlib import Path
 
-import copy
-import json
-import re
-from collections.abc import Callable
-
-from towerspeech.stage import UserError
-
-MARK = "\U000ffffe"  # of plane 15, whose characters no text from outside may hold, but never a unit
-PLANE_15 = re.compile("[\U000f0000-\U000fffff]")
-SPEECH_TASKS = ("asr", "st")
+from towerspeech.command import UserError
+from towerspeech.files import check_exists, hash_file, read_json
+from towerspeech.units import MAX_NUM_UNITS, OFFSET, OFFSETS
 
 
-def control_tokens(tokenizer) -> list[str]:
-    """What a text must not turn into, the longest first: special tokens, and whatever was added to a vocabulary.
+def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
+    """Read what a tokenizer folder knows about units: num_units, offset, first_unit_id, merges, special tokens, sizes.
 
-    Added white space (code models have it) is text, and added units are told apart by their characters.
-    """
-    from towerspeech.prompts import CHAT_TOKENS, SPECIAL_TOKENS  # which imports this module
-
-    own = {*SPECIAL_TOKENS, *CHAT_TOKENS} & tokenizer.get_vocab().keys()
-    found = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *own}
-    found = {token for token in found if len(token.strip()) > 1 and not PLANE_15.search(token)}
-    return sorted(found, key=lambda token: (-len(token), token))
-
-
-def marker(tokenizer) -> Callable[[str], str]:
-    """Make a function that marks a text from outside, so that ``text_tokenizer`` takes no control token from it."""
-    tokens = control_tokens(tokenizer)
-    spelled = re.compile("|".join(map(re.escape, tokens)) or r"\Z(?!\Z)")
-
-    def mark(text: str) -> str:
-        while spelled.search(text):  # again: tokens may overlap
-            text = spelled.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
-        return text
-
-    return mark
-
-
-def text_tokenizer(tokenizer):
-    """Copy a fast tokenizer so that marks leave no trace; texts without control tokens get the very same ids.
-
-    The copy is for encoding alone: save the original.
-
-    Raises:
-        UserError: It is no fast tokenizer, or makes a control token of its mere characters.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(f"{tokenizer.name_or_path} is no fast tokenizer", "it needs a tokenizer.json")
-    from tokenizers import Tokenizer
-
-    tokens = control_tokens(tokenizer)
-    controls = set(tokens)
-    saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    unmark = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
-    normalizers = [unmark, *([saved["normalizer"]] if saved["normalizer"] else [])]
-    saved["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
-    for token in saved["added_tokens"]:
-        if token["content"] in controls:
-            token["normalized"] = False  # looked for before the marks are taken out
-    if merges := saved["model"].get("merges"):
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-        saved["model"]["merges"] = [list(pair) for pair in pairs if "".join(pair) not in controls]
-    made = copy.copy(tokenizer)
-    made._tokenizer = Tokenizer.from_str(json.dumps(saved))
-    mark, ids = marker(tokenizer), set(tokenizer.convert_tokens_to_ids(tokens))
-    for token in tokens:  # the proof, before it is used
-        if ids.intersection(made(mark(token), add_special_tokens=False)["input_ids"]):
-            raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer makes {token} of its mere characters",
-                "use one of the BPE kind, whose control tokens are not pieces of its text",
-            )
-    return made
-
-
-def check_outside_text(text: str, where: str) -> None:
-    """Raise UserError if a text from outside holds characters of plane 15, which would be speech units."""
-    if found := PLANE_15.search(text):
-        raise UserError(
-            f"{where}: character {found.start() + 1} of the text is U+{ord(found[0]):X}, which is for speech units",
-            "take such private-use characters (icons of a font, say) out of the text",
-        )
-
-
-def check_units(text: str, task: str | None, num_units: int, offset: int, where: str) -> None:
-    """Check the speech units in a text that may hold some: a prompt, or a turn of a chat.
+    Folders of merge_tokenizer.py have it in speech_units.json. Of others it is found in the vocabulary: SpireLM's
+    (units from U+F0000 on, in order) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
+    order; first_unit_id is None if the units' ids are not in their order).
 
     Args:
-        text: The text.
-        task: The row's task; where it is no speech task, or none is named, units must follow ``Speech:``.
-        num_units: The tokenizer's; 0 if it knows no units.
-        offset: Code point of its unit 0.
-        where: Names file and row.
+        tokenizer_dir: The folder.
+        required: If not, a tokenizer without units has num_units 0.
 
     Raises:
-        UserError: A character of plane 15 is none of the tokenizer's units, or one of a text that is not speech.
+        UserError: The tokenizer knows no units.
     """
-    for char in {*PLANE_15.findall(text)}:
-        if not offset <= ord(char) < offset + num_units:
-            unit = f"speech unit U+{ord(char):X} (id {ord(char) - offset})"
-            raise UserError(
-                f"{where}: {unit} is none of the tokenizer's {num_units}",
-                "use the checkpoint, the k-means and the unit offset that belong together",
-            )
-    if task not in SPEECH_TASKS:
-        check_outside_text(re.sub(r"(?i)(speech: ?)[\U000f0000-\U000fffff]+", r"\1", text), where)
+    path = Path(tokenizer_dir) / "speech_units.json"
+    remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
+    if path.is_file():
+        return read_json(path, remedy)
+    found, problem = _find_units(Path(tokenizer_dir))
+    if not found and required:
+        raise UserError(f"{path} is missing: this tokenizer {problem}", remedy)
+    return found or {"num_units": 0, "offset": OFFSET}
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither.
+
+    Raises:
+        UserError: The file is malformed.
+    """
+    if (folder / "tokenizer.json").is_file():
+        saved = read_json(folder / "tokenizer.json", "copy it anew", ["model"])
+        known = saved["model"]["vocab"]
+        if not isinstance(known, dict):  # a unigram's list of pieces and scores
+            known = {piece: index for index, (piece, _) in enumerate(known)}
+        return {**known, **{token["content"]: token["id"] for token in saved.get("added_tokens", [])}}
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{folder}/tokenizer.model is no SentencePiece model: {error}", "copy it anew") from None
+        return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
+    return None
+
+
+def _find_units(folder: Path) -> tuple[dict | None, str]:
+    """``read_metadata`` of a folder without speech_units.json, or why there are no units in its vocabulary."""
+    ids = vocabulary(folder)
+    if ids is None:
+        return None, "knows no speech units"
+    plane = range(OFFSET, OFFSET + MAX_NUM_UNITS)
+    pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
+    chars = sorted(ord(token) for token in pieces if len(token) == 1)
+    if not chars:
+        return None, "knows no speech units"
+    if chars[0] not in OFFSETS or chars[-1] - chars[0] + 1 != len(chars):
+        return None, (
+            f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
+            f"from {' or '.join(map(str, OFFSETS))} on"
+        )
+    unit_ids = [ids[chr(char)] for char in chars]
+    in_order = unit_ids == list(range(unit_ids[0], unit_ids[0] + len(chars)))
+    # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
+    specials = (*SPECIAL_TOKENS, *CHAT_TOKENS)
+    special_ids = {ids[token] for token in (*specials, "<pad>") if token in ids}
+    base = min(pieces.values())
+    while base - 1 in special_ids:
+        base -= 1
+    return {
+        "num_units": len(chars),
+        "offset": chars[0],
+        "first_unit_id": unit_ids[0] if in_order else None,
+        "merges": len(pieces) - len(chars),
+        "special_tokens": {token: ids[token] for token in specials if token in ids},
+        "base_vocab_size": base,
+        "vocab_size": max(ids.values()) + 1,
+    }, ""
+
+
+def unit_tokens(tokenizer, num_units: int, offset: int = OFFSET) -> dict[int, list[int]]:
+    """The ids of a Hugging Face tokenizer's units and merges, in order, each with the units that it stands for.
+
+    A piece of a word start and units, as the original TowerSpeech's BPE may have learned it, is none of them, though
+    it decodes to units alone.
+    """
+    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    alphabet = range(offset, offset + num_units)
+    return {
+        index: [ord(char) - offset for char in text]
+        for index, (text, name) in enumerate(zip(texts, names, strict=True))
+        if text and all(ord(char) in alphabet for char in text) and not name.startswith("▁")
+    }
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of a folder's tokenizer.json: token files and models that were made for each other have the same."""
+    path = Path(folder) / "tokenizer.json"
+    check_exists(path, f"{folder} must be a Hugging Face folder with a fast tokenizer")
+    return hash_file(path)
+
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
+SPECIAL_TOKENS = ("<CLS>", "<EOD>", "<MASK>", "<PAD>", "<SEP>")  # SpireLM's order; CHAT_TOKENS follow the units
+
+CHAT_TOKENS = (IM_END, IM_START)
+
+EOD, PAD = "<EOD>", "<PAD>"
+
+EOD, PAD = "<EOD>", "<PAD>"
+
+# {% generation %} marks what TRL trains on: the assistant's content and the <|im_end|> that closes it.
+# The newline after it is the next turn's.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def stop_token_ids(tokenizer) -> list[int]:
+    """Ids that end a generation: the tokenizer's own EOS, and <EOD> and <|im_end|> where it has them."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in (EOD, IM_END) if token in vocabulary}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return sorted(ids)

@@ -5,11 +5,10 @@ A unit is written as one character of plane 15's private use area, ``chr(offset 
 990000. Tokenizer folders carry their offset in speech_units.json.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 
-from towerspeech.stage import UserError, check_exists, hash_file, read_json
+from towerspeech.command import UserError
 
 OFFSET = 0xF0000  # SpireLM's first unit character
 OFFSETS = (OFFSET, 990000)  # and the original's
@@ -54,107 +53,10 @@ def check_range(units: Sequence[int], num_units: int, where: str) -> None:
         )
 
 
-def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
-    """Read what a tokenizer folder knows about units: num_units, offset, first_unit_id, merges, special tokens, sizes.
-
-    Folders of merge_tokenizer.py have it in speech_units.json. Of others it is found in the vocabulary: SpireLM's
-    (units from U+F0000 on, in order) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
-    order; first_unit_id is None if the units' ids are not in their order).
-
-    Args:
-        tokenizer_dir: The folder.
-        required: If not, a tokenizer without units has num_units 0.
-
-    Raises:
-        UserError: The tokenizer knows no units.
-    """
-    path = Path(tokenizer_dir) / "speech_units.json"
-    remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
-    if path.is_file():
-        return read_json(path, remedy)
-    found, problem = _find_units(Path(tokenizer_dir))
-    if not found and required:
-        raise UserError(f"{path} is missing: this tokenizer {problem}", remedy)
-    return found or {"num_units": 0, "offset": OFFSET}
-
-
-def vocabulary(folder: Path) -> dict[str, int] | None:
-    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither.
-
-    Raises:
-        UserError: The file is malformed.
-    """
-    if (folder / "tokenizer.json").is_file():
-        saved = read_json(folder / "tokenizer.json", "copy it anew", ["model"])
-        known = saved["model"]["vocab"]
-        if not isinstance(known, dict):  # a unigram's list of pieces and scores
-            known = {piece: index for index, (piece, _) in enumerate(known)}
-        return {**known, **{token["content"]: token["id"] for token in saved.get("added_tokens", [])}}
-    if (folder / "tokenizer.model").is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{folder}/tokenizer.model is no SentencePiece model: {error}", "copy it anew") from None
-        return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
-    return None
-
-
-def _find_units(folder: Path) -> tuple[dict | None, str]:
-    """``read_metadata`` of a folder without speech_units.json, or why there are no units in its vocabulary."""
-    from towerspeech.prompts import CHAT_TOKENS, SPECIAL_TOKENS  # which imports this module
-
-    ids = vocabulary(folder)
-    if ids is None:
-        return None, "knows no speech units"
-    plane = range(OFFSET, OFFSET + MAX_NUM_UNITS)
-    pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
-    chars = sorted(ord(token) for token in pieces if len(token) == 1)
-    if not chars:
-        return None, "knows no speech units"
-    if chars[0] not in OFFSETS or chars[-1] - chars[0] + 1 != len(chars):
-        return None, (
-            f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
-            f"from {' or '.join(map(str, OFFSETS))} on"
-        )
-    unit_ids = [ids[chr(char)] for char in chars]
-    in_order = unit_ids == list(range(unit_ids[0], unit_ids[0] + len(chars)))
-    # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
-    specials = (*SPECIAL_TOKENS, *CHAT_TOKENS)
-    special_ids = {ids[token] for token in (*specials, "<pad>") if token in ids}
-    base = min(pieces.values())
-    while base - 1 in special_ids:
-        base -= 1
-    return {
-        "num_units": len(chars),
-        "offset": chars[0],
-        "first_unit_id": unit_ids[0] if in_order else None,
-        "merges": len(pieces) - len(chars),
-        "special_tokens": {token: ids[token] for token in specials if token in ids},
-        "base_vocab_size": base,
-        "vocab_size": max(ids.values()) + 1,
-    }, ""
-
-
-def unit_tokens(tokenizer, num_units: int, offset: int = OFFSET) -> dict[int, list[int]]:
-    """The ids of a Hugging Face tokenizer's units and merges, in order, each with the units that it stands for.
-
-    A piece of a word start and units, as the original TowerSpeech's BPE may have learned it, is none of them, though
-    it decodes to units alone.
-    """
-    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    alphabet = range(offset, offset + num_units)
-    return {
-        index: [ord(char) - offset for char in text]
-        for index, (text, name) in enumerate(zip(texts, names, strict=True))
-        if text and all(ord(char) in alphabet for char in text) and not name.startswith("▁")
-    }
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of a folder's tokenizer.json: token files and models that were made for each other have the same."""
-    path = Path(folder) / "tokenizer.json"
-    check_exists(path, f"{folder} must be a Hugging Face folder with a fast tokenizer")
-    return hash_file(path)
+def split_units(units, ends, offset: int = OFFSET) -> Iterator[str]:
+    """Private-use text of each row, from all rows' units, (num_units,) uint32, and where a row's end, (num_rows,)."""
+    text = (units + offset).tobytes().decode("utf-32-le")
+    start = 0
+    for end in ends.tolist():
+        yield text[start:end]
+        start = end

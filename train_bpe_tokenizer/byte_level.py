@@ -16,9 +16,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.stage import UserError, read_json
+from towerspeech.command import UserError
+from towerspeech.files import read_json
+from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD
 
 KNOWN = "use a byte-level BPE such as Llama-3's, Qwen's or SmolLM2's, or a SentencePiece BPE with its tokenizer.model"
 AS_PUBLISHED = "start from the base as published, or leave out what it has: see --special_tokens and --chat"
@@ -202,9 +203,9 @@ def save(folder: Path, base: Path, own, extended: dict, specials: Sequence[str],
     settings = read_json(path, "copy it anew") if path.is_file() else {}
     settings = {name: value for name, value in settings.items() if name not in DROPPED}
     named = {name: str(token) for name, token in own.special_tokens_map.items() if isinstance(token, str)}
-    if prompts.PAD in specials:
-        named["pad_token"] = prompts.PAD
-    special = dict.fromkeys((*own.extra_special_tokens, *specials, *(prompts.CHAT_TOKENS if chat else ())))
+    if PAD in specials:
+        named["pad_token"] = PAD
+    special = dict.fromkeys((*own.extra_special_tokens, *specials, *(CHAT_TOKENS if chat else ())))
     further = [token for token in map(str, special) if token not in named.values()]
     settings |= {**named, "additional_special_tokens": further, "tokenizer_class": GENERIC}
     if rebuilt:
@@ -215,7 +216,7 @@ def save(folder: Path, base: Path, own, extended: dict, specials: Sequence[str],
     template = "chat_template.jinja"
     if chat:
         settings.pop("chat_template", None)
-        (folder / template).write_text(prompts.CHAT_TEMPLATE, encoding="utf-8")
+        (folder / template).write_text(CHAT_TEMPLATE, encoding="utf-8")
     elif (base / template).is_file():
         shutil.copyfile(base / template, folder / template)
     text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from towerspeech.prompts import PAD
-from towerspeech.stage import RUN_INFO, UserError, check_exists, quiet, read_json, run, stage
-from towerspeech.units import read_metadata, unit_tokens, vocabulary
+from towerspeech.command import UserError, quiet, run
+from towerspeech.files import check_exists, read_json
+from towerspeech.stage import RUN_INFO, stage
+from towerspeech.tokenizer import PAD, read_metadata, unit_tokens, vocabulary
 
 INDEX = "model.safetensors.index.json"
 MODEL_FOLDER = "name a Hugging Face model folder"
@@ -391,8 +392,8 @@ def extend_model(
     arguments = dict(locals())
     if pad_to_multiple_of < 1:
         raise UserError(f"--pad_to_multiple_of {pad_to_multiple_of} is not positive", "use 64, or 1 for no padding")
-    with stage(output_dir, arguments, inputs=["model", "tokenizer"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["model", "tokenizer"]) as work:
+        if work.done:
             return
         from tqdm import tqdm
 
@@ -425,7 +426,7 @@ def extend_model(
         for path in tqdm(sorted(set(files.values())), unit=" files", disable=None):
             if (output_dir / path.name).is_file():  # a killed run's: it appeared whole, and the plan is the same
                 continue
-            with job.publish(path.name) as temporary:
+            with work.publish(path.name) as temporary:
                 if path in rewritten:
                     rewrite(path, temporary, keep, rows, make)
                 else:
@@ -435,7 +436,7 @@ def extend_model(
             old, new = entries[name], read_header(output_dir / files[name].name)[0][name]
             assert new["shape"] == shapes[name], (name, new["shape"], shapes[name])
             grown += (rows - old_rows) * math.prod(old["shape"][1:]) * DTYPE_BYTES[old["dtype"]]
-        with job.publish() as folder:
+        with work.publish() as folder:
             copy_small_files(model, tokenizer, folder)
             _dump(folder / "config.json", config)
             if (model / "generation_config.json").is_file():
@@ -447,7 +448,7 @@ def extend_model(
                     index["metadata"]["total_size"] += grown
                 index.get("metadata", {}).pop("total_parameters", None)
                 _dump(folder / INDEX, index)
-        job.counts.update({"base_vocab_size": keep, "vocab_size": metadata["vocab_size"], "rows": rows})
+        work.counts.update({"base_vocab_size": keep, "vocab_size": metadata["vocab_size"], "rows": rows})
         print(
             f"{keep:,} old rows + {metadata['vocab_size'] - keep:,} new tokens + {rows - metadata['vocab_size']:,} of "
             f"padding = {rows:,} rows of {hidden:,} in {' and '.join(matrices)}: {output_dir}"

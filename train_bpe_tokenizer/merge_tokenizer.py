@@ -22,11 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import byte_level  # beside this script
-
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.stage import UserError, check_exists, hash_file, read_json, run, stage
+from towerspeech.command import UserError, run
+from towerspeech.files import check_exists, hash_file, read_json
+from towerspeech.stage import stage
+from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD, SPECIAL_TOKENS
+from train_bpe_tokenizer import byte_level
 
 NORMAL, CONTROL = 1, 3  # SentencePiece's types of pieces
 BPE = 2  # SentencePiece's type of model
@@ -180,7 +182,7 @@ def extend_proto(proto, new_pieces: Sequence[str]):
     merged.CopyFrom(proto)
     # Llama-2 has runs of spaces at -1e9, where a float32 cannot count down by one.
     score = min(piece.score for piece in proto.pieces if piece.score > -(2**23))
-    specials = {*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS}
+    specials = {*SPECIAL_TOKENS, *CHAT_TOKENS}
     for number, piece in enumerate(new_pieces, 1):
         kind = CONTROL if piece in specials else NORMAL
         merged.pieces.add(piece=piece, score=0 if kind == CONTROL else score - number, type=kind)
@@ -243,16 +245,14 @@ def merge_sentencepiece(base: Path, folder: Path, units_bpe: UnitBpe, specials: 
     """Extend a base with a tokenizer.model; ``prove`` compares Hugging Face's form with SentencePiece's."""
     from sentencepiece import SentencePieceProcessor
 
-    chat_tokens = prompts.CHAT_TOKENS if chat else ()
+    chat_tokens = CHAT_TOKENS if chat else ()
     base_proto = read_proto(base / "tokenizer.model")
     check_sentencepiece(base, base_proto, [*specials, *chat_tokens])
     proto = extend_proto(
         base_proto, [*specials, *dsu.to_text(range(units_bpe.num_units)), *units_bpe.merges, *chat_tokens]
     )
     pad, template = own_settings(base)
-    fast = save_fast(
-        proto, folder, prompts.PAD if prompts.PAD in specials else pad, prompts.CHAT_TEMPLATE if chat else template
-    )
+    fast = save_fast(proto, folder, PAD if PAD in specials else pad, CHAT_TEMPLATE if chat else template)
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString(deterministic=True))
     own = SentencePieceProcessor(model_proto=base_proto.SerializeToString())
     slow = SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -272,7 +272,7 @@ def merge_sentencepiece(base: Path, folder: Path, units_bpe: UnitBpe, specials: 
 # --- A byte-level base ----------------------------------------------------------------------------
 def merge_byte_level(base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat: bool) -> Merged:
     """Extend a base with a tokenizer.json alone; ``prove`` compares with the base on text, the unit BPE on units."""
-    chat_tokens = prompts.CHAT_TOKENS if chat else ()
+    chat_tokens = CHAT_TOKENS if chat else ()
     own, rebuilt = byte_level.load_base(base)
     saved, vocabulary = json.loads(own.backend_tokenizer.to_str()), own.get_vocab()
     byte_level.check_base(base, saved, vocabulary, specials)
@@ -406,10 +406,10 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
 # --- The stage ------------------------------------------------------------------------------------
 def check_special_tokens(tokens: Sequence[str]) -> None:
     """Raise UserError unless the special tokens are some of ours, in our order."""
-    if tuple(tokens) != tuple(token for token in prompts.SPECIAL_TOKENS if token in tokens):
+    if tuple(tokens) != tuple(token for token in SPECIAL_TOKENS if token in tokens):
         raise UserError(
             f"--special_tokens {' '.join(tokens)} are not some of ours, in our order",
-            f"choose from {' '.join(prompts.SPECIAL_TOKENS)}, or give '[]' for none",
+            f"choose from {' '.join(SPECIAL_TOKENS)}, or give '[]' for none",
         )
 
 
@@ -432,22 +432,22 @@ def merge_tokenizer(
         chat: Add the ChatML tokens that the base lacks, and TowerSpeech's chat template.
         overwrite: Replace the output of a run with other arguments.
     """
-    specials = list(prompts.SPECIAL_TOKENS) if special_tokens is None else special_tokens
+    specials = list(SPECIAL_TOKENS) if special_tokens is None else special_tokens
     check_special_tokens(specials)
     files = base_files(base)
     arguments = {"base": files, "units_bpe": units_bpe, "special_tokens": specials, "chat": chat}
-    with stage(output_dir, {**arguments, "overwrite": overwrite}, inputs=["base", "units_bpe"]) as job:
-        if job.done:
+    with stage(output_dir, {**arguments, "overwrite": overwrite}, inputs=["base", "units_bpe"]) as work:
+        if work.done:
             return
         if (base / METADATA).is_file():
             raise UserError(f"{base} already has speech units", byte_level.AS_PUBLISHED)
         units = read_units_bpe(units_bpe)
         build = merge_sentencepiece if files[0].name == "tokenizer.model" else merge_byte_level
-        with job.publish() as folder:
+        with work.publish() as folder:
             merged = build(base, folder, units, specials, chat)
             base_size = len(merged.base_tokens)
             texts = prove(merged, units, base_size + len(specials))
-            named = [*specials, *(prompts.CHAT_TOKENS if chat else ())]
+            named = [*specials, *(CHAT_TOKENS if chat else ())]
             metadata = {
                 "num_units": units.num_units,
                 "offset": dsu.OFFSET,
@@ -463,7 +463,7 @@ def merge_tokenizer(
             }
             (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
         counts = ("num_units", "merges", "byte_pieces", "vocab_size")
-        job.counts.update({**{name: metadata[name] for name in counts}, "texts_compared": texts})
+        work.counts.update({**{name: metadata[name] for name in counts}, "texts_compared": texts})
         added = [token for token in named if token not in merged.base_tokens]
         print(
             f"{base_size:,} base tokens + {len(added)} special tokens + {units.num_units:,} units + "

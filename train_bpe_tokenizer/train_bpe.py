@@ -25,8 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.records import check_one_kmeans
-from towerspeech.stage import UserError, check_exists, quiet, run, stage
+from towerspeech.command import UserError, quiet, run
+from towerspeech.files import check_exists
+from towerspeech.stage import stage
+from towerspeech.units_parquet import check_one_kmeans
 
 SENTENCE_BYTES = 10, 2**30  # SentencePiece's own limits on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
@@ -48,7 +50,7 @@ def read_km(path: Path, num_units: int) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from towerspeech.records import split_units
+    from towerspeech.units import split_units
 
     check_exists(path, "check --units")
     number = 0
@@ -85,7 +87,7 @@ def parse_km(line: bytes, num_units: int, where: str) -> str:
 
 def read_corpus(paths: list[Path], num_units: int, collapse: bool) -> Iterator[str]:
     """Stream the utterances of units folders, Parquet files and .km files, as private-use text."""
-    from towerspeech.records import read_unit_texts
+    from towerspeech.units_parquet import read_unit_texts
 
     for path in paths:
         is_km = path.is_file() and path.suffix != ".parquet"
@@ -284,8 +286,8 @@ def train_bpe(
     if not 0 <= held_out < 1:
         raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
     check_one_kmeans(units)
-    with stage(output_dir, arguments, inputs=["units"]) as job:
-        if job.done:
+    with stage(output_dir, arguments, inputs=["units"]) as work:
+        if work.done:
             return
         texts, apart, seen = draw(read_corpus(units, num_units, collapse), max_units, held_out, seed)
         if not seen["units"]:
@@ -320,22 +322,22 @@ def train_bpe(
             "units_per_token": rows[-1]["units_per_token"],
             "measured_on": measured_on,
         }
-        with job.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        with work.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        with job.publish("compression.png") as path:
+        with work.publish("compression.png") as path:
             draw_compression(rows, measured_on, path)
-        with job.publish("units_bpe.model") as path:
+        with work.publish("units_bpe.model") as path:
             path.write_bytes(proto.SerializeToString(deterministic=True))
-        with job.publish("units_bpe.vocab") as path, open(path, "w", encoding="utf-8") as file:
+        with work.publish("units_bpe.vocab") as path, open(path, "w", encoding="utf-8") as file:
             for piece in proto.pieces[1:]:
                 file.write(f"{' '.join(map(str, dsu.from_text(piece.piece, num_units)))}\t{piece.score:g}\n")
-        with job.publish("units_bpe.json") as path:
+        with work.publish("units_bpe.json") as path:
             facts = {"num_units": num_units, "offset": dsu.OFFSET, "vocab_size": vocab_size, "counts": counts}
-            facts["corpora_sha256"] = job.plan["inputs"]["units"]
+            facts["corpora_sha256"] = work.request["inputs"]["units"]
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        job.counts.update(counts)
+        work.counts.update(counts)
         print(f"units a token on {measured_on}:")
         for row in rows:
             print(f"  vocabulary {row['vocab_size']:>7,} ({row['merges']:>6,} merges): {row['units_per_token']:.3f}")

@@ -18,7 +18,7 @@ from continued_pretraining import train as script
 from continued_pretraining.export_checkpoint import export_checkpoint
 from continued_pretraining.packing import IGNORE, Mixture
 from data_mixture.build_mixture import Source, build_mixture
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
 
 LENGTH, BATCH, STEPS = 64, 4, 12
 SETTINGS = dict(

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 from data_mixture.build_mixture import Encoder, Source, build_mixture
 from towerspeech import prompts, units
+from towerspeech.command import UserError
 from towerspeech.indexed import IndexedTokens
-from towerspeech.records import read_units, write_units
-from towerspeech.stage import UserError
+from towerspeech.units_parquet import read_units, write_units
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,11 @@ from generate import generate as script
 from generate.generate import generate
 from generate.generate_ASR import generate_ASR
 from towerspeech import decoding, prompts
-from towerspeech.records import read_jsonl, read_units, write_jsonl
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.records import read_jsonl, read_prompts, write_jsonl
+from towerspeech.speech_prompts import speech_rows
+from towerspeech.tokenizer import stop_token_ids
+from towerspeech.units_parquet import read_units
 
 MAX_NEW_TOKENS = 24
 
@@ -81,7 +84,7 @@ def transformers_greedy(model_dir: Path, row: dict) -> str:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = [tokenizer.bos_token_id, *tokenizer(row["instruction"], add_special_tokens=False)["input_ids"]]
-    stop = prompts.stop_token_ids(tokenizer)
+    stop = stop_token_ids(tokenizer)
     with torch.no_grad():
         out = model.generate(
             torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop, pad_token_id=2
@@ -145,7 +148,7 @@ def kill_with_children(process: subprocess.Popen) -> list[psutil.Process]:
 def test_outputs_are_transformers_own(runs, checkpoints, prompt_files):
     names = [f"checkpoint-1/{n}.jsonl" for n in ("0_shot/flores_en-de", "5_shot/flores_en-de", "chat", "original")]
     assert sorted(runs.files("whole"))[:4] == names
-    for name, rows in decoding.read_prompts(prompt_files).items():
+    for name, rows in read_prompts(prompt_files).items():
         results = read_jsonl(runs.root / "whole/checkpoint-1" / name)
         assert [result["id"] for result in results] == [row["id"] for row in rows]
         for result, row in zip(results, rows, strict=True):
@@ -248,7 +251,7 @@ def test_two_engines_and_sampling(long_runs):
 def test_asr_from_units_equals_asr_from_prompts(tmp_path, checkpoints, make_units, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     folder = make_units(tmp_path / "clean", 12)
-    rows = prompts.speech_rows(folder, "clean", "original")
+    rows = speech_rows(folder, "clean", "original")
     assert [row["output"] for row in rows] == [row["text"] for row in read_units(folder)]
     write_jsonl(tmp_path / "asr/clean.jsonl", rows)
     settings = {"max_new_tokens": 8}
@@ -332,6 +335,4 @@ def test_bos_comes_once_and_chats_have_none(model_dir):
     assert ids[0] == 1 and ids.count(1) == 1  # Llama's BOS
     assert chat[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert tokenizer.decode(chat) == "<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n"
-    assert prompts.stop_token_ids(tokenizer) == sorted(
-        tokenizer.convert_tokens_to_ids(["</s>", "<EOD>", "<|im_end|>"])
-    )
+    assert stop_token_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(["</s>", "<EOD>", "<|im_end|>"]))

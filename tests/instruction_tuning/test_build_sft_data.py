@@ -10,8 +10,9 @@ from instruction_tuning.build_sft_data import build_sft_data as build
 from instruction_tuning.build_sft_data import sample
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.records import read_jsonl, read_units, write_jsonl
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.records import read_jsonl, write_jsonl
+from towerspeech.units_parquet import read_units
 
 
 def write_parallel(path: Path, count: int = 30, src: str = "en", tgt: str = "de") -> Path:

@@ -16,8 +16,9 @@ import pytest
 from instruction_tuning import train as script
 from towerspeech import prompts
 from towerspeech import units as dsu
+from towerspeech.command import UserError
 from towerspeech.records import read_jsonl, write_jsonl
-from towerspeech.stage import UserError
+from towerspeech.tokenizer import CHAT_TEMPLATE, read_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {
@@ -200,14 +201,14 @@ def byte_level_tokenizer():
         show_progress=False,
     )
     made.train_from_iterator(["one\n\ntwo\n\n three\n\n\nfour"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=prompts.CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
 
 
 def test_white_space_that_the_tokenizer_joins_with_the_prompt_is_refused():
     tokenizer = byte_level_tokenizer()
     user = {"role": "user", "content": "\n\none "}
 
-    def encoded(answer: str, template: str = prompts.CHAT_TEMPLATE):
+    def encoded(answer: str, template: str = CHAT_TEMPLATE):
         tokenizer.chat_template = template
         chats = [[user, {"role": "assistant", "content": text}] for text in ("two", answer)]
         return script.encode(tokenizer, chats, ["sft.jsonl:1 (id a)", "sft.jsonl:2 (id b)"])
@@ -219,11 +220,11 @@ def test_white_space_that_the_tokenizer_joins_with_the_prompt_is_refused():
     for answer in (" two", "\ntwo", "two\n\n", "<two"):
         labels = encoded(answer)[1][1]
         assert tokenizer.decode([label for label in labels if label != -100]) == answer + "<|im_end|>"
-    trimming = prompts.CHAT_TEMPLATE.replace("message['content'] +", "(message['content'] if loop.last else '') +")
+    trimming = CHAT_TEMPLATE.replace("message['content'] +", "(message['content'] if loop.last else '') +")
     with pytest.raises(UserError, match=r"^sft.jsonl:1 \(id a\): the chat template changes earlier turns"):
         encoded("two", trimming)
     with pytest.raises(UserError, match=r"^sft.jsonl:1 \(id a\): the chat template closes no answer"):
-        encoded("two", prompts.CHAT_TEMPLATE.replace("<|im_end|>", ""))
+        encoded("two", CHAT_TEMPLATE.replace("<|im_end|>", ""))
 
 
 def test_what_the_template_raises_names_the_row(tmp_path, model_dir):
@@ -252,7 +253,7 @@ def test_finished_folder(tuned, model_dir, data, capsys):
     names = {path.name for path in tuned.iterdir()}
     assert {"model.safetensors", "config.json", "speech_units.json", "run_info.json", "sft_config.json"} <= names
     assert not [name for name in names if name.startswith("checkpoint-") or name.endswith((".bin", ".pt", ".md"))]
-    assert dsu.read_metadata(tuned) == dsu.read_metadata(model_dir)
+    assert read_metadata(tuned) == read_metadata(model_dir)
     tokenizer, before = AutoTokenizer.from_pretrained(tuned), AutoTokenizer.from_pretrained(model_dir)
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.get_vocab() == before.get_vocab()

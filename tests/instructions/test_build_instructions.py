@@ -10,8 +10,10 @@ import pytest
 from instructions import build_instructions as script
 from instructions.build_instructions import build_instructions
 from towerspeech import prompts, records, units
+from towerspeech.command import UserError
 from towerspeech.languages import language
-from towerspeech.stage import UserError, hash_path
+from towerspeech.stage import hash_path
+from towerspeech.units_parquet import shard_name, write_units
 
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TOWERSPEECH_TEST_DATA is not set")
@@ -356,7 +358,7 @@ def write_speech(folder: Path, **changes) -> Path:
             for i in range(3)
         ]
         rows[1].update(changes)
-        records.write_units(folder / f"{records.shard_name(shard, 2)}.parquet", rows)
+        write_units(folder / f"{shard_name(shard, 2)}.parquet", rows)
     return folder
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 import pytest
-import read_test_sets as script
 
+from instructions import read_test_sets as script
 from instructions.build_instructions import build_instructions
 from towerspeech import records
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")

@@ -14,12 +14,12 @@ import pytest
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "results"))  # as for `python results/compare.py`
+from results.compare import Comparison, compare, compare_texts
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
+from towerspeech.records import write_jsonl
 
-from results.compare import Comparison, compare, compare_texts  # noqa: E402
-from towerspeech.records import write_jsonl  # noqa: E402
-from towerspeech.stage import UserError, hash_file  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 MT = {"task": "mt", "dataset": "flores", "shots": 0, "src_lang": "de", "tgt_lang": "en"}
 ASR = {"task": "asr", "dataset": "clean", "shots": 0, "src_lang": "en", "tgt_lang": "en"}

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from results.score import score
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
 from towerspeech.records import write_jsonl
-from towerspeech.stage import UserError, hash_file
 
 ROOT = Path(__file__).parents[2]
 COMET_PYTHON = ROOT / ".venv-comet/bin/python"

@@ -17,9 +17,9 @@ from sacrebleu.tokenizers import tokenizer_spm
 from results import score as script
 from results.score import score
 from towerspeech import metrics
-from towerspeech.decoding import prompt_hash
-from towerspeech.records import write_jsonl
-from towerspeech.stage import UserError, hash_file
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
+from towerspeech.records import prompt_hash, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")

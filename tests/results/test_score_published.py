@@ -12,8 +12,9 @@ import sacrebleu
 from results import score_published as published
 from results.score_published import RECORDED, Case, Job, place_utterances, read_saved, score_published, sort_out
 from towerspeech import metrics
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
 from towerspeech.languages import LANGUAGES
-from towerspeech.stage import UserError, hash_file
 
 COMMITTED = Path(__file__).parents[2] / "results/published"
 HEADER = "Data Path, Model Path: /data/prompts.json ... /models/tiny/1000"

@@ -3,19 +3,15 @@
 import csv
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "results"))  # as for `python results/summarize.py`
-
-import plots  # noqa: E402
-
-from results import summarize as script  # noqa: E402
-from results.summarize import summarize  # noqa: E402
-from towerspeech.metrics import write_results  # noqa: E402
-from towerspeech.stage import UserError  # noqa: E402
+from results import plots
+from results import summarize as script
+from results.summarize import summarize
+from towerspeech.command import UserError
+from towerspeech.metrics import write_results
 
 INTO_ENGLISH = ("de-en", "es-en", "fr-en")
 FROM_ENGLISH = ("en-de", "en-es", "en-fr")

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import struct
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,16 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from towerspeech.records import read_units
-from towerspeech.stage import UserError, hash_file
+from speech_units import containers, features, fit_kmeans, label_audio
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
+from towerspeech.units_parquet import read_units
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "speech_units"))  # as for `python speech_units/label_audio.py`
-
-import containers  # noqa: E402
-import features  # noqa: E402
-import fit_kmeans  # noqa: E402
-import label_audio  # noqa: E402
 
 
 def tone(seed: int, seconds: float, rate: int = 16000) -> np.ndarray:

@@ -1,16 +1,12 @@
 """Limits that hold are quiet, limits that do not are named, and a score that is missing is an error."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tiny"))
-
-from check_scores import check_scores, problems
-
+from tiny.check_scores import check_scores, problems
+from towerspeech.command import UserError
 from towerspeech.metrics import COLUMNS, write_results
-from towerspeech.stage import UserError
 
 
 def write(folder: Path, checkpoint: str, wer: float, bleu: float) -> None:

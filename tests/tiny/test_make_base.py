@@ -1,19 +1,14 @@
 """make_base: the tokenizer equals SentencePiece's own, and the folder loads as any Llama's."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from tiny import grammar, make_base
 from towerspeech import prompts
-from towerspeech.stage import UserError, hash_file
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tiny"))  # as for `python tiny/make_base.py`
-
-import grammar  # noqa: E402
-import make_base  # noqa: E402
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
 
 
 @pytest.fixture(scope="module")

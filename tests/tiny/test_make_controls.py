@@ -1,15 +1,11 @@
 """The two controls: units only change their order; the nearest transcript is a plain search's."""
 
 import json
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tiny"))
-
-from make_controls import make_controls
-
-from towerspeech.records import read_jsonl, read_units
+from tiny.make_controls import make_controls
+from towerspeech.records import read_jsonl
 from towerspeech.units import collapse
+from towerspeech.units_parquet import read_units
 
 
 def test_shuffled_keeps_the_units_and_nearest_finds_the_twin(tmp_path, make_units):

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tiny import grammar, make_data
+from towerspeech.command import UserError
+from towerspeech.files import hash_file
 from towerspeech.records import read_jsonl, read_lines
-from towerspeech.stage import UserError, hash_file
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tiny"))  # as for `python tiny/make_data.py`
-
-import grammar  # noqa: E402
-import make_data  # noqa: E402
 
 SMALL = {"num_train": 28, "num_tuning": 7, "num_test": 7, "num_text": 10}
 

@@ -19,8 +19,8 @@ import pytest
 from generate.generate import generate
 from generate.generate_ASR import generate_ASR
 from towerspeech import decoding, engine, prompts
-from towerspeech.records import read_jsonl, write_jsonl
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.records import read_jsonl, read_prompts, write_jsonl
 
 NEVER = 10**9
 PARTIAL_0, PARTIAL_5 = ".0_shot-t.jsonl.partial", ".5_shot-t.jsonl.partial"
@@ -356,15 +356,15 @@ def test_a_task_is_published_as_soon_as_its_last_prompt_is_done(tmp_path, model_
 def test_decode_one_finishes_what_needs_no_engine(tmp_path, model_dir, decode, files, monkeypatch):
     """All results are there, in the partial files alone: no engine is started for none."""
     decode("whole", files)
-    tasks = decoding.read_prompts(files)
+    tasks = read_prompts(files)
     for name in tasks:
         shutil.copy(tmp_path / "whole" / model_dir.name / name, decoding.partial_file(tmp_path, name))
     monkeypatch.delattr(engine, "run_engines")
     for file in files:
         file.unlink()  # they lie where the outputs go here
-    job = SimpleNamespace(output_dir=tmp_path, counts={})
-    decoding.decode_one(model_dir, tasks, decoding.Decoding(max_new_tokens=1024), job)
-    assert job.counts["new_tokens"] == 24 and "last_attempt" not in job.counts
+    work = SimpleNamespace(output_dir=tmp_path, counts={})
+    decoding.decode_one(model_dir, tasks, decoding.Decoding(max_new_tokens=1024), work)
+    assert work.counts["new_tokens"] == 24 and "last_attempt" not in work.counts
     for name in tasks:
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / model_dir.name / name).read_bytes()
 
@@ -381,7 +381,7 @@ def test_names_and_ids_of_prompt_files(tmp_path):
         "other/a.jsonl",
     ):
         write_jsonl(tmp_path / name, rows)
-    found = decoding.read_prompts(sorted(tmp_path.rglob("*.jsonl")))
+    found = read_prompts(sorted(tmp_path.rglob("*.jsonl")))
     assert sorted(found) == [
         "0_shot/a.jsonl", "5_shot/a.jsonl", "a.jsonl", "asr/a.jsonl", "cascaded_st/a.jsonl", "st/a.jsonl",
     ]  # fmt: skip
@@ -392,7 +392,7 @@ def test_names_and_ids_of_prompt_files(tmp_path):
 def test_an_id_that_was_given_twice_is_refused_wherever_it_stands(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", [*rows_of(["x", "y", "z"]), {"id": "a", "instruction": "x", "output": ""}])
     with pytest.raises(UserError, match=r"t\.jsonl:4: id 'a' repeats"):
-        decoding.read_prompts([tmp_path / "t.jsonl"])
+        read_prompts([tmp_path / "t.jsonl"])
 
 
 # --- generate_ASR.py ------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def test_sizes_are_1_or_more(tmp_path, model_dir, files, decode, option):
 def test_the_originals_lists_say_by_their_names_what_they_are(tmp_path, file, facts, capsys):
     (tmp_path / file).parent.mkdir()
     (tmp_path / file).write_text('[{"instruction": "x", "output": "y"}]')
-    [[row]] = decoding.read_prompts([tmp_path / file]).values()
+    [[row]] = read_prompts([tmp_path / file]).values()
     assert tuple(row[name] for name in ("task", "dataset", "shots", "src_lang", "tgt_lang")) == facts
     assert "cannot score" not in capsys.readouterr().out
 
@@ -454,11 +454,11 @@ def test_facts_are_the_rows_own_else_given_else_the_names(tmp_path, capsys):
         '[{"instruction": "x", "output": "y", "tgt_lang": "fr", "shots": null}]'
     )
     given = {"dataset": "mine", "shots": 3, "src_lang": None}
-    [[row]] = decoding.read_prompts([tmp_path / "flores_de-en.json"], given).values()
+    [[row]] = read_prompts([tmp_path / "flores_de-en.json"], given).values()
     facts = {"dataset": "mine", "shots": 3, "src_lang": "de", "tgt_lang": "fr", "task": "mt"}
     assert facts.items() <= row.items()
     (tmp_path / "some.json").write_text('[{"instruction": "x", "output": "y"}]')
-    decoding.read_prompts([tmp_path / "some.json"])
+    read_prompts([tmp_path / "some.json"])
     said = "some.json: nothing says its task, shots, src_lang, tgt_lang, without which score.py cannot score it"
     assert said in capsys.readouterr().out
 
@@ -483,4 +483,4 @@ def test_prompts_that_cannot_be_are_named_by_row(tmp_path, row, message):
     fine = {"instruction": "a", "output": "b\n"}
     write_jsonl(tmp_path / "p.jsonl", [fine, row])
     with pytest.raises(UserError, match=rf"p\.jsonl:2[:,] {message}"):
-        decoding.read_prompts([tmp_path / "p.jsonl"])
+        read_prompts([tmp_path / "p.jsonl"])

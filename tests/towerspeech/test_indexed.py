@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from towerspeech.command import UserError
 from towerspeech.indexed import IndexedTokens, token_dtype, write_index
-from towerspeech.stage import UserError
 
 GIB = 2**30
 

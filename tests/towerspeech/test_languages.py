@@ -2,8 +2,8 @@
 
 import pytest
 
+from towerspeech.command import UserError
 from towerspeech.languages import LANGUAGES, language, parse_pair
-from towerspeech.stage import UserError
 
 
 def test_the_ten_languages_and_their_codes():

@@ -14,9 +14,9 @@ from sacrebleu.significance import _bootstrap_resample
 from sacrebleu.tokenizers import tokenizer_spm
 
 from towerspeech import metrics
+from towerspeech.command import UserError
 from towerspeech.languages import language
 from towerspeech.records import read_lines
-from towerspeech.stage import UserError
 
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TOWERSPEECH_TEST_DATA is not set")

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from towerspeech import prompts
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.tokenizer import CHAT_TEMPLATE, stop_token_ids
 
 
 def test_templates():
@@ -64,7 +65,7 @@ def test_chat_template_as_transformers_renders_it():
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello"}]
 
     def render(given, **options) -> tuple[str, list]:
-        text, spans = render_jinja_template([given], chat_template=prompts.CHAT_TEMPLATE, **options)
+        text, spans = render_jinja_template([given], chat_template=CHAT_TEMPLATE, **options)
         return text[0], spans[0] if spans else []
 
     asked, _ = render(messages[:1], add_generation_prompt=True)
@@ -79,6 +80,6 @@ def test_stop_rules():
         return SimpleNamespace(eos_token_id=eos, get_vocab=lambda: vocabulary)
 
     assert prompts.stop_strings(chat=False) == ["\n"] and prompts.stop_strings(chat=True) == []
-    assert prompts.stop_token_ids(tokenizer(2, a=0)) == [2]
-    assert prompts.stop_token_ids(tokenizer(2, **{"<EOD>": 9, "<|im_end|>": 7})) == [2, 7, 9]
-    assert prompts.stop_token_ids(tokenizer(None, **{"<|im_end|>": 7})) == [7]
+    assert stop_token_ids(tokenizer(2, a=0)) == [2]
+    assert stop_token_ids(tokenizer(2, **{"<EOD>": 9, "<|im_end|>": 7})) == [2, 7, 9]
+    assert stop_token_ids(tokenizer(None, **{"<|im_end|>": 7})) == [7]

@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from towerspeech import records
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.units_parquet import (
+    UNIT_COLUMNS,
+    check_one_kmeans,
+    read_unit_arrays,
+    read_unit_texts,
+    read_units,
+    shard_name,
+    write_units,
+)
 
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
 ROW = {"id": "u1", "audio": "a/1.wav", "language": "en", "duration_s": 1.5, "units": [0, 4999, 7], "text": "Héllo."}
@@ -161,27 +170,27 @@ def write_shards(folder: Path, sizes=(3, 0, 2)) -> Path:
     folder.mkdir()
     for shard, size in enumerate(sizes):
         rows = [{**ROW, "id": f"{shard}-{i}"} for i in range(size)]
-        records.write_units(folder / f"{records.shard_name(shard, len(sizes))}.parquet", rows)
+        write_units(folder / f"{shard_name(shard, len(sizes))}.parquet", rows)
     return folder
 
 
 def test_units_round_trip_in_order(tmp_path):
     folder = write_shards(tmp_path / "units")
-    rows = list(records.read_units(folder, num_units=5000))
+    rows = list(read_units(folder, num_units=5000))
     assert [row["id"] for row in rows] == ["0-0", "0-1", "0-2", "2-0", "2-1"]
     assert rows[0] == {**ROW, "id": "0-0"}
     shard = folder / "units-00000-of-00003.parquet"
-    assert list(records.read_units(shard)) == rows[:3]
+    assert list(read_units(shard)) == rows[:3]
     assert str(pq.read_schema(shard).field("units").type.value_type) == "uint16"
-    assert tuple(pq.read_schema(shard).names) == records.UNIT_COLUMNS
+    assert tuple(pq.read_schema(shard).names) == UNIT_COLUMNS
 
 
 def test_pyarrow_reads_what_is_written(tmp_path):
     row = {**ROW, "units": [0, 65533]}  # the largest unit id
-    records.write_units(tmp_path / "a.parquet", [row, {**row, "id": "u2", "units": []}])
+    write_units(tmp_path / "a.parquet", [row, {**row, "id": "u2", "units": []}])
     assert pq.read_table(tmp_path / "a.parquet").to_pylist() == [row, {**row, "id": "u2", "units": []}]
     with pytest.raises(ValueError, match="65536 too large"):
-        records.write_units(tmp_path / "b.parquet", [{**row, "units": [65536]}])
+        write_units(tmp_path / "b.parquet", [{**row, "units": [65536]}])
 
 
 def test_same_rows_same_bytes(tmp_path):
@@ -196,16 +205,16 @@ def test_incomplete_and_mixed_shards_are_refused(tmp_path):
     folder = write_shards(tmp_path / "units")
     (folder / "units-00001-of-00003.parquet").rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"units holds 2 of 3 shards\n.*label_audio\.py for the missing"):
-        list(records.read_units(folder))
+        list(read_units(folder))
     (tmp_path / "away").rename(folder / "units-00001-of-00004.parquet")
     with pytest.raises(UserError, match=r"3 of 4 shards, of sets of different sizes \[3, 4\]"):
-        list(records.read_units(folder))
+        list(read_units(folder))
     for path in folder.iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"holds no units-\*-of-\*\.parquet"):
-        list(records.read_units(folder))
+        list(read_units(folder))
     with pytest.raises(UserError, match="nowhere does not exist"):
-        list(records.read_units(tmp_path / "nowhere"))
+        list(read_units(tmp_path / "nowhere"))
 
 
 def test_a_unit_out_of_range_is_named_by_file_and_row(tmp_path):
@@ -213,14 +222,14 @@ def test_a_unit_out_of_range_is_named_by_file_and_row(tmp_path):
     with pytest.raises(
         UserError, match=r"00000-of-00003\.parquet, row 1 \(id 0-0\): unit id 4999 is outside 0\.\.499"
     ):
-        list(records.read_units(folder, num_units=500))
+        list(read_units(folder, num_units=500))
 
 
 def test_a_null_among_units_is_named_by_file_and_row(tmp_path):
-    rows = [{**dict.fromkeys(records.UNIT_COLUMNS), "units": units} for units in ([1, 2], [1, None, 2])]
-    records.write_units(tmp_path / "units-00000-of-00001.parquet", rows)
+    rows = [{**dict.fromkeys(UNIT_COLUMNS), "units": units} for units in ([1, 2], [1, None, 2])]
+    write_units(tmp_path / "units-00000-of-00001.parquet", rows)
     with pytest.raises(UserError, match="units-00000-of-00001.parquet, row 2: a unit is null"):
-        list(records.read_unit_texts(tmp_path, 50))
+        list(read_unit_texts(tmp_path, 50))
 
 
 def many_rows(units: dict[int, object]) -> list[dict]:
@@ -235,13 +244,13 @@ def many_rows(units: dict[int, object]) -> list[dict]:
 def test_unit_texts_are_those_of_the_rows(tmp_path):
     rows = many_rows({})
     for shard in range(2):
-        records.write_units(tmp_path / f"units-0000{shard}-of-00002.parquet", rows[shard * 1700 :][:1700])
-    assert list(records.read_units(tmp_path, 50)) == rows
+        write_units(tmp_path / f"units-0000{shard}-of-00002.parquet", rows[shard * 1700 :][:1700])
+    assert list(read_units(tmp_path, 50)) == rows
     texts = ["".join(chr(990000 + unit) for unit in row["units"]) for row in rows]
-    assert list(records.read_unit_texts(tmp_path, 50, offset=990000)) == texts
-    assert list(records.read_unit_texts(tmp_path, 50)) == [text.translate(MOVED) for text in texts]
+    assert list(read_unit_texts(tmp_path, 50, offset=990000)) == texts
+    assert list(read_unit_texts(tmp_path, 50)) == [text.translate(MOVED) for text in texts]
     flat, starts = [], []
-    for units, ends, batch, _ in records.read_unit_arrays(tmp_path, 50, ["text"]):
+    for units, ends, batch, _ in read_unit_arrays(tmp_path, 50, ["text"]):
         assert units.dtype == "<u4" and ends.dtype == "int64" and len(ends) == len(batch) == len(batch["text"])
         starts += [len(flat) + end for end in ends]
         flat += units.tolist()
@@ -252,7 +261,7 @@ def test_unit_texts_are_those_of_the_rows(tmp_path):
 MOVED = {990000 + unit: 0xF0000 + unit for unit in range(50)}
 
 
-@pytest.mark.parametrize("read", [records.read_units, records.read_unit_arrays, records.read_unit_texts])
+@pytest.mark.parametrize("read", [read_units, read_unit_arrays, read_unit_texts])
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -269,7 +278,7 @@ MOVED = {990000 + unit: 0xF0000 + unit for unit in range(50)}
 def test_a_bad_row_is_named_wherever_it_is(tmp_path, read, bad, message):
     """Rows are read 1024 at a time."""
     for shard, rows in enumerate((many_rows({})[:1500], many_rows(bad))):
-        records.write_units(tmp_path / f"units-0000{shard}-of-00002.parquet", rows)
+        write_units(tmp_path / f"units-0000{shard}-of-00002.parquet", rows)
     with pytest.raises(UserError, match=rf"units-00001-of-00002\.parquet, {message}"):
         list(read(tmp_path, 50))
 
@@ -280,7 +289,7 @@ def test_a_row_is_named_to_whom_reads_arrays(tmp_path, row_group_size):
 
     table = pa.Table.from_pylist(many_rows({}))
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=row_group_size)  # as others may write it
-    batches = [(place, len(ends)) for _, ends, _, place in records.read_unit_arrays(tmp_path / "a.parquet", 50)]
+    batches = [(place, len(ends)) for _, ends, _, place in read_unit_arrays(tmp_path / "a.parquet", 50)]
     places = [place(row) for place, rows in batches for row in range(rows)]
     assert len(batches) > 2 and places == [f"{tmp_path}/a.parquet, row {i + 1} (id {i})" for i in range(3000)]
 
@@ -294,15 +303,15 @@ def test_units_of_different_kmeans_are_told_apart(tmp_path):
             (folder / f"units-0000{shard}-of-00002.run_info.json").write_text(json.dumps({"inputs": inputs}))
     (tmp_path / "e.km").write_text("1 2\n")
     folders = [tmp_path / name for name in ("a", "b", "d", "e.km")]
-    records.check_one_kmeans(folders)
-    records.check_one_kmeans([])
+    check_one_kmeans(folders)
+    check_one_kmeans([])
     for other in (tmp_path / "c", tmp_path / "c/units-00001-of-00002.parquet"):
         with pytest.raises(UserError, match=rf"{tmp_path}/a and {other} were labelled with different k-means"):
-            records.check_one_kmeans([*folders, other])
+            check_one_kmeans([*folders, other])
     info = tmp_path / "b/units-00001-of-00002.run_info.json"  # one shard of a folder is enough
     info.write_text(info.read_text().replace("one", "three"))
     with pytest.raises(UserError, match="were labelled with different k-means"):
-        records.check_one_kmeans([tmp_path / "b"])
+        check_one_kmeans([tmp_path / "b"])
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
@@ -311,10 +320,10 @@ def test_another_kind_of_file_is_refused(tmp_path):
     path = tmp_path / "units-00000-of-00001.parquet"
     path.write_text("no Parquet at all")
     with pytest.raises(UserError, match="is no units Parquet"):
-        list(records.read_units(tmp_path))
+        list(read_units(tmp_path))
     pq.write_table(pa.table({"id": ["a"], "units": [[1]]}), path)
     with pytest.raises(UserError, match="lacks audio, duration_s, language, text"):
-        list(records.read_units(tmp_path))
+        list(read_units(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -347,11 +356,11 @@ def test_units_are_lists_of_integers_of_any_width(tmp_path, kind, rows, message)
     path = tmp_path / "units-00000-of-00001.parquet"
     pq.write_table(pa.table({**columns, "units": pa.array(rows, units_type)}), path)
     if message is None:
-        assert [row["units"] for row in records.read_units(path, 50)] == rows
-        [(flat, ends, *_)] = records.read_unit_arrays(path, 50)
+        assert [row["units"] for row in read_units(path, 50)] == rows
+        [(flat, ends, *_)] = read_unit_arrays(path, 50)
         assert flat.tolist() == [unit for row in rows for unit in row] and ends.tolist()[-1] == len(flat)
         return
-    for read in (records.read_units, records.read_unit_arrays, records.read_unit_texts):
+    for read in (read_units, read_unit_arrays, read_unit_texts):
         with pytest.raises(UserError, match=message):
             list(read(path, 50))
 
@@ -360,4 +369,4 @@ def test_a_cut_off_parquet_file_is_named(tmp_path):
     path = write_shards(tmp_path / "units", (3,)) / "units-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="00001.parquet is no units Parquet that can be read"):
-        list(records.read_units(path))
+        list(read_units(path))

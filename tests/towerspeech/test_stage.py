@@ -18,17 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from towerspeech.stage import (
-    UserError,
-    check_exists,
-    hash_file,
-    hash_path,
-    locked,
-    publish,
-    read_json,
-    stage,
-    write_json,
-)
+from towerspeech.command import UserError
+from towerspeech.files import check_exists, hash_file, locked, publish, read_json, write_json
+from towerspeech.stage import hash_path, stage
 
 ROOT = Path(__file__).parents[2]
 # Writes 20 parts, one a file; what is there already it keeps. In the middle of part STOP_IN it waits for a line on
@@ -81,13 +73,13 @@ def slow(tmp_path):
 
 def write(output_dir: Path, content="x", inputs=(), part="", **arguments) -> str:
     """A stage that writes one file; returns what it found."""
-    with stage(output_dir, {"output_dir": output_dir, **arguments}, inputs=inputs, part=part) as job:
-        if job.done:
+    with stage(output_dir, {"output_dir": output_dir, **arguments}, inputs=inputs, part=part) as work:
+        if work.done:
             return "done"
         name = f"{part}.txt" if part else "a.txt"
-        with job.publish(name) as path:
+        with work.publish(name) as path:
             path.write_text(content)
-        return "resumed" if job.resumed else "new"
+        return "resumed" if work.resumed else "new"
 
 
 def info(folder: Path, name="run_info.json") -> dict:
@@ -191,12 +183,12 @@ def test_arguments_that_change_no_output_are_settings(tmp_path):
     """And those that decide the last steps alone may change until these are done."""
 
     def attempt(finish: bool, **arguments) -> bool:
-        with stage(tmp_path / "out", arguments, ignore=["workers"], late=["steps"]) as job:
-            if not job.done:
+        with stage(tmp_path / "out", arguments, ignore=["workers"], late=["steps"]) as work:
+            if not work.done:
                 (tmp_path / "out/a.txt").write_text("a")
                 if not finish:
                     raise KeyError
-            return job.done or job.resumed
+            return work.done or work.resumed
 
     for seed, steps, workers in ((1, 10, 1), (1, 20, 2)):
         with pytest.raises(KeyError):
@@ -213,26 +205,26 @@ def test_arguments_that_change_no_output_are_settings(tmp_path):
 
 def test_outputs_are_all_files_but_logs_checkpoints_and_notes(tmp_path):
     out = tmp_path / "out"
-    with stage(out, {}) as job:
+    with stage(out, {}) as work:
         for name in ("b.txt", "sub/c.txt", "checkpoint-5/d.txt", "sub/checkpoint-5/e.txt", "f.log", "sub/.g", ".h"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("a")
-        job.counts["files"] = 7
+        work.counts["files"] = 7
     sha256 = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"  # of "a"
     assert info(out)["outputs"] == dict.fromkeys(("b.txt", "sub/c.txt", "sub/checkpoint-5/e.txt"), sha256)
     assert info(out)["counts"] == {"files": 7}
 
 
 def test_who_is_asked_to_stop_is_asked_once(tmp_path):
-    with stage(tmp_path / "out", {}) as job:
-        assert not job.asked_to_stop()
+    with stage(tmp_path / "out", {}) as work:
+        assert not work.asked_to_stop()
         (tmp_path / "out/.stop").touch()
-        assert job.asked_to_stop() and not job.asked_to_stop()
+        assert work.asked_to_stop() and not work.asked_to_stop()
 
 
 def test_a_failure_leaves_no_run_info_and_can_be_resumed(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), stage(out, {}) as job, job.publish("a.txt") as path:
+    with pytest.raises(ZeroDivisionError), stage(out, {}) as work, work.publish("a.txt") as path:
         path.write_text("half")
         _ = 1 / 0
     assert [path.name for path in out.glob("[!.]*")] == []
@@ -255,7 +247,7 @@ def test_parts_share_a_folder(tmp_path, capsys):
 
 def test_a_part_leaves_alone_what_another_is_writing(tmp_path):
     out = tmp_path / "out"
-    with stage(out, {}, part="de-en") as job, job.publish("de-en.txt") as path:
+    with stage(out, {}, part="de-en") as work, work.publish("de-en.txt") as path:
         path.write_text("whole")
         (out / ".de-en.note").write_text("progress")
         for overwrite in (False, True):
@@ -479,7 +471,7 @@ def test_publish_is_whole_or_not_at_all(tmp_path):
 
 
 def test_a_stage_publishes_files_from_a_folder(tmp_path):
-    with stage(tmp_path / "out", {}) as job, job.publish() as folder:
+    with stage(tmp_path / "out", {}) as work, work.publish() as folder:
         for name in "ab":
             (folder / name).write_text(name)
     assert sorted(info(tmp_path / "out")["outputs"]) == ["a", "b"]
@@ -635,7 +627,7 @@ WRITERS = [write_safetensors, write_parquet, write_plot, write_torch_checkpoint,
 def test_no_space_left_whichever_library_finds_out(disk, writer):
     fill(disk, 1 << 16)
     told = pytest.raises(UserError, match="no space left for .*disk/out/a: .*\n  -> make room")
-    with told as caught, stage(disk / "out", {}) as job, job.publish("a") as path:
+    with told as caught, stage(disk / "out", {}) as work, work.publish("a") as path:
         writer(path)
     assert len(str(caught.value).splitlines()) == 2
     assert sorted(path.name for path in (disk / "out").rglob("*")) == [".folder.lock", ".unfinished.json"]

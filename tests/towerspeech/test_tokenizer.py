@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from towerspeech import decoding, prompts
-from towerspeech.stage import UserError
-from towerspeech.tokenizer import check_outside_text, check_units, marker, text_tokenizer
+from towerspeech.command import UserError
+from towerspeech.outside_text import check_outside_text, check_units, marker, text_tokenizer
 
 
 def mistral(folder: Path, legacy: bool) -> Path:

@@ -7,8 +7,10 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from towerspeech import prompts, units
-from towerspeech.stage import UserError
+from towerspeech import units
+from towerspeech.command import UserError
+from towerspeech.speech_prompts import speech_rows
+from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS, read_metadata, tokenizer_hash, unit_tokens
 
 
 @pytest.mark.parametrize("offset", [units.OFFSET, 990000])  # SpireLM's and the original's
@@ -65,21 +67,21 @@ def test_a_word_start_with_units_is_no_unit_token(base_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode([406]) == chr(990003)
     singles = {400 + unit: [unit] for unit in range(5)}
-    assert units.unit_tokens(tokenizer, 5, 990000) == {**singles, 405: [3, 1]}
-    assert units.unit_tokens(tokenizer, 3, 990000) == {400: [0], 401: [1], 402: [2]}
+    assert unit_tokens(tokenizer, 5, 990000) == {**singles, 405: [3, 1]}
+    assert unit_tokens(tokenizer, 3, 990000) == {400: [0], 401: [1], 402: [2]}
 
 
 def test_metadata_and_tokenizer_hash(tmp_path):
     with pytest.raises(UserError, match=r"speech_units\.json is missing.*\n.*merge_tokenizer\.py"):
-        units.read_metadata(tmp_path)
+        read_metadata(tmp_path)
     (tmp_path / "speech_units.json").write_text(json.dumps({"num_units": 5}))
-    assert units.read_metadata(tmp_path) == {"num_units": 5}
+    assert read_metadata(tmp_path) == {"num_units": 5}
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist"):
-        units.tokenizer_hash(tmp_path)
+        tokenizer_hash(tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text("{}")
-    assert units.tokenizer_hash(tmp_path / "a") == units.tokenizer_hash(tmp_path / "b")
+    assert tokenizer_hash(tmp_path / "a") == tokenizer_hash(tmp_path / "b")
 
 
 # --- Folders of others ----------------------------------------------------------------------------
@@ -99,12 +101,12 @@ def save_foreign(folder, base_model_dir, new_pieces, as_json: bool):
 
 
 def spire_pieces():
-    return [*prompts.SPECIAL_TOKENS, *units.to_text(range(50)), *prompts.CHAT_TOKENS], {
+    return [*SPECIAL_TOKENS, *units.to_text(range(50)), *CHAT_TOKENS], {
         "num_units": 50,
         "offset": 0xF0000,
         "first_unit_id": 405,
         "merges": 0,
-        "special_tokens": dict(zip(prompts.SPECIAL_TOKENS, range(400, 405), strict=True))
+        "special_tokens": dict(zip(SPECIAL_TOKENS, range(400, 405), strict=True))
         | {"<|im_end|>": 455, "<|im_start|>": 456},
         "base_vocab_size": 400,
         "vocab_size": 457,
@@ -137,17 +139,17 @@ def test_layouts_of_others(tmp_path, base_model_dir, make_units, layout, as_json
 
     pieces, wanted = layout()
     folder = save_foreign(tmp_path / "tokenizer", base_model_dir, pieces, as_json)
-    dsu = units.read_metadata(folder)
+    dsu = read_metadata(folder)
     assert dsu == wanted
 
     corpus = make_units(tmp_path / "units", [{"units": [3, 24, 21, 0, 49, 7]}, {"units": list(range(50))}])
-    rows = prompts.speech_rows(corpus, "test", "original", dsu["offset"], dsu["num_units"])
+    rows = speech_rows(corpus, "test", "original", dsu["offset"], dsu["num_units"])
     tokenizer, ids = decoding.encode(folder, {"asr/test.jsonl": rows}, 512, dsu["vocab_size"])
     reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     texts = [row["instruction"] for row in rows]
     assert ids["asr/test.jsonl"] == [[1, *line] for line in reference.encode(texts)]
     known = {token: units.from_text(text, 50, dsu["offset"]) for token, text in unit_texts(reference, dsu)}
-    assert units.unit_tokens(tokenizer, 50, dsu["offset"]) == known and len(known) == 50 + dsu["merges"]
+    assert unit_tokens(tokenizer, 50, dsu["offset"]) == known and len(known) == 50 + dsu["merges"]
     spoken = [unit for line in ids["asr/test.jsonl"] for token in line for unit in known.get(token, [])]
     assert spoken == [3, 24, 21, 0, 49, 7, *range(50)]
 
@@ -168,18 +170,18 @@ def unit_texts(reference, dsu):
 def test_layouts_of_nobody(tmp_path, base_model_dir, chars, found):
     folder = save_foreign(tmp_path / "tokenizer", base_model_dir, [chr(char) for char in chars], True)
     with pytest.raises(UserError, match=found):
-        units.read_metadata(folder)
-    assert units.read_metadata(folder, required=False)["num_units"] == 0
+        read_metadata(folder)
+    assert read_metadata(folder, required=False)["num_units"] == 0
 
 
 def test_tokenizers_without_units(tmp_path, base_model_dir):
     with pytest.raises(UserError, match="this tokenizer knows no speech units"):
-        units.read_metadata(base_model_dir)
-    assert units.read_metadata(base_model_dir, required=False) == {"num_units": 0, "offset": units.OFFSET}
-    assert units.read_metadata(tmp_path, required=False) == {"num_units": 0, "offset": units.OFFSET}
+        read_metadata(base_model_dir)
+    assert read_metadata(base_model_dir, required=False) == {"num_units": 0, "offset": units.OFFSET}
+    assert read_metadata(tmp_path, required=False) == {"num_units": 0, "offset": units.OFFSET}
     (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match="is no SentencePiece model"):
-        units.read_metadata(tmp_path, required=False)
+        read_metadata(tmp_path, required=False)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="'model' is missing"):
-        units.read_metadata(tmp_path)
+        read_metadata(tmp_path)

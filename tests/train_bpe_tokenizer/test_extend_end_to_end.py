@@ -14,7 +14,9 @@ from tiny import make_smollm2 as smollm2
 from tiny.pipeline import Runner
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.records import read_jsonl, read_units, write_jsonl
+from towerspeech.records import read_jsonl, write_jsonl
+from towerspeech.tokenizer import read_metadata, stop_token_ids
+from towerspeech.units_parquet import read_units
 from train_bpe_tokenizer.extend_model import extend_model
 from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer
 
@@ -119,7 +121,7 @@ def test_logits_of_text_are_the_bases_own(folders):
 
     tokenizer = AutoTokenizer.from_pretrained(folders[1], local_files_only=True)
     old, new = map(load, folders)
-    keep = dsu.read_metadata(folders[1])["base_vocab_size"]
+    keep = read_metadata(folders[1])["base_vocab_size"]
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         assert ids.max() < keep
@@ -147,7 +149,7 @@ def test_vllm_generates_what_transformers_does(folders, tmp_path, spoken):
     assert done.returncode == 0, done.stderr[-2000:]
 
     tokenizer, model = AutoTokenizer.from_pretrained(folders[1], local_files_only=True), load(folders[1])
-    stop = prompts.stop_token_ids(tokenizer)
+    stop = stop_token_ids(tokenizer)
     told = 0  # characters
     for name, instructions in (("text", TEXTS), ("units", spoken)):
         results = read_jsonl(tmp_path / f"out/extended/{name}.jsonl")

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.tokenizer import read_metadata, tokenizer_hash
 from train_bpe_tokenizer.extend_model import extend_model, make_rows
 from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer
 
@@ -89,7 +90,7 @@ def test_files(model_dir, tokenizer_dir, untied_dir, untied_extended, base_model
     config, base = (json.loads((folder / "config.json").read_text()) for folder in (model_dir, base_model_dir))
     assert config == {**base, "vocab_size": 512, "pad_token_id": 403}
     assert json.loads((model_dir / "generation_config.json").read_text())["pad_token_id"] == 403
-    assert dsu.tokenizer_hash(model_dir) == dsu.tokenizer_hash(tokenizer_dir)
+    assert tokenizer_hash(model_dir) == tokenizer_hash(tokenizer_dir)
 
     for path in (*model_dir.glob("*.safetensors"), *untied_extended.glob("*.safetensors")):
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, path  # the format aligns the data
@@ -265,7 +266,7 @@ def byte_level_dir(tmp_path_factory):
 def test_byte_level_base(tmp_path, byte_level_dir, units_bpe_dir, special_tokens):
     """ChatML tokens keep their rows; without <PAD> the base's padding stays; a unit's byte pieces are no merges."""
     merge_tokenizer(byte_level_dir, units_bpe_dir, tmp_path / "tokenizer", special_tokens=special_tokens)
-    metadata = dsu.read_metadata(tmp_path / "tokenizer")
+    metadata = read_metadata(tmp_path / "tokenizer")
     assert metadata["base_vocab_size"] == 353 and metadata["special_tokens"]["<|im_end|>"] == 352
     extend_model(byte_level_dir, tmp_path / "tokenizer", tmp_path / "out", init="merge_mean")
     base, out = (json.loads((folder / "config.json").read_text()) for folder in (byte_level_dir, tmp_path / "out"))

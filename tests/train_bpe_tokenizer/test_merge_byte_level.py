@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from tests.conftest import NUM_MERGES, NUM_UNITS, make_sentences, make_utterances
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS, read_metadata, unit_tokens
 from train_bpe_tokenizer.merge_tokenizer import SENTENCES, merge_tokenizer
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -29,7 +30,7 @@ TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=40),
     st.text(alphabet="aehst' \t\n\r.!üé\u0301ß中모1234\U000e0067", max_size=40),
     st.sampled_from(SENTENCES),
-).filter(lambda text: not any(token in text for token in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS)))
+).filter(lambda text: not any(token in text for token in (*SPECIAL_TOKENS, *CHAT_TOKENS)))
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -137,7 +138,7 @@ def fast(merged_dir):
 def unit_ids(units_bpe_dir, fast):
     """The ids that a unit line must have, by SentencePiece."""
     model = SentencePieceProcessor(model_file=str(units_bpe_dir / "units_bpe.model"))
-    known = {fast.decode([index]): index for index in dsu.unit_tokens(fast, NUM_UNITS)}
+    known = {fast.decode([index]): index for index in unit_tokens(fast, NUM_UNITS)}
     assert len(known) == NUM_UNITS + NUM_MERGES
     return lambda line: [known[piece] for piece in model.encode(line, out_type=str)]
 
@@ -152,30 +153,30 @@ def base_ids(own, text):
 
 def test_layout(kind, merged_dir, fast, own):
     """The base, specials, units in order, merges, the ChatML tokens that the base lacks, pieces of bytes."""
-    facts = dsu.read_metadata(merged_dir)
+    facts = read_metadata(merged_dir)
     vocabulary, size, lacking = fast.get_vocab(), *LENGTHS[kind]
     before = own.get_vocab()
     assert len(before) == size and {token: vocabulary[token] for token in before} == before
     assert sorted(vocabulary.values()) == list(range(len(fast)))
     first = size + 5
-    assert [vocabulary[token] for token in prompts.SPECIAL_TOKENS] == list(range(size, first))
+    assert [vocabulary[token] for token in SPECIAL_TOKENS] == list(range(size, first))
     assert [encode(fast, unit) for unit in dsu.to_text(range(NUM_UNITS))] == [[first + u] for u in range(NUM_UNITS)]
     after = first + NUM_UNITS + NUM_MERGES
-    assert list(dsu.unit_tokens(fast, NUM_UNITS)) == list(range(first, after))
+    assert list(unit_tokens(fast, NUM_UNITS)) == list(range(first, after))
     if lacking:
-        assert [vocabulary[token] for token in prompts.CHAT_TOKENS] == [after, after + 1]
+        assert [vocabulary[token] for token in CHAT_TOKENS] == [after, after + 1]
     byte_pieces = 0 if kind == "gpt2" else 2  # F3 B0 and F3 B0 80; this one has them from its text
     assert (facts["byte_pieces"], facts["vocab_size"]) == (byte_pieces, len(fast))
     assert len(fast) == after + lacking + byte_pieces
     assert (facts["first_unit_id"], facts["base_vocab_size"], facts["merges"]) == (first, size, NUM_MERGES)
-    assert facts["special_tokens"] == {t: vocabulary[t] for t in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS)}
+    assert facts["special_tokens"] == {t: vocabulary[t] for t in (*SPECIAL_TOKENS, *CHAT_TOKENS)}
     assert not (merged_dir / "config.json").exists()
 
 
 def test_merges_have_the_ids_in_which_they_were_learned(units_bpe_dir, fast):
     model = SentencePieceProcessor(model_file=str(units_bpe_dir / "units_bpe.model"))
     pieces = [model.id_to_piece(index) for index in range(1, 1 + NUM_MERGES)]  # 0 is <unk>; units are last
-    tokens = dsu.unit_tokens(fast, NUM_UNITS)
+    tokens = unit_tokens(fast, NUM_UNITS)
     assert [dsu.to_text(units) for units in tokens.values()][NUM_UNITS:] == pieces
 
 
@@ -208,7 +209,7 @@ def test_mixtures_are_their_parts(kind, fast, own, unit_ids, first, parts, last)
 
 def test_every_merge_alone_and_between_words(fast, own, unit_ids):
     """Llama-3 takes a pre-token that is in the vocabulary as it is, without merges."""
-    for units in dsu.unit_tokens(fast, NUM_UNITS).values():
+    for units in unit_tokens(fast, NUM_UNITS).values():
         line = dsu.to_text(units)
         assert encode(fast, line) == unit_ids(line)
         assert encode(fast, f"a  {line}'s") == [*base_ids(own, "a  "), *unit_ids(line), *base_ids(own, "'s")]
@@ -219,15 +220,15 @@ def test_other_characters_of_plane_15(fast):
     text = f"a{chr(0xF0000 + NUM_UNITS)} {chr(990000)}!{dsu.to_text([3])}{chr(0xF00FF)}\U00100000"
     ids = encode(fast, text)
     assert fast.decode(ids) == text
-    assert dsu.unit_tokens(fast, NUM_UNITS).keys() & set(ids) == set(encode(fast, dsu.to_text([3])))
+    assert unit_tokens(fast, NUM_UNITS).keys() & set(ids) == set(encode(fast, dsu.to_text([3])))
 
 
 def test_special_tokens(kind, base_dir, fast, own):
     end = json.loads((base_dir / "tokenizer_config.json").read_text())["eos_token"]
     size = LENGTHS[kind][0]
     assert (fast.pad_token, fast.pad_token_id, fast.eos_token) == ("<PAD>", size + 3, end)
-    ours = {fast.convert_tokens_to_ids(token) for token in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS)}
-    assert ours <= set(fast.all_special_ids) and not set(fast.all_special_ids) & set(dsu.unit_tokens(fast, NUM_UNITS))
+    ours = {fast.convert_tokens_to_ids(token) for token in (*SPECIAL_TOKENS, *CHAT_TOKENS)}
+    assert ours <= set(fast.all_special_ids) and not set(fast.all_special_ids) & set(unit_tokens(fast, NUM_UNITS))
     unit = dsu.to_text([3])
     ids = encode(fast, f"<|im_start|>{unit}<|im_end|><EOD>")
     start, end, eod = fast.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<EOD>"])
@@ -295,7 +296,7 @@ def test_tiktokens_model_beside_tokenizer_json(tmp_path, units_bpe_dir, capsys, 
 def test_fewer_tokens_as_asked(tmp_path, kind, base_dir, units_bpe_dir):
     merge_tokenizer(base_dir, units_bpe_dir, tmp_path / "out", special_tokens=["<EOD>"], chat=False)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
-    facts, size = dsu.read_metadata(tmp_path / "out"), LENGTHS[kind][0]
+    facts, size = read_metadata(tmp_path / "out"), LENGTHS[kind][0]
     assert facts["special_tokens"] == {"<EOD>": size} and facts["first_unit_id"] == size + 1
     assert encode(loaded, dsu.to_text([0])) == [size + 1]
     assert len(loaded) == facts["vocab_size"] == size + 1 + NUM_UNITS + NUM_MERGES + facts["byte_pieces"]
@@ -322,7 +323,7 @@ def test_smollm2(tmp_path, units_bpe_dir):
         line = dsu.to_text([0, 49])
         assert encode(fast, f"{text}{line}{text}") == [*encode(own, text), 49157, 49206, *encode(own, text)]
     assert len(fast) == 49152 + 5 + NUM_UNITS + NUM_MERGES + 2
-    assert [fast.convert_tokens_to_ids(token) for token in prompts.CHAT_TOKENS] == [2, 1]  # its own
+    assert [fast.convert_tokens_to_ids(token) for token in CHAT_TOKENS] == [2, 1]  # its own
     assert fast.eos_token == "<|im_end|>" and fast.pad_token_id == 49155
 
 

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.stage import UserError
+from towerspeech.command import UserError
+from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, SPECIAL_TOKENS, read_metadata
 from train_bpe_tokenizer.merge_tokenizer import SENTENCES, check_same, merge_tokenizer
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -29,7 +30,7 @@ TEXTS = st.one_of(
 ).filter(
     lambda text: (
         not text.startswith((" ", "▁"))
-        and not any(token in text for token in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS, "<unk>", "<s>", "</s>"))
+        and not any(token in text for token in (*SPECIAL_TOKENS, *CHAT_TOKENS, "<unk>", "<s>", "</s>"))
     )
 )
 
@@ -62,13 +63,13 @@ def test_layout(tokenizer_dir, fast, slow):
     """Specials, units in order, merges in the order in which they were learned, ChatML tokens: SpireLM's layout."""
     facts = json.loads((tokenizer_dir / "speech_units.json").read_text())
     vocabulary = fast.get_vocab()
-    assert [vocabulary[token] for token in prompts.SPECIAL_TOKENS] == [400, 401, 402, 403, 404]
+    assert [vocabulary[token] for token in SPECIAL_TOKENS] == [400, 401, 402, 403, 404]
     assert [vocabulary[unit] for unit in dsu.to_text(range(50))] == list(range(405, 455))
     assert [vocabulary["<|im_end|>"], vocabulary["<|im_start|>"]] == [485, 486]
     assert (len(fast), slow.get_piece_size(), facts["vocab_size"]) == (487, 487, 487)
     assert (facts["num_units"], facts["offset"], facts["first_unit_id"], facts["merges"]) == (50, 0xF0000, 405, 30)
-    assert facts["special_tokens"] == {t: vocabulary[t] for t in (*prompts.SPECIAL_TOKENS, *prompts.CHAT_TOKENS)}
-    assert dsu.read_metadata(tokenizer_dir) == facts
+    assert facts["special_tokens"] == {t: vocabulary[t] for t in (*SPECIAL_TOKENS, *CHAT_TOKENS)}
+    assert read_metadata(tokenizer_dir) == facts
     assert (facts["base_vocab_size"], facts["byte_pieces"]) == (400, 0)
 
 
@@ -209,13 +210,13 @@ def test_fewer_tokens_as_asked(tmp_path, base_model_dir, units_bpe_dir):
     for name, specials, chat in (("a", [], False), ("b", ["<EOD>", "<PAD>"], True), ("c", ["<EOD>"], True)):
         merge_tokenizer(base, units_bpe_dir, tmp_path / name, special_tokens=specials, chat=chat)
         fast = AutoTokenizer.from_pretrained(tmp_path / name, local_files_only=True)
-        facts, first = dsu.read_metadata(tmp_path / name), 400 + len(specials)
+        facts, first = read_metadata(tmp_path / name), 400 + len(specials)
         chat_ids = {"<|im_end|>": first + 80, "<|im_start|>": first + 81} if chat else {}
         assert facts["special_tokens"] == {token: 400 + i for i, token in enumerate(specials)} | chat_ids
         assert facts["first_unit_id"] == first and encode(fast, dsu.to_text([0]))[-1] == first
         assert len(fast) == facts["vocab_size"] == first + 80 + len(chat_ids)
         assert fast.pad_token == ("<PAD>" if "<PAD>" in specials else "</s>")
-        assert fast.chat_template == (prompts.CHAT_TEMPLATE if chat else "hello")
+        assert fast.chat_template == (CHAT_TEMPLATE if chat else "hello")
 
 
 @pytest.mark.parametrize(("pad", "kept"), [("[PAD]", None), ({"content": "[PAD]"}, None), ({"content": "<s>"}, "<s>")])

@@ -1,0 +1,121 @@
+"""A command's errors and its command line: what the user can mend becomes one message."""
+
+import contextlib
+import errno
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: what is wrong (and where), and what to do about it."""
+
+    def __init__(self, problem: str, remedy: str = ""):
+        super().__init__(f"{problem}\n  -> {remedy}" if remedy else problem)
+
+
+def run(function: Callable) -> None:
+    """Make a typed function the script's command line; what the user can mend becomes one message, exit status 1.
+
+    Values of a list argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``.
+    """
+    from jsonargparse import auto_cli
+
+    lists = {f"--{name}" for name, kind in inspect.get_annotations(function).items() if "list[" in str(kind)}
+    description = inspect.getdoc(sys.modules[function.__module__])
+    try:
+        with space_needed():
+            auto_cli(
+                function,
+                as_positional=False,
+                allow_abbrev=False,
+                description=description,
+                args=_gather(sys.argv[1:], lists),
+            )
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _gather(words: list[str], lists: set[str]) -> list[str]:
+    """Turn ``--flag a b`` into ``--flag ["a", "b"]`` for the flags of ``lists``."""
+    gathered, position = [], 0
+    while position < len(words):
+        word = words[position]
+        gathered.append(word)
+        position += 1
+        if word in lists:
+            end = position
+            while end < len(words) and not words[end].startswith("--"):
+                end += 1
+            values = words[position:end]
+            if values and not values[0].startswith("["):
+                gathered.append(json.dumps(values))  # jsonargparse makes numbers of them where numbers are wanted
+                position = end
+    return gathered
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+FULL_BYTES = 1 << 16  # a disk with less room than this is full
+
+
+def no_space(error: BaseException, where: Path | None) -> bool:
+    """Whether an error is, or came from, a full disk or an exhausted quota.
+
+    Libraries hand on the system's error number, its message alone (safetensors, tokenizers), or neither (torch.save
+    tells of a wrong position in the file; a C++ library's log is just not there): then the disk is asked.
+    """
+    came_from: BaseException | None = error
+    while came_from:
+        if getattr(came_from, "errno", None) in NO_SPACE or any(os.strerror(c) in str(came_from) for c in NO_SPACE):
+            return True
+        came_from = came_from.__cause__ or came_from.__context__
+    if where is None or isinstance(error, OSError | KeyboardInterrupt | SystemExit | GeneratorExit):
+        return False
+    return shutil.disk_usage(where).free < FULL_BYTES
+
+
+@contextlib.contextmanager
+def space_needed(where: Path | None = None) -> Iterator[None]:
+    """Around whatever writes to a file or folder: no space left is the user's to mend, whichever library found out."""
+    folder = where and next(path for path in (where, *where.parents) if path.is_dir())
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not no_space(error, folder):
+            raise
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"no space left{f' for {where}' if where else ''}: {said[-1]}",
+            "make room on that disk (or quota) and run this again, or write to another one",
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator:
+    """Send file descriptors 1 and 2 (ours and every child's) to ``log``; yield the terminal for our own progress."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(log, "ab") as file, os.fdopen(os.dup(2), "w", encoding="utf-8") as terminal:
+        try:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            yield terminal
+        finally:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # even if there was no space left for the log
+                for descriptor, old in zip((1, 2), saved, strict=True):
+                    os.dup2(old, descriptor)
+                    os.close(old)

@@ -1,0 +1,123 @@
+"""Files that appear whole or not at all, locks that die with their holder, content hashes, JSON objects."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from towerspeech.command import UserError, space_needed
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``target`` to write a file or a folder to; it appears whole or not at all."""
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with space_needed(target):
+            yield temporary
+            if temporary.is_dir():
+                for path in [*temporary.rglob("*"), temporary]:
+                    sync(path)
+                if target.is_dir():  # a rename cannot replace a folder that holds files
+                    shutil.rmtree(target)
+            else:
+                sync(temporary)
+            os.replace(temporary, target)
+            sync(target.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder: whole or gone, never half, whenever this is killed."""
+    if path.is_dir():
+        gone = path.with_name(f".tmp-{path.name.removeprefix('.tmp-')}-{os.urandom(4).hex()}")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: dict) -> None:
+    """Write one JSON object atomically."""
+    with publish(target) as path:
+        path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path`` as a lock. The kernel drops it when its holder dies, so SIGKILL leaves none behind.
+
+    Waits up to TOWERSPEECH_LOCK_WAIT_S seconds (60): the old self of a requeued job may still be writing.
+
+    Raises:
+        UserError: Somebody else kept it all that time; the message names host, process and job.
+    """
+    deadline = time.monotonic() + float(os.environ.get("TOWERSPEECH_LOCK_WAIT_S", "60"))
+    with space_needed(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        raise UserError(
+                            f"{path.parent} is being written by {file.read().strip() or 'another process'}",
+                            "wait for it or end it, then run this again",
+                        ) from None
+                    time.sleep(0.2)
+            holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+            file.truncate(0)
+            file.write(", ".join(f"{key} {value}" for key, value in holder.items() if value))
+            file.flush()
+            yield
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_exists(path: Path, made_by: str) -> None:
+    """Raise UserError unless ``path`` is a file that is not empty, or a folder; ``made_by`` says what makes it."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist", made_by)
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{path} is empty", made_by)
+
+
+def read_json(path: Path, made_by: str, required: Sequence[str] = ()) -> dict:
+    """Read one JSON object; UserError if it is missing or malformed, or lacks a required field."""
+    check_exists(path, made_by)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # JSON's and Unicode's
+        raise UserError(f"{path}: not JSON ({error})", made_by) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: an object is wanted, got {type(value).__name__}", made_by)
+    for name in required:
+        if name not in value:
+            raise UserError(f"{path}: {name!r} is missing", made_by)
+    return value

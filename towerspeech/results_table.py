@@ -1,0 +1,108 @@
+"""The results CSV, one a checkpoint, in long form: its columns, the metrics' names and directions, orders, Markdown.
+
+CSVs are read as text, so that what is not changed keeps its bytes.
+"""
+
+import csv
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from towerspeech.command import UserError
+from towerspeech.files import publish
+
+COLUMNS = (
+    *("model", "mixture", "checkpoint", "task", "dataset", "shots", "src_lang", "tgt_lang"),
+    *("metric", "score", "ci_low", "ci_high", "n", "signature", "generations_sha256"),
+)
+SYSTEM = COLUMNS[:3]
+TEST_SET = COLUMNS[:8]  # these name a system and a test set; with the metric, a row
+REPORTED = "reported"  # begins the signature of a score that was not computed here
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    heading: str
+    factor: int = 1  # from the CSV's number to the one shown
+    digits: int = 1
+    lower_is_better: bool = False
+
+
+METRICS = {
+    "wer_english": Metric("WER", 100, 1, True),
+    "cer_basic": Metric("CER basic", 100, 1, True),
+    "wer_basic": Metric("WER basic", 100, 1, True),
+    "cer_english": Metric("CER", 100, 1, True),
+    "wer": Metric("WER", 100, 1, True),  # as others report it
+    "bleu": Metric("BLEU"),
+    "chrf2": Metric("chrF2"),
+    "chrf2++": Metric("chrF2++"),
+    "spbleu": Metric("spBLEU"),
+    "comet22": Metric("COMET", 100, 2),
+    "cometkiwi22": Metric("Kiwi", 100, 2),
+    "wer_english_substitutions": Metric("substituted", 100, 1, True),
+    "wer_english_deletions": Metric("deleted", 100, 1, True),
+    "wer_english_insertions": Metric("inserted", 100, 1, True),
+    "runaway_english": Metric("runaway", 1, 0, True),
+    "empty": Metric("empty", 1, 0, True),
+    "truncated": Metric("cut off", 1, 0, True),
+}
+
+
+def checkpoint_order(name: str) -> tuple[int, int, str]:
+    """base, checkpoints by step, sft, others (control systems) by name."""
+    place = 1 if name.isdigit() else {"base": 0, "sft": 2}.get(name, 3)
+    return place, int(name) if place == 1 else 0, name
+
+
+def read_results(path: Path):
+    """Read a results CSV: a pandas.DataFrame of text, with ``COLUMNS``; "" where a cell is empty.
+
+    Raises:
+        UserError: It is no CSV in UTF-8, has other columns, or a row of another length; names file and line.
+    """
+    lines = read_csv(path)
+    if not lines or tuple(lines[0][1]) != COLUMNS:
+        raise UserError(f"{path}:1: no results CSV: its columns must be {','.join(COLUMNS)}", "name another file")
+    for number, row in lines:
+        if len(row) != len(COLUMNS):
+            raise UserError(f"{path}:{number}: {len(row)} values, wanted {len(COLUMNS)}", "score anew")
+    import pandas
+
+    return pandas.DataFrame([row for _, row in lines[1:]], columns=list(COLUMNS), dtype=str)
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[tuple[int, list[str]]]:
+    """The rows of a CSV, each with the number of its last line: without a BOM, and without blank lines.
+
+    pandas would name no line of a malformed row, and fill up one that is too short.
+
+    Raises:
+        UserError: It is no CSV in UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no CSV in UTF-8 ({error})", "mend it, or move it away") from None
+
+
+def write_results(path: Path, table) -> None:
+    """Write a results CSV atomically: a pandas.DataFrame with ``COLUMNS``."""
+    with publish(path) as temporary:
+        table.to_csv(temporary, columns=list(COLUMNS), index=False, lineterminator="\n")
+
+
+def one_line(name: object) -> str:
+    """A name as it stands in tables and CSVs: without line breaks, and without blanks around it."""
+    return " ".join(str(name).split())
+
+
+def markdown(table, numbers: int) -> str:
+    """A pandas.DataFrame of text in Markdown, whatever its cells hold; the last ``numbers`` columns to the right."""
+    safe = table.map(lambda cell: re.sub(r"([\\|])", r"\\\1", one_line(cell)))
+    safe.columns = [re.sub(r"([\\|])", r"\\\1", one_line(name)) for name in table.columns]
+    align = ["left"] * (safe.shape[1] - numbers) + ["right"] * numbers
+    return safe.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
