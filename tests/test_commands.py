@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 import shlex
 import subprocess
@@ -174,3 +175,46 @@ def test_ci_lets_nothing_skip_but_what_needs_another_machine(tmp_path):
     ]
     assert "1 passed, 1 skipped, 1 xfailed" in re.sub(r"\d+ failed, |, \d+ errors?", "", done.stdout)
     assert "may not skip here: Skipped: no slurmctld" in done.stdout
+
+
+# --- The house's imports --------------------------------------------------------------------------
+def imports_of(path: Path) -> set[str]:
+    """The repo's own modules that a file imports anywhere, dotted: towerspeech.files, results.plots."""
+    own = {str(file.relative_to(REPO))[:-3].replace("/", ".") for file in python_files()}
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports have one form, from the repo's root"
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return named & own
+
+
+def python_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=REPO, capture_output=True)
+    return [path for name in listed.stdout.decode().split() if (path := REPO / name).is_file()]
+
+
+def is_command(path: Path) -> bool:
+    """Whether a file is one that is run: its last statement says so (a docstring may quote that line)."""
+    *_, last = ast.parse(path.read_text(encoding="utf-8")).body or [None]
+    return isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+
+
+def test_nothing_outside_the_tests_imports_a_command_or_edits_the_path_and_the_library_imports_no_stage():
+    commands = {str(path.relative_to(REPO))[:-3].replace("/", ".") for path in python_files() if is_command(path)}
+    assert len(commands) > 25
+    for path in python_files():
+        name = path.relative_to(REPO)
+        imported = imports_of(path)
+        assert path == Path(__file__) or not re.search(r"sys\.path\b", path.read_text(encoding="utf-8")), name
+        if name.parts[0] != "tests":
+            assert not imported & commands, f"{name} imports a command"
+        if name.parts[0] == "towerspeech":
+            assert all(module.startswith("towerspeech.") for module in imported), f"{name} imports a stage"
+
+
+def test_no_module_imports_itself_over_others():
+    graph = {str(path.relative_to(REPO))[:-3].replace("/", "."): imports_of(path) for path in python_files()}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from towerspeech import units
+from towerspeech import prompts, units
 from towerspeech.command import UserError
 from towerspeech.languages import language
 from towerspeech.outside_text import check_outside_text
-from towerspeech.prompts import asr, check_reference, prompt_row, st
 from towerspeech.units_parquet import read_units
 
 
@@ -57,15 +56,15 @@ def speech_rows(
         seen.add(row["id"])
         speech = units.to_text(row["units"], offset)
         facts = dict(task="asr", dataset=dataset, shots=0, src_lang="en", tgt_lang=tgt_lang, source=row["audio"])
-        instruction, output = asr(speech), row["text"]
+        instruction, output = prompts.asr(speech), row["text"]
         if targets is not None:
             if row["id"] not in targets:
                 raise UserError(f"{where}: no translation into {language(tgt_lang).name}", "add it to --translations")
             facts |= dict(task="st", source=row["text"])
-            instruction, output = st(speech, tgt_lang), targets[row["id"]]
+            instruction, output = prompts.st(speech, tgt_lang), targets[row["id"]]
         if style == "original":
-            check_reference(output, where)
-        rows.append(prompt_row(style, row["id"], instruction, output, **facts))
+            prompts.check_reference(output, where)
+        rows.append(prompts.prompt_row(style, row["id"], instruction, output, **facts))
     if wanted and number < wanted[-1]:
         raise UserError(f"--test_lines ends at {wanted[-1]}, but {folder} has {number} rows", "name fewer")
     if not rows:
