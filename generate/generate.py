@@ -11,6 +11,9 @@ that a run that was killed decodes the missing prompts alone.
 from pathlib import Path
 
 from towerspeech.command import run
+from towerspeech.decoding import Decoding, decode
+from towerspeech.languages import parse_pair
+from towerspeech.records import read_prompts
 
 
 def generate(
@@ -21,15 +24,8 @@ def generate(
     pair: str | None = None,
     shots: int | None = None,
     max_new_tokens: int = 1024,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    tensor_parallel_size: int = 1,
-    data_parallel_size: int = 1,
-    gpu_memory_utilization: float = 0.9,
     overwrite: bool = False,
+    **options,
 ) -> None:
     """Decode prompts.
 
@@ -42,27 +38,16 @@ def generate(
         pair: Their languages, such as de-en.
         shots: How many examples they show.
         max_new_tokens: Limit of a generation, in tokens.
-        temperature: 0 is greedy.
-        top_p: Nucleus of sampling.
-        seed: Of sampling.
-        dtype: Of the computation; auto takes the checkpoint's.
-        max_model_len: Limit of prompt and generation together, in tokens; default: the model's context.
-        tensor_parallel_size: GPUs that a model is split over.
-        data_parallel_size: Engines that share the prompts, each with GPUs (or CPU cores) of its own.
-        gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
         overwrite: Replace the output of a run with other arguments.
+        options: Further options of Decoding.
     """
-    arguments = dict(locals())
-    from towerspeech.decoding import Decoding, decode
-    from towerspeech.languages import parse_pair
-    from towerspeech.records import read_prompts
-
-    decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})
     facts = {"dataset": dataset, "shots": shots}
     if pair:
-        facts |= dict(zip(("src_lang", "tgt_lang"), parse_pair(pair), strict=True), task="mt")
+        src_lang, tgt_lang = parse_pair(pair)
+        facts |= {"task": "mt", "src_lang": src_lang, "tgt_lang": tgt_lang}
     tasks = read_prompts(prompts, facts)
-    decode(checkpoints, lambda _: tasks, output_dir, decoding, arguments, inputs=["prompts"])
+    asked = {"prompts": prompts, "dataset": dataset, "pair": pair, "shots": shots, "overwrite": overwrite}
+    decode(checkpoints, lambda _: tasks, output_dir, Decoding(max_new_tokens, **options), asked, inputs=["prompts"])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from towerspeech.command import UserError, run
+from towerspeech.decoding import Decoding, decode
+from towerspeech.records import read_prompts
+from towerspeech.speech_prompts import speech_rows
+from towerspeech.tokenizer import read_metadata
 
 
 def generate_ASR(
@@ -21,15 +25,8 @@ def generate_ASR(
     prompts: list[Path] | None = None,
     style: Literal["original", "chat"] = "original",
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    tensor_parallel_size: int = 1,
-    data_parallel_size: int = 1,
-    gpu_memory_utilization: float = 0.9,
     overwrite: bool = False,
+    **options,
 ) -> None:
     """Transcribe utterances.
 
@@ -40,25 +37,13 @@ def generate_ASR(
         prompts: Prompt files of instructions/build_instructions.py, instead of units.
         style: Of the prompts made from units: original (a text to complete) or chat (for SFT models).
         max_new_tokens: Limit of a transcript, in tokens.
-        temperature: 0 is greedy.
-        top_p: Nucleus of sampling.
-        seed: Of sampling.
-        dtype: Of the computation; auto takes the checkpoint's.
-        max_model_len: Limit of prompt and generation together, in tokens; default: the model's context.
-        tensor_parallel_size: GPUs that a model is split over.
-        data_parallel_size: Engines that share the prompts, each with GPUs (or CPU cores) of its own.
-        gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
         overwrite: Replace the output of a run with other arguments.
+        options: Further options of Decoding.
     """
-    arguments = dict(locals())
     if bool(units) == bool(prompts):
         raise UserError("speech is wanted once", "give either --units or --prompts")
     if prompts and style != "original":
         raise UserError("--style is of prompts made from units", "leave it out: prompt files have their own")
-    from towerspeech.decoding import Decoding, decode
-    from towerspeech.records import read_prompts
-    from towerspeech.speech_prompts import speech_rows
-    from towerspeech.tokenizer import read_metadata
 
     def load(checkpoint: Path) -> dict[str, list[dict]]:
         if prompts:
@@ -72,8 +57,9 @@ def generate_ASR(
             for name, folder in names.items()
         }
 
-    decoding = Decoding(**{name: arguments[name] for name in Decoding.__annotations__})
-    decode(checkpoints, load, output_dir, decoding, arguments, inputs=["units", "prompts"])
+    decoding = Decoding(max_new_tokens, **options)
+    asked = {"units": units, "prompts": prompts, "style": style, "overwrite": overwrite}
+    decode(checkpoints, load, output_dir, decoding, asked, inputs=["units", "prompts"])
 
 
 if __name__ == "__main__":

@@ -7,19 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from towerspeech import prompts
+from towerspeech import engine, prompts
 from towerspeech.command import UserError
 from towerspeech.files import read_json
 from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import METADATA, dumps, prompt_hash, write_jsonl
-from towerspeech.stage import stage
+from towerspeech.stage import Stage, stage
 from towerspeech.tokenizer import stop_token_ids
 
 MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
 CONFIG_FIELDS = ("vocab_size", "max_position_embeddings")
+SPEED = ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")  # they change no output
 
 
 @dataclass
@@ -30,10 +31,10 @@ class Decoding:
         max_new_tokens: Limit of a generation, in tokens.
         temperature: 0 is greedy.
         top_p: Nucleus of sampling.
-        seed: Of sampling; every prompt draws from its own stream.
-        dtype: Of the computation: auto takes the checkpoint's.
-        max_model_len: Limit of prompt and generation together; default: the model's context.
-        tensor_parallel_size: GPUs a model is split over.
+        seed: Seed of the sampling; every prompt draws from its own stream.
+        dtype: Precision of the computation; auto takes the checkpoint's.
+        max_model_len: Limit of prompt and generation together, in tokens; default: the model's context.
+        tensor_parallel_size: GPUs that a model is split over.
         data_parallel_size: Engines that share the prompts, each with GPUs (or CPU cores) of its own.
         gpu_memory_utilization: Share of a GPU's memory that vLLM takes.
     """
@@ -115,12 +116,6 @@ def partial_file(output_dir: Path, name: str) -> Path:
     return output_dir / f".{name.replace('/', '-')}.partial"
 
 
-def finish(output_dir: Path, name: str, rows: list[dict], results: dict[str, dict]) -> None:
-    """Publish a task's file, in the order of its prompts."""
-    write_jsonl(output_dir / name, (results[row["id"]] for row in rows))
-    partial_file(output_dir, name).unlink(missing_ok=True)
-
-
 def told(reasons: Counter) -> str:
     """Finish reasons and their counts: 980 stop, 32 length."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), reverse=True))
@@ -155,11 +150,11 @@ def decode(
 
     Args:
         checkpoints: Model folders, decoded in turn.
-        load: Checkpoint -> {output file: prompt rows}.
+        load: Function from a checkpoint to its {output file: prompt rows}.
         output_dir: Folder of the checkpoints' folders.
-        decoding: How.
-        arguments: The script's, for run_info.json.
-        inputs: Names of those that are paths.
+        decoding: How to decode.
+        arguments: The command's other arguments, for run_info.json.
+        inputs: Names of those arguments that are paths.
     """
     for name in ("data_parallel_size", "tensor_parallel_size", "max_new_tokens"):
         if getattr(decoding, name) < 1:
@@ -169,124 +164,165 @@ def decode(
         raise UserError(f"two checkpoints have the same name: {', '.join(sorted(names))}", "rename a folder")
     for checkpoint in checkpoints:
         read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
-    speed = ["tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"]
     for checkpoint, name in zip(checkpoints, names, strict=True):
-        own = {**{key: value for key, value in arguments.items() if key != "checkpoints"}, "checkpoint": checkpoint}
-        with stage(output_dir / name, own, inputs=["checkpoint", *inputs], ignore=speed) as work:
+        asked = {**arguments, **asdict(decoding), "checkpoint": checkpoint}
+        with stage(output_dir / name, asked, inputs=["checkpoint", *inputs], ignore=SPEED) as work:
             if not work.done:
-                decode_one(checkpoint.resolve(), load(checkpoint), decoding, work)
+                Generation(checkpoint.resolve(), load(checkpoint), decoding, work).run()
 
 
-def decode_one(checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, work) -> None:
-    """Decode what is missing of all tasks with one checkpoint; a task's file appears when its last prompt is done."""
-    config = read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
-    context = config["max_position_embeddings"]
-    limit = decoding.max_model_len or context
-    if limit > context:
-        raise UserError(
-            f"--max_model_len is {limit:,}, but the context of {checkpoint} is {context:,} tokens", "lower it"
+class Generation:
+    """All tasks with one checkpoint: what an earlier run left is kept, the rest decoded, each file published whole."""
+
+    def __init__(self, checkpoint: Path, tasks: dict[str, list[dict]], decoding: Decoding, work: Stage):
+        self.checkpoint, self.tasks, self.decoding, self.work = checkpoint, tasks, decoding, work
+        self.config = read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
+        context = self.config["max_position_embeddings"]
+        self.limit = decoding.max_model_len or context
+        if self.limit > context:
+            problem = f"--max_model_len is {self.limit:,}, but the context of {checkpoint} is {context:,} tokens"
+            raise UserError(problem, "lower it")
+        self.tokenizer, self.encoded = encode(checkpoint, tasks, self.limit, self.config["vocab_size"])
+        self.results: dict[str, dict[str, dict]] = {}  # task -> id -> row
+        self.missing: list[tuple[str, int]] = []  # task, number of the prompt
+        for name, rows in tasks.items():
+            file, partial = work.output_dir / name, partial_file(work.output_dir, name)
+            self.results[name] = finished_rows(file, rows) | finished_rows(partial, rows)
+            undone = [i for i, row in enumerate(rows) if row["id"] not in self.results[name]]
+            # Prompts that begin alike follow one another: their common beginning is computed once (prefix cache).
+            undone.sort(key=self.encoded[name].__getitem__)
+            self.missing += [(name, i) for i in undone]
+
+    def run(self) -> None:
+        """Decode what is missing; a task's file appears when its last prompt is done."""
+        total = sum(map(len, self.tasks.values()))
+        if len(self.missing) < total:
+            done_before = total - len(self.missing)
+            print(f"{self.checkpoint.name}: {done_before:,} of {total:,} prompts were done before", flush=True)
+        if self.missing:
+            self.decode_missing()
+        for name in self.tasks:
+            if partial_file(self.work.output_dir, name).is_file() or not (self.work.output_dir / name).is_file():
+                self.finish(name)  # a kill came just before
+        rows = [row for by_id in self.results.values() for row in by_id.values()]
+        reasons = Counter(row["finish_reason"] for row in rows)
+        self.work.counts["prompts"] = total
+        self.work.counts["new_tokens"] = sum(row["num_tokens"] for row in rows)
+        self.work.counts["finish_reasons"] = dict(sorted(reasons.items()))
+        print(
+            f"{self.checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {self.work.output_dir}",
+            flush=True,
         )
-    tokenizer, encoded = encode(checkpoint, tasks, limit, config["vocab_size"])
-    results, missing = {}, []
-    for name, rows in tasks.items():
-        file, partial = work.output_dir / name, partial_file(work.output_dir, name)
-        results[name] = finished_rows(file, rows) | finished_rows(partial, rows)
-        undone = [i for i, row in enumerate(rows) if row["id"] not in results[name]]
-        # Prompts that begin alike follow one another: their common beginning is computed once (prefix cache).
-        missing += [(name, i) for i in sorted(undone, key=lambda i, name=name: encoded[name][i])]
-    total = sum(map(len, tasks.values()))
-    if len(missing) < total:
-        print(f"{checkpoint.name}: {total - len(missing):,} of {total:,} prompts were done before", flush=True)
-    if missing:
-        stop_ids = stop_token_ids(tokenizer)
-        run_prompts(checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding, work)
-    reasons: Counter = Counter()
-    for name, rows in tasks.items():
-        if partial_file(work.output_dir, name).is_file() or not (work.output_dir / name).is_file():
-            finish(work.output_dir, name, rows, results[name])  # a kill came just before
-        reasons.update(result["finish_reason"] for result in results[name].values())
-    new_tokens = sum(result["num_tokens"] for found in results.values() for result in found.values())
-    work.counts.update({"prompts": total, "new_tokens": new_tokens, "finish_reasons": dict(sorted(reasons.items()))})
-    print(f"{checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {work.output_dir}", flush=True)
 
+    def finish(self, name: str) -> None:
+        """Publish a task's file, in the order of its prompts."""
+        write_jsonl(self.work.output_dir / name, (self.results[name][row["id"]] for row in self.tasks[name]))
+        partial_file(self.work.output_dir, name).unlink(missing_ok=True)
 
-def run_prompts(
-    checkpoint, config, tasks, encoded, missing, results, limit, stop_ids, decoding: Decoding, work
-) -> None:
-    """Put the missing prompts through vLLM; append each result to its task's partial file as it comes."""
-    from tqdm import tqdm
+    def requests(self) -> list[engine.Request]:
+        """The missing prompts as the engine takes them; a request's key is its place among them."""
+        requests = []
+        for key, (name, i) in enumerate(self.missing):
+            row, ids = self.tasks[name][i], self.encoded[name][i]
+            stream = f"{self.decoding.seed} {name} {row['id']}"
+            seed = int(hashlib.sha256(stream.encode()).hexdigest()[:8], 16)
+            max_tokens = min(self.decoding.max_new_tokens, self.limit - len(ids))
+            requests.append(engine.Request(key, ids, max_tokens, seed, prompts.stop_strings(chat="messages" in row)))
+        return requests
 
-    from towerspeech.engine import CPU_BLOCK, Request, kv_cache_bytes, on_gpu, run_engines
+    def engine_arguments(self, requests: list[engine.Request]) -> dict:
+        """Arguments of vllm.LLM."""
+        dtype = self.decoding.dtype
+        if dtype == "auto":  # vLLM's own auto would decode a float32 checkpoint in half precision
+            dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "auto"
+        on_gpu = engine.on_gpu()
+        arguments = {
+            "model": str(self.checkpoint),
+            "dtype": dtype,
+            "max_model_len": self.limit,
+            "tensor_parallel_size": self.decoding.tensor_parallel_size,
+            "gpu_memory_utilization": self.decoding.gpu_memory_utilization,
+            "enable_prefix_caching": True,
+            "enforce_eager": not on_gpu,  # on a CPU, compiling costs more than most runs take
+            "seed": self.decoding.seed,
+        }
+        if not on_gpu:
+            arguments["block_size"] = engine.CPU_BLOCK
+            if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+                lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
+                size = engine.kv_cache_bytes(self.config, lengths, self.decoding.data_parallel_size)
+                arguments["kv_cache_memory_bytes"] = size
+        return arguments
 
-    log = work.output_dir / "vllm.log"
-    dtype = decoding.dtype
-    if dtype == "auto":  # vLLM's own auto would decode a float32 checkpoint in half precision
-        dtype = config.get("dtype") or config.get("torch_dtype") or "auto"
-    engine = {
-        "model": str(checkpoint),
-        "dtype": dtype,
-        "max_model_len": limit,
-        "tensor_parallel_size": decoding.tensor_parallel_size,
-        "gpu_memory_utilization": decoding.gpu_memory_utilization,
-        "enable_prefix_caching": True,
-        "enforce_eager": not on_gpu(),  # on a CPU, compiling costs more than most runs take
-        "seed": decoding.seed,
-    }
-    if not on_gpu():
-        engine["block_size"] = CPU_BLOCK
-    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "stop_token_ids": stop_ids}
-    requests = []
-    for key, (name, i) in enumerate(missing):
-        row, ids = tasks[name][i], encoded[name][i]
-        seed = int(hashlib.sha256(f"{decoding.seed} {name} {row['id']}".encode()).hexdigest()[:8], 16)
-        max_tokens = min(decoding.max_new_tokens, limit - len(ids))
-        requests.append(Request(key, ids, max_tokens, seed, prompts.stop_strings(chat="messages" in row)))
-    if not on_gpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
-        engine["kv_cache_memory_bytes"] = kv_cache_bytes(config, lengths, decoding.data_parallel_size)
-    left = Counter(name for name, _ in missing)
-    print(f"{checkpoint.name}: starting vLLM for {len(missing):,} prompts (its log: {log})", flush=True)
-    started, ready, last, num_tokens, cached = time.monotonic(), None, None, 0, 0
-    with ExitStack() as files, tqdm(total=len(missing), unit=" prompts", desc=checkpoint.name, mininterval=1) as bar:
-        partials = {}
-        for result in run_engines(requests, engine, sampling, decoding.data_parallel_size, log):
-            if result is None:
-                if ready is None:
-                    ready = time.monotonic()
-                    bar.reset()  # the rate is that of decoding, not of loading
-                continue
-            last = time.monotonic()
-            name, i = missing[result.key]
-            row = tasks[name][i]
-            results[name][row["id"]] = {
-                "id": row["id"],
-                **{key: row.get(key) for key in METADATA},
-                "reference": row.get("output"),
-                "prompt_sha256": prompt_hash(row),
-                "text": result.text,
-                "finish_reason": result.finish_reason,
-                "num_tokens": result.num_tokens,
-            }
-            if name not in partials:
-                partials[name] = files.enter_context(open(partial_file(work.output_dir, name), "a", encoding="utf-8"))
-            partials[name].write(dumps(results[name][row["id"]]) + "\n")
-            partials[name].flush()
-            num_tokens, cached = num_tokens + result.num_tokens, cached + result.cached
-            bar.set_postfix(tokens_per_s=f"{num_tokens / (time.monotonic() - ready):,.0f}", refresh=False)
-            bar.update()
-            left[name] -= 1
-            if not left[name]:
-                finish(work.output_dir, name, tasks[name], results[name])
-                reasons = Counter(result["finish_reason"] for result in results[name].values())
-                bar.write(f"{checkpoint.name}: {name}: {len(tasks[name]):,} generations, finished by {told(reasons)}")
-    seconds = last - ready  # of decoding: not of the engine's start and end
-    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-    speed = {"start_s": round(ready - started, 1), "decode_s": round(seconds, 1), "new_tokens": num_tokens}
-    speed |= {"prompts": len(missing), "prompt_tokens": prompt_tokens, "cached_tokens": cached}
-    work.counts["last_attempt"] = speed  # a run that was killed before did a part of the work then
-    print(
-        f"{checkpoint.name}: {num_tokens:,} new tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s), "
-        f"after {ready - started:.1f} s of starting; {cached / prompt_tokens:.0%} of {prompt_tokens:,} prompt tokens "
-        "came from the prefix cache",
-        flush=True,
-    )
+    def decode_missing(self) -> None:
+        """Decode the missing prompts; every result is written to its task's partial file as it comes."""
+        from tqdm import tqdm
+
+        checkpoint, log = self.checkpoint.name, self.work.output_dir / "vllm.log"
+        requests = self.requests()
+        arguments = self.engine_arguments(requests)
+        stop_ids = stop_token_ids(self.tokenizer)
+        sampling = {
+            "temperature": self.decoding.temperature,
+            "top_p": self.decoding.top_p,
+            "stop_token_ids": stop_ids,
+        }
+        undone = Counter(name for name, _ in self.missing)
+        print(f"{checkpoint}: starting vLLM for {len(requests):,} prompts (its log: {log})", flush=True)
+        started, ready, last, num_tokens, cached = time.monotonic(), None, None, 0, 0
+        with ExitStack() as files, tqdm(total=len(requests), unit=" prompts", desc=checkpoint, mininterval=1) as bar:
+            partials = {}
+            for result in engine.run_engines(requests, arguments, sampling, self.decoding.data_parallel_size, log):
+                if result is None:
+                    if ready is None:
+                        ready = time.monotonic()
+                        bar.reset()  # the rate is that of decoding, not of loading
+                    continue
+                last = time.monotonic()
+                name, i = self.missing[result.key]
+                row = self.result_row(self.tasks[name][i], result)
+                self.results[name][row["id"]] = row
+                if name not in partials:
+                    path = partial_file(self.work.output_dir, name)
+                    partials[name] = files.enter_context(open(path, "a", encoding="utf-8"))
+                partials[name].write(dumps(row) + "\n")
+                partials[name].flush()
+                num_tokens, cached = num_tokens + result.num_tokens, cached + result.cached
+                bar.set_postfix(tokens_per_s=f"{num_tokens / (time.monotonic() - ready):,.0f}", refresh=False)
+                bar.update()
+                undone[name] -= 1
+                if not undone[name]:
+                    self.finish(name)
+                    reasons = Counter(done["finish_reason"] for done in self.results[name].values())
+                    bar.write(
+                        f"{checkpoint}: {name}: {len(self.tasks[name]):,} generations, finished by {told(reasons)}"
+                    )
+        seconds = last - ready  # of decoding: not of the engine's start and end
+        prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.work.counts["last_attempt"] = {  # a run that was killed before did a part of the work then
+            "start_s": round(ready - started, 1),
+            "decode_s": round(seconds, 1),
+            "new_tokens": num_tokens,
+            "prompts": len(requests),
+            "prompt_tokens": prompt_tokens,
+            "cached_tokens": cached,
+        }
+        print(
+            f"{checkpoint}: {num_tokens:,} new tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s), "
+            f"after {ready - started:.1f} s of starting; {cached / prompt_tokens:.0%} of {prompt_tokens:,} prompt "
+            "tokens came from the prefix cache",
+            flush=True,
+        )
+
+    @staticmethod
+    def result_row(prompt: dict, result: engine.Result) -> dict:
+        """A row of a generations file."""
+        return {
+            "id": prompt["id"],
+            **{key: prompt.get(key) for key in METADATA},
+            "reference": prompt.get("output"),
+            "prompt_sha256": prompt_hash(prompt),
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "num_tokens": result.num_tokens,
+        }

@@ -336,10 +336,18 @@ def test_rows_are_in_the_prompts_order_with_their_facts(tmp_path, model_dir, dec
     assert len(asked.asked) == 3
 
 
-def test_finish_orders_and_removes_what_was_partial(tmp_path):
-    rows, partial = rows_of(["x", "y"]), decoding.partial_file(tmp_path, "0_shot/t.jsonl")
+def generation(model_dir: Path, tasks: dict[str, list[dict]], output_dir: Path) -> decoding.Generation:
+    work = SimpleNamespace(output_dir=output_dir, counts={})
+    return decoding.Generation(model_dir, tasks, decoding.Decoding(max_new_tokens=1024), work)
+
+
+def test_finish_orders_and_removes_what_was_partial(tmp_path, model_dir):
+    name = "0_shot/t.jsonl"
+    partial = decoding.partial_file(tmp_path, name)
+    unordered = generation(model_dir, {name: rows_of(["x", "y"])}, tmp_path)
+    unordered.results[name] = {"b": {"id": "b"}, "a": {"id": "a"}}
     partial.write_text("old\n")
-    decoding.finish(tmp_path, "0_shot/t.jsonl", rows, {"b": {"id": "b"}, "a": {"id": "a"}})
+    unordered.finish(name)
     assert (tmp_path / "0_shot/t.jsonl").read_text() == '{"id": "a"}\n{"id": "b"}\n' and not partial.exists()
     names = [decoding.partial_file(tmp_path, f"{folder}t.jsonl") for folder in ("0_shot/", "5_shot/", "asr/", "")]
     assert len(set(names)) == 4 and all(name.parent == tmp_path and name.name.startswith(".") for name in names)
@@ -353,7 +361,7 @@ def test_a_task_is_published_as_soon_as_its_last_prompt_is_done(tmp_path, model_
     assert not (folder / PARTIAL_5).exists() and not (folder / PARTIAL_0).exists()
 
 
-def test_decode_one_finishes_what_needs_no_engine(tmp_path, model_dir, decode, files, monkeypatch):
+def test_a_generation_finishes_what_needs_no_engine(tmp_path, model_dir, decode, files, monkeypatch):
     """All results are there, in the partial files alone: no engine is started for none."""
     decode("whole", files)
     tasks = read_prompts(files)
@@ -362,9 +370,9 @@ def test_decode_one_finishes_what_needs_no_engine(tmp_path, model_dir, decode, f
     monkeypatch.delattr(engine, "run_engines")
     for file in files:
         file.unlink()  # they lie where the outputs go here
-    work = SimpleNamespace(output_dir=tmp_path, counts={})
-    decoding.decode_one(model_dir, tasks, decoding.Decoding(max_new_tokens=1024), work)
-    assert work.counts["new_tokens"] == 24 and "last_attempt" not in work.counts
+    whole = generation(model_dir, tasks, tmp_path)
+    whole.run()
+    assert whole.work.counts["new_tokens"] == 24 and "last_attempt" not in whole.work.counts
     for name in tasks:
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / model_dir.name / name).read_bytes()
 

@@ -30,7 +30,8 @@ SLOW = textwrap.dedent("""
     import sys
     from pathlib import Path
 
-    from towerspeech.stage import run, stage
+    from towerspeech.command import run
+    from towerspeech.stage import stage
 
 
     def slow(source: Path, output_dir: Path, parts: int = 20, workers: int = 1, names: list[Path] | None = None,
@@ -416,7 +417,7 @@ def test_a_second_writer_is_told_who_holds_the_folder(tmp_path, slow, monkeypatc
     """After a wait, which is counted on a clock that goes on by itself."""
     slept = []
     clock = types.SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=slept.append)
-    monkeypatch.setattr("towerspeech.stage.time", clock)
+    monkeypatch.setattr("towerspeech.files.time", clock)
     if wait is None:
         monkeypatch.delenv("TOWERSPEECH_LOCK_WAIT_S")
     else:
@@ -533,7 +534,7 @@ def test_quiet_sends_childrens_output_to_the_log(tmp_path):
     script = """
         import subprocess, sys
         from pathlib import Path
-        from towerspeech.stage import quiet
+        from towerspeech.command import quiet
         with quiet(Path("logs/a.log")) as terminal:
             subprocess.run([sys.executable, "-c", "print('chatter')"], check=True)
             print("more chatter")
