@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FULL_BYTES = 1 << 16  # a disk with less room than this is full
+
 
 class UserError(Exception):
     """A mistake that the user can mend: what is wrong (and where), and what to do about it."""
@@ -58,11 +61,6 @@ def _gather(words: list[str], lists: set[str]) -> list[str]:
                 gathered.append(json.dumps(values))  # jsonargparse makes numbers of them where numbers are wanted
                 position = end
     return gathered
-
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-FULL_BYTES = 1 << 16  # a disk with less room than this is full
 
 
 def no_space(error: BaseException, where: Path | None) -> bool:

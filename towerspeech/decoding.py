@@ -123,16 +123,16 @@ def told(reasons: Counter) -> str:
 
 def finished_rows(partial: Path, rows: list[dict]) -> dict[str, dict]:
     """Results that an earlier, killed run left, by id. Its last line may be cut off."""
-    found = {}
+    results = {}
     if partial.is_file():
         hashes = {row["id"]: prompt_hash(row) for row in rows}
         lines = partial.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n")]
         for result in map(json.loads, whole):
             if hashes.get(result["id"]) == result["prompt_sha256"]:
-                found[result["id"]] = result
+                results[result["id"]] = result
         os.truncate(partial, sum(map(len, whole)))
-    return found
+    return results
 
 
 def decode(

@@ -15,9 +15,7 @@ from towerspeech.command import UserError
 from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS
 
 MARK = "\U000ffffe"  # of plane 15, whose characters no text from outside may hold, but never a unit
-
 PLANE_15 = re.compile("[\U000f0000-\U000fffff]")
-
 SPEECH_TASKS = ("asr", "st")
 
 
@@ -27,9 +25,9 @@ def control_tokens(tokenizer) -> list[str]:
     Added white space (code models have it) is text, and added units are told apart by their characters.
     """
     own = {*SPECIAL_TOKENS, *CHAT_TOKENS} & tokenizer.get_vocab().keys()
-    found = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *own}
-    found = {token for token in found if len(token.strip()) > 1 and not PLANE_15.search(token)}
-    return sorted(found, key=lambda token: (-len(token), token))
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *own}
+    tokens = {token for token in tokens if len(token.strip()) > 1 and not PLANE_15.search(token)}
+    return sorted(tokens, key=lambda token: (-len(token), token))
 
 
 def marker(tokenizer) -> Callable[[str], str]:
@@ -39,7 +37,7 @@ def marker(tokenizer) -> Callable[[str], str]:
 
     def mark(text: str) -> str:
         while spelled.search(text):  # again: tokens may overlap
-            text = spelled.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+            text = spelled.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
         return text
 
     return mark
@@ -83,9 +81,9 @@ def text_tokenizer(tokenizer):
 
 def check_outside_text(text: str, where: str) -> None:
     """Raise UserError if a text from outside holds characters of plane 15, which would be speech units."""
-    if found := PLANE_15.search(text):
+    if unit := PLANE_15.search(text):
         raise UserError(
-            f"{where}: character {found.start() + 1} of the text is U+{ord(found[0]):X}, which is for speech units",
+            f"{where}: character {unit.start() + 1} of the text is U+{ord(unit[0]):X}, which is for speech units",
             "take such private-use characters (icons of a font, say) out of the text",
         )
 

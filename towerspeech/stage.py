@@ -98,8 +98,8 @@ class Stage:
     def outputs(self) -> list[Path]:
         """All finished files but logs and checkpoint-* folders (too large to hash at every step)."""
         tops = [p for p in self.files() if not p.name.startswith("checkpoint-") and not p.name.endswith(RUN_INFO)]
-        found = [path for top in tops for path in ([top] if top.is_file() else sorted(top.rglob("*")))]
-        return [path for path in found if path.is_file() and path.suffix != ".log" and not path.name.startswith(".")]
+        paths = [path for top in tops for path in ([top] if top.is_file() else sorted(top.rglob("*")))]
+        return [path for path in paths if path.is_file() and path.suffix != ".log" and not path.name.startswith(".")]
 
 
 @contextlib.contextmanager
@@ -207,18 +207,18 @@ def _admit(work: Stage, overwrite: bool, late: Sequence[str] = ()) -> None:
                 "name another --output_dir",
             )
     else:
-        found = read_json(notes[0], "remove this folder, or name another --output_dir")
+        earlier = read_json(notes[0], "remove this folder, or name another --output_dir")
         finished = notes[0].name.endswith(RUN_INFO)
-        differing = _differences(found, work.request, () if finished else late)
+        differing = _differences(earlier, work.request, () if finished else late)
         if not differing and finished:
-            for name in found["outputs"]:
+            for name in earlier["outputs"]:
                 if not (work.output_dir / name).is_file():
                     differing.append(f"{name} is gone")
             work.done = not differing
         work.resumed = not differing
         begun = [path for path in _hidden(work) if not path.name.startswith(".tmp-")]
         nothing_yet = not finished and not begun and all(path.suffix == ".log" for path in work.files())
-        another = found.get("stage") != work.request["stage"]  # never overwritten: a mistyped folder
+        another = earlier.get("stage") != work.request["stage"]  # never overwritten: a mistyped folder
         if differing and not nothing_yet and (another or not overwrite):
             raise UserError(
                 f"{work.output_dir} was {'written' if finished else 'begun'} by another run: {'; '.join(differing)}",
@@ -241,16 +241,16 @@ def _hidden(work: Stage) -> list[Path]:
     return [path for path in work.output_dir.glob(f".{work.part}.*" if work.part else ".*") if path.name not in kept]
 
 
-def _differences(found: dict, wanted: dict, skipped: Sequence[str] = ()) -> list[str]:
-    if found.get("stage") != wanted["stage"]:
-        return [f"it is the output of {found.get('stage', 'something else')}"]
+def _differences(earlier: dict, wanted: dict, skipped: Sequence[str] = ()) -> list[str]:
+    if earlier.get("stage") != wanted["stage"]:
+        return [f"it is the output of {earlier.get('stage', 'something else')}"]
     differing = []
-    for name in sorted({*found["arguments"], *wanted["arguments"]} - {*skipped}):
-        old, new = found["arguments"].get(name), wanted["arguments"].get(name)
+    for name in sorted({*earlier["arguments"], *wanted["arguments"]} - {*skipped}):
+        old, new = earlier["arguments"].get(name), wanted["arguments"].get(name)
         if old != new:
             differing.append(f"{name} was {old!r}, now {new!r}")
-    for name in sorted({*found["inputs"], *wanted["inputs"]}):
-        if found["inputs"].get(name) != wanted["inputs"].get(name):
+    for name in sorted({*earlier["inputs"], *wanted["inputs"]}):
+        if earlier["inputs"].get(name) != wanted["inputs"].get(name):
             differing.append(f"the content of {name} differs")
     return differing
 
@@ -260,19 +260,19 @@ def commit() -> str:
     """The repo's commit, with ``+changes`` when the working tree differs from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):
-        found = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True)
-        if found.returncode == 0:
-            return found.stdout.strip()
+        described = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True)
+        if described.returncode == 0:
+            return described.stdout.strip()
     return "unknown"
 
 
 def versions() -> dict[str, str]:
     """Python's version and those of the installed libraries that decide results."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 # --- Other people's output ------------------------------------------------------------------------

@@ -6,6 +6,24 @@ from towerspeech.command import UserError
 from towerspeech.files import check_exists, hash_file, read_json
 from towerspeech.units import MAX_NUM_UNITS, OFFSET, OFFSETS
 
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = ("<CLS>", "<EOD>", "<MASK>", "<PAD>", "<SEP>")  # SpireLM's order; CHAT_TOKENS follow the units
+CHAT_TOKENS = (IM_END, IM_START)
+EOD, PAD = "<EOD>", "<PAD>"
+
+# {% generation %} marks what TRL trains on: the assistant's content and the <|im_end|> that closes it.
+# The newline after it is the next turn's.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 
 def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
     """Read what a tokenizer folder knows about units: num_units, offset, first_unit_id, merges, special tokens, sizes.
@@ -25,10 +43,10 @@ def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
     remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
     if path.is_file():
         return read_json(path, remedy)
-    found, problem = _find_units(Path(tokenizer_dir))
-    if not found and required:
+    metadata, problem = _find_units(Path(tokenizer_dir))
+    if not metadata and required:
         raise UserError(f"{path} is missing: this tokenizer {problem}", remedy)
-    return found or {"num_units": 0, "offset": OFFSET}
+    return metadata or {"num_units": 0, "offset": OFFSET}
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -109,32 +127,6 @@ def tokenizer_hash(folder: Path) -> str:
     path = Path(folder) / "tokenizer.json"
     check_exists(path, f"{folder} must be a Hugging Face folder with a fast tokenizer")
     return hash_file(path)
-
-
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-
-SPECIAL_TOKENS = ("<CLS>", "<EOD>", "<MASK>", "<PAD>", "<SEP>")  # SpireLM's order; CHAT_TOKENS follow the units
-
-CHAT_TOKENS = (IM_END, IM_START)
-
-EOD, PAD = "<EOD>", "<PAD>"
-
-EOD, PAD = "<EOD>", "<PAD>"
-
-# {% generation %} marks what TRL trains on: the assistant's content and the <|im_end|> that closes it.
-# The newline after it is the next turn's.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def stop_token_ids(tokenizer) -> list[int]:

@@ -12,7 +12,6 @@ from towerspeech.stage import RUN_INFO
 from towerspeech.units import split_units
 
 UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
-
 REMAKE = "run speech_units/label_audio.py"
 
 
