@@ -28,6 +28,7 @@ import numpy as np
 from towerspeech import prompts, records, units
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, write_json
+from towerspeech.indexed import IndexedTokens, token_dtype, write_index
 from towerspeech.outside_text import MARK, check_outside_text, marker, text_tokenizer
 from towerspeech.stage import stage
 from towerspeech.tokenizer import EOD, read_metadata, tokenizer_hash, unit_tokens
@@ -93,8 +94,6 @@ class Encoder:
 
     def __init__(self, tokenizer, num_units: int, offset: int):
         """Prepare for ``num_units`` units; 0 if there are to be no runs."""
-        from towerspeech.indexed import token_dtype
-
         self.tokenizer, self.num_units, self.offset = tokenizer, num_units, offset
         self.dtype, self.mark = token_dtype(len(tokenizer)), marker(tokenizer)
         self.backend = text_tokenizer(tokenizer).backend_tokenizer
@@ -236,8 +235,6 @@ def tokenize(work, source: Source, encoder: Encoder, begin: list[int], end: list
     """
     from tqdm import tqdm
 
-    from towerspeech.indexed import write_index
-
     tokens = work.output_dir / f"{source.name}.bin"
     partial, sizes_file, note = (work.output_dir / f".{source.name}.{ending}" for ending in ("bin", "sizes", "json"))
     if tokens.is_file() and note.is_file():
@@ -310,8 +307,6 @@ def check_budget(source: Source, folder: Path) -> dict:
     Raises:
         UserError: It has too few tokens for its budget.
     """
-    from towerspeech.indexed import IndexedTokens
-
     sizes = IndexedTokens(folder / source.name).sizes
     left_out = json.loads((folder / f".{source.name}.json").read_text())["left_out"]
     told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
