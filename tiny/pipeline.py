@@ -77,18 +77,20 @@ class Pipeline:
 
     def __init__(self, root: Path, settings: dict, split: str, seed: int, processes: int):
         self.root, self.settings, self.split, self.seed = root, settings, split, seed
-        self.do = Runner(processes)
+        self.runner = Runner(processes)
         self.mesh = {"device": "cpu", "replicate": processes}
-        self.units, self.models, self.generations = root / "units", root / "models", root / "generations"
-        self.parallel = root / "data/parallel.jsonl"
+        self.data, self.units, self.models = root / "data", root / "units", root / "models"
         self.checkpoints = [f"checkpoint-{step}" for step in settings["cpt_training"]["keep_steps"]]
+
+    def do(self, script: str, **settings) -> None:
+        """Run a script with these settings, and those that the YAML has under its name."""
+        self.runner(script, **settings, **self.settings.get(Path(script).stem, {}))
 
     def make_base(self) -> None:
         """The pocket language, and a base model that has read it."""
-        data, untrained = self.root / "data", self.root / "base_untrained"
-        self.do("tiny/make_data.py", output_dir=data, **self.settings["make_data"])
-        settings = {"output_dir": untrained, "seed": self.seed, **self.settings["make_base"]}
-        self.do("tiny/make_base.py", mono=data / "mono.jsonl", **settings)
+        untrained = self.root / "base_untrained"
+        self.do("tiny/make_data.py", output_dir=self.data)
+        self.do("tiny/make_base.py", mono=self.data / "mono.jsonl", output_dir=untrained, seed=self.seed)
         self.train("base", untrained)
         checkpoints = (self.root / "base_run").glob("checkpoint-*")
         self.export(max(checkpoints, key=lambda path: int(path.name.split("-")[1])), untrained, self.root / "base")
@@ -96,8 +98,8 @@ class Pipeline:
     def train(self, name: str, model: Path) -> None:
         """Build the mixture ``<name>_mixture``, and train a model on it in ``<name>_run``."""
         mixture, settings = self.root / f"{name}_mixture", self.settings[f"{name}_mixture"]
-        paths = {"text": self.root / "data/mono.jsonl", "parallel": self.parallel, "speech": self.units / "train"}
-        sources = [{**source, "paths": [str(paths[source["kind"]])]} for source in settings["sources"]]
+        paths = {"text": "data/mono.jsonl", "parallel": "data/parallel.jsonl", "speech": "units/train"}
+        sources = [{**source, "paths": [str(self.root / paths[source["kind"]])]} for source in settings["sources"]]
         settings = {"output_dir": mixture, "seed": self.seed, **settings, "sources": sources}
         self.do("data_mixture/build_mixture.py", tokenizer=model, **settings)
         settings = {"output_dir": self.root / f"{name}_run", **self.mesh, **self.settings[f"{name}_training"]}
@@ -105,64 +107,63 @@ class Pipeline:
 
     def export(self, checkpoint: Path, model: Path, output_dir: Path) -> None:
         """Make a model folder of a training checkpoint."""
-        settings = {"checkpoint": checkpoint, "model": model, "dtype": "float32"}
-        self.do("continued_pretraining/export_checkpoint.py", output_dir=output_dir, **settings)
+        script = "continued_pretraining/export_checkpoint.py"
+        self.do(script, output_dir=output_dir, checkpoint=checkpoint, model=model, dtype="float32")
 
     def label_audio(self) -> None:
         """Audio -> units."""
-        audio, kmeans = self.root / "data/audio", self.root / "kmeans"
-        settings = {"audio_root": audio, "output_dir": kmeans, **self.settings["fit_kmeans"]}
-        self.do("speech_units/fit_kmeans.py", manifest=audio / "train.jsonl", **settings)
+        audio, kmeans = self.data / "audio", self.root / "kmeans"
+        self.do("speech_units/fit_kmeans.py", manifest=audio / "train.jsonl", audio_root=audio, output_dir=kmeans)
         for name in ("train", self.split):
-            settings = {"manifest": audio / f"{name}.jsonl", "audio_root": audio, "kmeans": kmeans, "num_workers": 2}
-            self.do("speech_units/label_audio.py", output_dir=self.units / name, **settings)
+            inputs = {"manifest": audio / f"{name}.jsonl", "audio_root": audio, "kmeans": kmeans}
+            self.do("speech_units/label_audio.py", output_dir=self.units / name, **inputs, num_workers=2)
 
     def extend_base(self) -> None:
         """Units -> tokenizer and extended model."""
         base, bpe, tokenizer = self.root / "base", self.root / "units_bpe", self.root / "tokenizer"
-        settings = {"output_dir": bpe, **self.settings["train_bpe"]}
-        self.do("train_bpe_tokenizer/train_bpe.py", units=[self.units / "train"], **settings)
+        self.do("train_bpe_tokenizer/train_bpe.py", units=[self.units / "train"], output_dir=bpe)
         self.do("train_bpe_tokenizer/merge_tokenizer.py", base=base, units_bpe=bpe, output_dir=tokenizer)
-        settings = {"model": base, "tokenizer": tokenizer, "seed": self.seed, **self.settings["extend_model"]}
-        self.do("train_bpe_tokenizer/extend_model.py", output_dir=self.models / "base", **settings)
+        inputs = {"model": base, "tokenizer": tokenizer, "seed": self.seed}
+        self.do("train_bpe_tokenizer/extend_model.py", output_dir=self.models / "base", **inputs)
 
     def pretrain(self) -> None:
         """Continued pretraining on speech and text."""
-        extended = self.models / "base"
-        self.train("cpt", extended)
+        self.train("cpt", self.models / "base")
         for name in self.checkpoints:
-            self.export(self.root / "cpt_run" / name, extended, self.models / name)
+            self.export(self.root / "cpt_run" / name, self.models / "base", self.models / name)
 
     def tune(self) -> None:
         """Instruction tuning."""
         examples, model = self.root / "sft_data", self.models / self.checkpoints[-1]
-        settings = {"parallel": [self.parallel], "seed": self.seed, **self.settings["build_sft_data"]}
-        units = [self.units / "train"]
-        self.do("instruction_tuning/build_sft_data.py", output_dir=examples, units=units, **settings)
+        inputs = {"units": [self.units / "train"], "parallel": [self.data / "parallel.jsonl"], "seed": self.seed}
+        self.do("instruction_tuning/build_sft_data.py", output_dir=examples, **inputs)
         tuning = {f"sft.{name}": value for name, value in self.settings["sft_training"].items()}
-        settings = {"data": examples / "sft.jsonl", "seed": self.seed, **tuning}
-        self.do("instruction_tuning/train.py", output_dir=self.models / "sft", model=model, **settings)
+        inputs = {"model": model, "data": examples / "sft.jsonl", "seed": self.seed}
+        self.do("instruction_tuning/train.py", output_dir=self.models / "sft", **inputs, **tuning)
 
-    def make_controls(self) -> None:
-        """What a model that hears must beat."""
+    def evaluate(self, limits: Path) -> None:
+        """Controls, prompts, outputs and scores; on the test split, compared with the limits if there are any."""
         test, shuffled = self.units / self.split, self.units / f"{self.split}_shuffled"
-        control = {"nearest_dir": self.generations / "control_nearest", "test": test, "shuffled_dir": shuffled}
-        self.do("tiny/make_controls.py", train=self.units / "train", **control)
+        control, results = self.root / "generations/control_nearest", self.root / "results"
+        inputs = {"train": self.units / "train", "nearest_dir": control, "test": test, "shuffled_dir": shuffled}
+        self.do("tiny/make_controls.py", **inputs)
+        outputs = [
+            control,
+            *self.decode("original", ["base", *self.checkpoints], [test]),
+            *self.decode("chat", ["sft"], [test, shuffled]),
+        ]
+        facts = {"model": "tiny", "mixture": "5to1"}
+        self.do("results/score.py", generations=outputs, **facts, output_dir=results / "tiny")
+        self.do("results/summarize.py", results=[results], output_dir=self.root / "summary")
+        if self.split == "test" and limits.is_file():
+            self.do("tiny/check_scores.py", results=results / "tiny", limits=limits)
 
-    def generate(self) -> list[Path]:
-        """Prompts and outputs of all models; returns the folders to score."""
-        pretrained, units = ["base", *self.checkpoints], [self.units / self.split]
-        self.decode("original", pretrained, units)
-        self.decode("chat", ["sft"], [*units, self.units / f"{self.split}_shuffled"])
-        outputs = [self.generations / task / name for name in [*pretrained, "sft"] for task in ("mt", "asr")]
-        return [self.generations / "control_nearest", *outputs]
-
-    def decode(self, style: str, names: list[str], units: list[Path]) -> None:
-        """Have some models translate the test sentences, and transcribe units, asked in one style."""
-        prompts = self.root / "instructions" / style
+    def decode(self, style: str, names: list[str], units: list[Path]) -> list[Path]:
+        """Have models translate the test sentences and transcribe units, asked in one style; returns the outputs."""
+        prompts, generations = self.root / "instructions" / style, self.root / "generations"
         test = {
             "test_set": "flores200",
-            "data_root": self.root / "data/flores",
+            "data_root": self.data / "flores",
             "dataset": "tiny",
             "pairs": ",".join(PAIRS),
             "split": "devtest" if self.split == "test" else "dev",
@@ -170,23 +171,14 @@ class Pipeline:
         }
         pool = {"example_split": "dev", "example_lines": "151-200"}  # never the test split; when tuning, other lines
         for shots, examples in ((0, {}), (5, pool)):
-            settings = {"shots": shots, "style": style, **examples, **test}
-            self.do("instructions/build_instructions.py", output_dir=prompts, **settings)
+            asked = {"shots": shots, "style": style, **examples, **test}
+            self.do("instructions/build_instructions.py", output_dir=prompts, **asked)
         files = [prompts / f"{shots}_shot/tiny_{pair}.jsonl" for shots in (0, 5) for pair in PAIRS]
         models = [self.models / name for name in names]
-        settings = {"checkpoints": models, "prompts": files, **self.settings["generate"]}
-        self.do("generate/generate.py", output_dir=self.generations / "mt", **settings)
-        settings = {"style": style, "checkpoints": models, "units": units, **self.settings["generate_ASR"]}
-        self.do("generate/generate_ASR.py", output_dir=self.generations / "asr", **settings)
-
-    def score(self, generations: list[Path], limits: Path) -> None:
-        """Outputs -> scores, table and plot; on the test split, compared with the limits if there are any."""
-        results = self.root / "results"
-        settings = {"model": "tiny", "mixture": "5to1", "output_dir": results / "tiny"}
-        self.do("results/score.py", generations=generations, **settings)
-        self.do("results/summarize.py", results=[results], output_dir=self.root / "summary")
-        if self.split == "test" and limits.is_file():
-            self.do("tiny/check_scores.py", results=results / "tiny", limits=limits)
+        self.do("generate/generate.py", output_dir=generations / "mt", checkpoints=models, prompts=files)
+        inputs = {"style": style, "checkpoints": models, "units": units}
+        self.do("generate/generate_ASR.py", output_dir=generations / "asr", **inputs)
+        return [generations / task / name for name in names for task in ("mt", "asr")]
 
 
 def score_hashes(root: Path) -> dict[str, str]:
@@ -240,11 +232,9 @@ def pipeline(
     steps.extend_base()
     steps.pretrain()
     steps.tune()
-    steps.make_controls()
-    generations = steps.generate()
-    steps.score(generations, limits=size.with_name(f"{size.stem}_limits.yaml"))
+    steps.evaluate(limits=size.with_name(f"{size.stem}_limits.yaml"))
     write_json(root / FINISHED, {**request, "outputs": score_hashes(root)})
-    print(f"\nall done in {steps.do.seconds()}. {where}")
+    print(f"\nall done in {steps.runner.seconds()}. {where}")
 
 
 if __name__ == "__main__":
