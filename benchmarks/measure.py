@@ -15,17 +15,11 @@ REPO = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Measured:
-    """One run of a command, as seen from outside and as the kernel counts it.
-
-    Attributes:
-        seconds: From start to end.
-        memory_gb: Peak resident memory, in 1e9 bytes.
-        load: The machine's over the last minute, before the start: above 1, others were at work.
-    """
+    """One run of a command, as seen from outside and as the kernel counts it."""
 
     seconds: float
-    memory_gb: float
-    load: float
+    memory_gb: float  # peak resident memory, in 1e9 bytes
+    load: float  # the machine's over the last minute, before the start: above 1, others were at work
 
 
 def measure(command: list, log: Path) -> Measured:
@@ -59,16 +53,9 @@ def run_script(script: str, output_dir: Path, *words) -> Measured:
 def comparison(
     name: str, ours: float, theirs: float, goal: float | None = None, unit: str = "s", equal: bool = True, **facts
 ) -> dict:
-    """One comparison; its ratio is how many times as much theirs took, and has to be ``goal`` at least.
+    """One comparison: what both took, in ``unit``; theirs has to be ``goal`` times as much at least, if there is one.
 
-    Args:
-        name: What is compared.
-        ours: What ours took, in ``unit``.
-        theirs: What theirs took.
-        goal: The least ratio, if there is one.
-        unit: Name of the unit.
-        equal: Whether both gave the same; else no goal holds.
-        facts: More to tell.
+    Without ``equal`` results no goal holds.
     """
     ratio = theirs / ours
     return {

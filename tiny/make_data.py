@@ -16,7 +16,6 @@ language):
 The speech is eSpeak NG's (pip install -r tiny/requirements.txt), one of several voices, rates and pitches a sentence.
 """
 
-import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -148,18 +147,16 @@ def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> lis
 
 
 def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
-    """Speak the chunks, in worker processes if more than one."""
+    """Speak the chunks in worker processes."""
     from tqdm import tqdm
 
-    with contextlib.ExitStack() as stack:
-        results: Iterator = map(speak_chunk, chunks)
-        if num_workers > 1:
-            # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_workers))
-            results = pool.imap_unordered(speak_chunk, chunks)
-        with tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress:
-            for count in results:
-                progress.update(count)
+    # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
+    with (
+        multiprocessing.get_context("spawn").Pool(num_workers) as pool,
+        tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress,
+    ):
+        for count in pool.imap_unordered(speak_chunk, chunks):
+            progress.update(count)
 
 
 # --- Text -----------------------------------------------------------------------------------------

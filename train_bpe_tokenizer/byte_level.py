@@ -204,15 +204,7 @@ def load_beside(base: Path, folder: Path):
 
 
 def save(folder: Path, base: Path, extended: dict, settings: dict, own_template: bool) -> None:
-    """Write the Hugging Face files.
-
-    Args:
-        folder: Where to write them.
-        base: The base's folder.
-        extended: The new tokenizer.json.
-        settings: The new tokenizer_config.json.
-        own_template: Whether the base's own chat template stays; else ours is written.
-    """
+    """Write tokenizer.json, tokenizer_config.json, and the base's own chat template or ours."""
     from tokenizers import Tokenizer
 
     Tokenizer.from_str(json.dumps(extended)).save(str(folder / "tokenizer.json"))

@@ -266,15 +266,6 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
 
 
 # --- The stage ------------------------------------------------------------------------------------
-def check_special_tokens(tokens: Sequence[str]) -> None:
-    """Raise UserError unless the special tokens are some of ours, in our order."""
-    if tuple(tokens) != tuple(token for token in SPECIAL_TOKENS if token in tokens):
-        raise UserError(
-            f"--special_tokens {' '.join(tokens)} are not some of ours, in our order",
-            f"choose from {' '.join(SPECIAL_TOKENS)}, or give '[]' for none",
-        )
-
-
 def merge_tokenizer(
     base: Path,
     units_bpe: Path,
@@ -294,8 +285,12 @@ def merge_tokenizer(
         chat: Add the ChatML tokens that the base lacks, and TowerSpeech's chat template.
         overwrite: Replace the output of a run with other arguments.
     """
-    specials = list(SPECIAL_TOKENS) if special_tokens is None else special_tokens
-    check_special_tokens(specials)
+    specials = list(SPECIAL_TOKENS if special_tokens is None else special_tokens)
+    if specials != [token for token in SPECIAL_TOKENS if token in specials]:
+        raise UserError(
+            f"--special_tokens {' '.join(specials)} are not some of ours, in our order",
+            f"choose from {' '.join(SPECIAL_TOKENS)}, or give '[]' for none",
+        )
     chat_tokens = CHAT_TOKENS if chat else ()
     files = base_files(base)
     arguments = {"base": files, "units_bpe": units_bpe, "special_tokens": specials, "chat": chat}
