@@ -64,7 +64,7 @@ def comparison(
         "theirs": round(theirs, 2),
         "unit": unit,
         "ratio": round(ratio, 2),
-        "goal": goal and round(goal, 2),
+        "goal": None if goal is None else round(goal, 2),
         "holds": None if goal is None else ratio >= goal and equal,
         **facts,
     }

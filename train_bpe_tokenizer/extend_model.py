@@ -99,7 +99,9 @@ def rewrite(source: Path, target: Path, keep_rows: int, num_rows: int, new_rows:
             shape[0] = num_rows
         changed[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [position, position + size]}
         position += size
-    text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **changed}, separators=(",", ":")).encode()
+    if metadata:
+        changed = {"__metadata__": metadata, **changed}
+    text = json.dumps(changed, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     with open(source, "rb") as old, open(target, "wb") as new:
         new.write(struct.pack("<Q", len(text)) + text)
@@ -242,10 +244,9 @@ def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict],
     Raises:
         UserError: They are not where Llama-like models have them, are quantized, or contradict one another.
     """
-    embeddings, heads, biases = (
-        [name for name in files if name.endswith(ending)]
-        for ending in ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    )
+    embeddings = [name for name in files if name.endswith("embed_tokens.weight")]
+    heads = [name for name in files if name.endswith("lm_head.weight")]
+    biases = [name for name in files if name.endswith("lm_head.bias")]
     if len(embeddings) != 1 or len(heads) > 1 or len(biases) > 1 or not (heads or tied):
         raise UserError(
             f"{model}: one embed_tokens.weight and {'at most ' if tied else ''}one lm_head.weight are wanted, got "
@@ -257,7 +258,7 @@ def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict],
         entry = entries[name]
         if entry["dtype"] not in DTYPE_BYTES:
             raise UserError(f"{files[name]}: {name} is {entry['dtype']}", "use float32, float16 or bfloat16 weights")
-        if entry["shape"] != first["shape"][: 1 if name in biases else None]:
+        if entry["shape"] != (first["shape"][:1] if name in biases else first["shape"]):
             raise UserError(f"{name} is {entry['shape']}, {embeddings[0]} {first['shape']}", "check the model")
     if tied and heads:
         import torch

@@ -214,19 +214,23 @@ def check_same(fast, texts: Sequence[str], got: Sequence, wanted: Sequence, what
         return ascii(item) if isinstance(item, str) else f"{ascii(fast.convert_ids_to_tokens(item))} ({item})"
 
     for text, one, other in zip(texts, got, wanted, strict=True):
-        if one != other:
-            pairs = enumerate(zip(one, other, strict=False))
-            at = next((at for at, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
+        if one == other:
+            continue
+        shorter = min(len(one), len(other))
+        at = next((at for at in range(shorter) if one[at] != other[at]), shorter)
+        if isinstance(one, str):
             place, counted = at, "character"
-            if isinstance(one, list):  # of all tokens, if not of ids: then the text is no more than a name
-                place, counted = len(fast.decode(one[:at])) if isinstance((one or other)[0], int) else 0, "token"
-            parts = [items[at : at + 8] for items in (one, other)]
-            told = [ascii(part) if isinstance(part, str) else " ".join(map(name, part)) for part in parts]
-            raise UserError(
-                f"{what} differ on {ascii(text[max(place - 20, 0) : place + 20])}, from {counted} {at} on: "
-                f"{told[0] or 'nothing'} and {told[1] or 'nothing'}",
-                "this base tokenizer cannot be extended by this script; please report it with the base's name",
-            )
+        elif all(isinstance(item, int) for item in [*one, *other]):
+            place, counted = len(fast.decode(one[:at])), "token"
+        else:  # all tokens of a vocabulary: the text is no more than a name
+            place, counted = 0, "token"
+        parts = [items[at : at + 8] for items in (one, other)]
+        told = [ascii(part) if isinstance(part, str) else " ".join(map(name, part)) for part in parts]
+        raise UserError(
+            f"{what} differ on {ascii(text[max(place - 20, 0) : place + 20])}, from {counted} {at} on: "
+            f"{told[0] or 'nothing'} and {told[1] or 'nothing'}",
+            "this base tokenizer cannot be extended by this script; please report it with the base's name",
+        )
 
 
 def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:

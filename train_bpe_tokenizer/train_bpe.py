@@ -138,7 +138,8 @@ def draw(corpus: Iterator[str], max_units: int, share: float, seed: int) -> tupl
         held_out.add(1 - key, seen["utterances"], text)
         seen["utterances"] += 1
         seen["units"] += len(text)
-        seen["empty_utterances"] += not text
+        if not text:
+            seen["empty_utterances"] += 1
     held_out.shrink(int(seen["units"] * share))
     held = held_out.texts()
     return [text for position, text in sample.texts().items() if position not in held], list(held.values()), seen
