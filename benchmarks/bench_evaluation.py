@@ -18,67 +18,56 @@ steady ones do not.
 
 import json
 import random
-import shutil
-import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.measure import comparison, run_script
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, read_json
 from towerspeech.records import read_jsonl
 
-REPO = Path(__file__).resolve().parent.parent
-TINY_TOKENS, SMOLLM2_TOKENS = 64, 64  # limits of a generation
+MAX_NEW_TOKENS = 64
+LEAST_SAME = 0.98  # share of outputs below which no goal holds
 
 
-def call(script: str, output_dir: Path, *words) -> float:
-    """Run a script of the repo; its seconds, from outside. Its output goes to a file beside output_dir."""
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    log = output_dir.with_suffix(".log")
-    command = [sys.executable, REPO / script, *words, "--output_dir", output_dir]
-    print(" ".join(["$ python", script, *map(str, command[2:])])[:300], flush=True)
-    began = time.perf_counter()
-    with open(log, "w") as file:
-        status = subprocess.run(list(map(str, command)), stdout=file, stderr=file).returncode
-    if status:
-        raise UserError(f"{script} ended with status {status}", f"see {log}")
-    return time.perf_counter() - began
+@dataclass
+class Seconds:
+    """What one side took: whole runs, and the decoding in them."""
+
+    whole: float = 0.0
+    steady: float = 0.0
 
 
-def ours(models: list[Path], prompts: list[Path], limit: int, output_dir: Path) -> dict[str, float]:
+def ours(models: list[Path], prompts: list[Path], output_dir: Path) -> Seconds:
     """generate.py over all models and prompt files at once."""
-    words = ["--checkpoints", *models, "--prompts", *prompts, "--dtype", "float32", "--max_new_tokens", limit]
-    whole = call("generate/generate.py", output_dir, *words)
+    words = ["--checkpoints", *models, "--prompts", *prompts, "--dtype", "float32"]
+    whole = run_script("generate/generate.py", output_dir, *words, "--max_new_tokens", MAX_NEW_TOKENS).seconds
     infos = [read_json(output_dir / model.name / "run_info.json", "run again") for model in models]
-    return {"whole": whole, "steady": sum(info["counts"]["last_attempt"]["decode_s"] for info in infos)}
+    return Seconds(whole, sum(info["counts"]["last_attempt"]["decode_s"] for info in infos))
 
 
-def theirs(way: str, model: Path, prompts: list[Path], limit: int, output_dir: Path, *words) -> dict[str, float]:
+def theirs(way: str, model: Path, prompts: list[Path], output_dir: Path, *words) -> Seconds:
     """other_ways.py on some prompt files."""
-    words = ["--way", way, "--model", model, "--prompts", *prompts, "--max_new_tokens", limit, *words]
-    whole = call("benchmarks/other_ways.py", output_dir, *words)
-    return {"whole": whole, "steady": read_json(output_dir / "seconds.json", "run again")["decode_s"]}
+    words = ["--way", way, "--model", model, "--prompts", *prompts, "--max_new_tokens", MAX_NEW_TOKENS, *words]
+    whole = run_script("benchmarks/other_ways.py", output_dir, *words).seconds
+    return Seconds(whole, read_json(output_dir / "seconds.json", "run again")["decode_s"])
 
 
-def same(left: Path, right: Path, names: list[str]) -> tuple[int, int]:
-    """How many outputs of two folders are equal, and of how many: text (but for its borders) and tokens."""
-    equal = total = 0
-    for name in names:
-        for a, b in zip(read_jsonl(left / name), read_jsonl(right / name), strict=True):
-            equal += (
-                a["id"] == b["id"] and a["text"].strip() == b["text"].strip() and a["num_tokens"] == b["num_tokens"]
-            )
-            total += 1
-    return equal, total
+def compare(left: Path, right: Path) -> list[bool]:
+    """Whether each output of the right folder is the left one's: the same text (but for its borders) and tokens."""
+    same = []
+    for path in sorted(right.rglob("*.jsonl")):
+        for a, b in zip(read_jsonl(left / path.relative_to(right)), read_jsonl(path), strict=True):
+            alike = [(row["id"], row["text"].strip(), row["num_tokens"]) for row in (a, b)]
+            same.append(alike[0] == alike[1])
+    return same
 
 
-def line(name: str, our_s: float, their_s: float, goal: float, **facts) -> dict:
-    """One comparison; the ratio is how many times as long theirs took."""
-    ratio = their_s / our_s
-    told = {"name": name, "ours": round(our_s, 2), "theirs": round(their_s, 2), "unit": "s", "ratio": round(ratio, 2)}
-    return {**told, "goal": goal, "holds": ratio >= goal and facts.get("same_share", 1) >= 0.98, **facts}
+def facts_of(same: list[bool]) -> dict:
+    """How many outputs are the same, as facts of a comparison."""
+    share = sum(same) / len(same)
+    return {"equal": share >= LEAST_SAME, "same": f"{sum(same)}/{len(same)}", "same_share": share}
 
 
 def bench_tiny(root: Path, output_dir: Path) -> list[dict]:
@@ -86,36 +75,27 @@ def bench_tiny(root: Path, output_dir: Path) -> list[dict]:
     models = sorted(path for path in (root / "models").iterdir() if (path / "speech_units.json").is_file())
     models = [path for path in models if path.name != "sft"]  # it is asked in another style
     prompts = sorted((root / "instructions/original").glob("*_shot/*.jsonl"))
-    asr = output_dir / "prompts/asr"
-    call("instructions/build_instructions.py", asr.parent, "--test_set", "units", "--data_root", root / "units/test")
-    prompts.append(asr / "test.jsonl")
-    names = [f"{path.parent.name}/{path.name}" for path in prompts]
-    mine = ours(models, prompts, TINY_TOKENS, output_dir / "tiny")
-    lines, others = [], {}
-    for way in ("vllm", "transformers"):
-        others[way] = {"whole": 0.0, "steady": 0.0}
-        counts = [0, 0]
+    words = ["--test_set", "units", "--data_root", root / "units/test"]
+    run_script("instructions/build_instructions.py", output_dir / "prompts", *words)
+    prompts.append(output_dir / "prompts/asr/test.jsonl")
+    mine, lines = ours(models, prompts, output_dir / "tiny"), []
+    for way, groups, label, goal in (
+        ("vllm", [[path] for path in prompts], "an engine a test set", 5.0),
+        ("transformers", [prompts], "transformers, batches of 16", 1.0),
+    ):
+        other, same = Seconds(), []
         for model in models:
-            groups = [[path] for path in prompts] if way == "vllm" else [prompts]
-            for group in groups:
-                target = output_dir / way / model.name
-                part = target if way != "vllm" else target / group[0].parent.name / group[0].stem
-                seconds = theirs(way, model, group, TINY_TOKENS, part)
-                others[way] = {key: others[way][key] + seconds[key] for key in seconds}
-                shown = [name for name, path in zip(names, prompts, strict=True) if path in group]
-                equal = same(output_dir / "tiny" / model.name, part, shown)
-                counts = [a + b for a, b in zip(counts, equal, strict=True)]
-        share = {
-            "same": f"{counts[0]}/{counts[1]}",
-            "same_share": counts[0] / counts[1],
-            "engines": len(models) * (len(prompts) if way == "vllm" else 1),
-        }
-        label = {"vllm": "an engine a test set", "transformers": "transformers, batches of 16"}[way]
-        goal = 5.0 if way == "vllm" else 1.0
-        lines.append(
-            line(f"tiny suite, whole run, beside {label}", mine["whole"], others[way]["whole"], goal, **share)
-        )
-        lines.append(line(f"tiny suite, decoding alone, beside {label}", mine["steady"], others[way]["steady"], 1.0))
+            for number, group in enumerate(groups):
+                folder = output_dir / way / model.name / f"{number}"
+                seconds = theirs(way, model, group, folder)
+                other.whole += seconds.whole
+                other.steady += seconds.steady
+                same += compare(output_dir / "tiny" / model.name, folder)
+        facts = {**facts_of(same), "engines": len(models) * len(groups)}
+        lines += [
+            comparison(f"tiny suite, whole run, beside {label}", mine.whole, other.whole, goal, **facts),
+            comparison(f"tiny suite, decoding alone, beside {label}", mine.steady, other.steady, 1.0),
+        ]
     return lines
 
 
@@ -130,29 +110,27 @@ def bench_smollm2(model: Path, flores: Path, output_dir: Path) -> list[dict]:
         ("5-shot fixed", [*pool, "--examples", "fixed"], 6.0),
     ):
         folder = output_dir / kind.replace(" ", "_")
-        call("instructions/build_instructions.py", folder / "prompts", *common, *words)
+        run_script("instructions/build_instructions.py", folder / "prompts", *common, *words)
         prompts = sorted((folder / "prompts").glob("*_shot/*.jsonl"))
-        names = [f"{path.parent.name}/{path.name}" for path in prompts]
-        mine = ours([model], prompts, SMOLLM2_TOKENS, folder / "ours")
+        mine = ours([model], prompts, folder / "ours")
+        others = {
+            size: theirs("transformers", model, prompts, folder / f"batch_{size}", "--batch_size", size)
+            for size in (8, 16)
+        }
+        fastest = min(others, key=lambda size: others[size].steady)
         counts = read_json(folder / "ours" / model.name / "run_info.json", "run again")["counts"]["last_attempt"]
-        others = {}
-        for size in (8, 16):
-            others[size] = theirs(
-                "transformers", model, prompts, SMOLLM2_TOKENS, folder / f"batch_{size}", "--batch_size", size
-            )
-        fastest = min(others, key=lambda size: others[size]["steady"])
-        equal, total = same(folder / "ours" / model.name, folder / f"batch_{fastest}", names)
         facts = {
-            "same": f"{equal}/{total}",
-            "same_share": equal / total,
+            **facts_of(compare(folder / "ours" / model.name, folder / f"batch_{fastest}")),
             "batch_size": fastest,
-            "tokens_per_s": round(counts["new_tokens"] / mine["steady"]),
+            "tokens_per_s": round(counts["new_tokens"] / mine.steady),
             "cached": f"{counts['cached_tokens'] / counts['prompt_tokens']:.0%}",
         }
         name = f"SmolLM2 {kind}, beside transformers"
-        lines.append(line(f"{name}, decoding alone", mine["steady"], others[fastest]["steady"], goal, **facts))
-        whole = min(seconds["whole"] for seconds in others.values())
-        lines.append(line(f"{name}, whole run", mine["whole"], whole, 1.0))
+        whole = min(seconds.whole for seconds in others.values())
+        lines += [
+            comparison(f"{name}, decoding alone", mine.steady, others[fastest].steady, goal, **facts),
+            comparison(f"{name}, whole run", mine.whole, whole, 1.0),
+        ]
     return lines
 
 
@@ -164,9 +142,7 @@ def bench_published(data: Path, output_dir: Path) -> list[dict]:
     from towerspeech.records import read_lines
 
     words = ["--outputs", data / "towerspeech_outputs", "--flores", data / "flores200", "--wmt23", data / "wmt23"]
-    seconds = call("results/score_published.py", output_dir / "published", *words)
-    limit = {"name": "all of results/published, with intervals: under 180 s", "ours": round(seconds, 1), "theirs": 180}
-    lines = [{**limit, "unit": "s", "ratio": round(180 / seconds, 2), "goal": 1.0, "holds": seconds < 180}]
+    seconds = run_script("results/score_published.py", output_dir / "published", *words).seconds
     files = sorted((data / "towerspeech_outputs/MT/5_shot").glob("*/flores_5to1_*-en"))
     references = read_lines(data / "flores200/devtest/eng_Latn.devtest")
     sets = [read_lines(path)[:1012] for path in random.Random(0).sample(files, 12)]
@@ -176,13 +152,15 @@ def bench_published(data: Path, output_dir: Path) -> list[dict]:
     ]
     our_s = time.perf_counter() - began
     began = time.perf_counter()
-    for hypotheses, found in zip(sets, mine, strict=True):
-        for metric, score in zip((BLEU(force=True), CHRF(), CHRF(word_order=2)), found, strict=True):
+    for hypotheses, scores in zip(sets, mine, strict=True):
+        for metric, score in zip((BLEU(force=True), CHRF(), CHRF(word_order=2)), scores, strict=True):
             result = metric.corpus_score(hypotheses, [references], n_bootstrap=metrics.BOOTSTRAP_SAMPLES)
             assert abs(result.score - score.score) < 1e-9 and abs(result._mean - result._ci - score.ci_low) < 1e-9
     their_s = time.perf_counter() - began
-    lines.append(line("12 test sets, one process, beside sacreBLEU's own corpus_score", our_s, their_s, 1.0))
-    return lines
+    return [
+        comparison("all of results/published, with intervals: under 180 s", seconds, 180, 1.0),
+        comparison("12 test sets, one process, beside sacreBLEU's own corpus_score", our_s, their_s, 1.0),
+    ]
 
 
 def bench_evaluation(

@@ -21,10 +21,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from benchmarks.measure import measure
+from benchmarks.measure import comparison, measure, run_script
 from towerspeech.command import UserError, run
+from towerspeech.files import read_json
 
-REPO = Path(__file__).resolve().parent.parent
 TOKENS, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32_000, 4096, 11_008, 32, 32  # Llama-2-7B
 SHARDS = 3  # as TowerBase-7B has
 NUM_UNITS, NUM_MERGES = 5000, 3000
@@ -128,59 +128,46 @@ def make_tokenizer(root: Path) -> tuple[Path, Path]:
     base.mkdir(exist_ok=True)
     shutil.copyfile(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1", base / "tokenizer.model")
     sizes = ["--num_units", NUM_UNITS, "--vocab_size", NUM_UNITS + NUM_MERGES]
-    script("train_bpe.py", root / "units_bpe", "--units", units, *sizes)
-    script("merge_tokenizer.py", root / "tokenizer", "--base", base, "--units_bpe", root / "units_bpe")
+    run_script("train_bpe_tokenizer/train_bpe.py", root / "units_bpe", "--units", units, *sizes)
+    words = ["--base", base, "--units_bpe", root / "units_bpe"]
+    run_script("train_bpe_tokenizer/merge_tokenizer.py", root / "tokenizer", *words)
     return base / "tokenizer.model", root / "tokenizer"
 
 
 # --- Measuring ------------------------------------------------------------------------------------
-def script(name: str, output_dir: Path, *words) -> tuple[float, float]:
-    """Run one of train_bpe_tokenizer's scripts."""
-    command = [sys.executable, REPO / "train_bpe_tokenizer" / name, *words, "--output_dir", output_dir]
-    print(" ".join(["$ python", f"train_bpe_tokenizer/{name}", *map(str, command[2:])]), flush=True)
-    return measure(command, output_dir.with_suffix(".log"))
-
-
-def shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of a model folder's weights."""
+def take_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the weights in a model folder, which is then removed."""
     from safetensors import safe_open
 
-    found = {}
+    shapes = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "np") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return found
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    shutil.rmtree(folder)
+    return shapes
 
 
-def ours(model: Path, tokenizer: Path, init: str, output_dir: Path) -> tuple[tuple[float, float], dict]:
-    """extend_model.py: seconds and bytes, and the shapes that it wrote."""
-    try:
-        measured = script("extend_model.py", output_dir, "--model", model, "--tokenizer", tokenizer, "--init", init)
-        return measured, shapes(output_dir)
-    finally:
-        shutil.rmtree(output_dir, ignore_errors=True)
-
-
-def theirs(model: Path, tokens: int, output_dir: Path) -> tuple[tuple[float, float], dict]:
-    """transformers: seconds and bytes, and the shapes that it wrote."""
-    print(f"$ from_pretrained({model}), resize_token_embeddings, save_pretrained", flush=True)
-    try:
-        measured = measure([sys.executable, "-c", THEIRS, model, tokens, output_dir], output_dir.with_suffix(".log"))
-        return measured, shapes(output_dir)
-    finally:
-        shutil.rmtree(output_dir, ignore_errors=True)
-
-
-def line(name: str, ours: float, theirs: float, unit: str, **facts) -> dict:
-    """One comparison; the ratio is how many times as much theirs takes."""
-    told = {"name": name, "ours": round(ours, 2), "theirs": round(theirs, 2), "unit": unit}
-    return {
-        **told,
-        "ratio": round(theirs / ours, 2),
-        "goal": 1.0,
-        "holds": theirs >= ours and facts.get("same_shapes", True),
-        **facts,
-    }
+def bench_model(model: Path, tokenizer: Path, layers: int, with_theirs: bool, output_dir: Path) -> list[dict]:
+    """Extend one model in both of our ways, and in theirs if it is wanted."""
+    lines, measured, shapes = [], {}, {}
+    for init in ("normal", "merge_mean"):
+        out = output_dir / f"ours_{layers}_{init}"
+        words = ["--model", model, "--tokenizer", tokenizer, "--init", init]
+        measured[init] = run_script("train_bpe_tokenizer/extend_model.py", out, *words)
+        shapes[init] = take_shapes(out)
+        title = f"{layers} layers, --init {init}: peak memory, at most"
+        seconds = round(measured[init].seconds, 1)
+        lines.append(comparison(title, measured[init].memory_gb, LIMIT_BYTES / 1e9, 1.0, "GB", seconds=seconds))
+    if with_theirs:
+        out, tokens = output_dir / f"theirs_{layers}", read_json(tokenizer / "speech_units.json", "")["vocab_size"]
+        print(f"$ from_pretrained({model}), resize_token_embeddings, save_pretrained", flush=True)
+        theirs = measure([sys.executable, "-c", THEIRS, model, tokens, out], out.with_suffix(".log"))
+        equal, ours = take_shapes(out) == shapes["normal"], measured["normal"]
+        title = f"{layers} layers, --init normal, beside resize_token_embeddings"
+        facts = {"equal": equal, "same_shapes": equal}
+        lines.append(comparison(f"{title}: peak memory", ours.memory_gb, theirs.memory_gb, 1.0, "GB", **facts))
+        lines.append(comparison(f"{title}: whole run", ours.seconds, theirs.seconds, 1.0, **facts))
+    return lines
 
 
 def bench_extend_model(output_dir: Path, layers: int = LAYERS, theirs_layers: int = LAYERS) -> None:
@@ -188,8 +175,8 @@ def bench_extend_model(output_dir: Path, layers: int = LAYERS, theirs_layers: in
 
     Args:
         output_dir: Scratch folder.
-        layers: Of the model on which we are measured; Llama-2-7B has 32.
-        theirs_layers: Of the one on which both are; as many as fit into memory. 0 leaves theirs out.
+        layers: Layers of the model on which we are measured; Llama-2-7B has 32.
+        theirs_layers: Layers of the one on which both are; as many as fit into memory. 0 leaves theirs out.
     """
     output_dir = output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -200,24 +187,10 @@ def bench_extend_model(output_dir: Path, layers: int = LAYERS, theirs_layers: in
     shutil.rmtree(root, ignore_errors=True)
     try:
         pieces, tokenizer = make_tokenizer(root)
-        tokens = json.loads((tokenizer / "speech_units.json").read_text())["vocab_size"]
-        measured = {}
         for size in sorted({layers, theirs_layers} - {0}, reverse=True):
             model = root / f"model_{size}"
             write_model(model, size, pieces)
-            where = f"{size} layers"
-            for init in ("normal", "merge_mean"):
-                (seconds, memory), found = ours(model, tokenizer, init, output_dir / f"ours_{size}_{init}")
-                measured[init] = seconds, memory
-                limit = line(f"{where}, --init {init}: peak memory, at most", memory / 1e9, LIMIT_BYTES / 1e9, "GB")
-                lines.append({**limit, "seconds": round(seconds, 1)})
-            if size == theirs_layers:
-                (seconds, memory), wanted = theirs(model, tokens, output_dir / f"theirs_{size}")
-                facts = {"same_shapes": found == wanted}
-                own_s, own_bytes = measured["normal"]
-                beside = f"{where}, --init normal, beside resize_token_embeddings"
-                lines.append(line(f"{beside}: peak memory", own_bytes / 1e9, memory / 1e9, "GB", **facts))
-                lines.append(line(f"{beside}: whole run", own_s, seconds, "s", **facts))
+            lines += bench_model(model, tokenizer, size, size == theirs_layers, output_dir)
             shutil.rmtree(model)
     finally:
         shutil.rmtree(root, ignore_errors=True)

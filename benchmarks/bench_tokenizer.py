@@ -17,19 +17,17 @@ import filecmp
 import importlib.util
 import json
 import multiprocessing
-import os
 import random
 import shutil
-import sys
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.measure import measure
+from benchmarks.measure import Measured, comparison, run_script
 from towerspeech import units as dsu
 from towerspeech.command import UserError, run
 from towerspeech.files import read_json
 from towerspeech.units_parquet import shard_name, write_units
 
-REPO = Path(__file__).resolve().parent.parent
 NUM_UNITS, VOCAB_SIZE = 5000, 8000
 UNITS_A_WORD = 14  # about 35 units and 2.5 words a second
 NUM_SHARDS = 8
@@ -97,32 +95,15 @@ def write_corpus(num_units: int, folder: Path) -> None:
 
 
 # --- Running --------------------------------------------------------------------------------------
-def call(script: str, output_dir: Path, *words) -> dict:
-    """Run a script of the repo; its seconds from outside, its peak memory, and the machine's load before it."""
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, REPO / script, *words, "--output_dir", output_dir]
-    print(" ".join(["$ python", script, *map(str, command[2:])])[:300], flush=True)
-    load = os.getloadavg()[0]
-    seconds, memory = measure(command, output_dir.with_suffix(".log"))
-    return {"s": seconds, "gb": memory / 2**30, "load": load}
+def fastest(runs: list[Measured]) -> Measured:
+    """The run that counts."""
+    return min(runs, key=lambda run: run.seconds)
 
 
-def line(name: str, ours: dict, theirs: dict, goal: float | None, units: int | None = None, **facts) -> dict:
-    """One comparison: in seconds, or with ``units`` in units a second. ``goal`` is the least ratio."""
-    told = [units / side["s"] if units else side["s"] for side in (ours, theirs)]
-    ratio = theirs["s"] / ours["s"]
-    return {
-        "name": name,
-        **{key: round(value, 0 if units else 2) for key, value in zip(("ours", "theirs"), told, strict=True)},
-        "unit": "units/s" if units else "s",
-        "ratio": round(ratio, 2),
-        "goal": goal and round(goal, 2),
-        "holds": None if goal is None else ratio >= goal and facts.get("same", True),
-        **{f"{key}_gb": round(side["gb"], 2) for key, side in (("our", ours), ("their", theirs))},
-        "load": round(ours["load"], 1),
-        **facts,
-    }
+def line(name: str, ours: Measured, theirs: Measured, goal: float | None, **facts) -> dict:
+    """One comparison, with memory and load."""
+    memory = {"our_gb": round(ours.memory_gb, 2), "their_gb": round(theirs.memory_gb, 2), "load": round(ours.load, 1)}
+    return comparison(name, ours.seconds, theirs.seconds, goal, **memory, **facts)
 
 
 def bench_training(corpus: Path, units: int, output_dir: Path) -> list[dict]:
@@ -131,19 +112,21 @@ def bench_training(corpus: Path, units: int, output_dir: Path) -> list[dict]:
     The tokenizers trainer comes after them: during its minute a virtual machine may give its free memory back to its
     host, and who runs next waits for it.
     """
-    words = ["--num_units", NUM_UNITS, "--vocab_size", VOCAB_SIZE, "--max_units", units]
-    rounds = [("sentencepiece", "corpus.km", "units")] * TIMES + [("tokenizers",)] * TIMES
-    runs = {name: [] for name in ("sentencepiece", "corpus.km", "units", "tokenizers")}
-    for name in (name for names in rounds for name in names):
-        if name in ("sentencepiece", "tokenizers"):
-            script, source = "benchmarks/other_tokenizers.py", ["--way", name, "--source", corpus / "corpus.txt"]
-        else:
-            script, source = "train_bpe_tokenizer/train_bpe.py", ["--units", corpus / name, *words]
-        target = output_dir / (f"ours_{Path(name).stem}" if script.startswith("train") else name)
-        runs[name].append(call(script, target, *source))
-    best = {name: min(found, key=lambda run: run["s"]) for name, found in runs.items()}
+    ours, theirs = "train_bpe_tokenizer/train_bpe.py", "benchmarks/other_tokenizers.py"
+    sizes = ["--num_units", NUM_UNITS, "--vocab_size", VOCAB_SIZE, "--max_units", units]
+    text = ["--source", corpus / "corpus.txt"]
+    runs = {"sentencepiece": [], "corpus.km": [], "units": [], "tokenizers": []}
+    for _ in range(TIMES):
+        way = "sentencepiece"
+        runs[way].append(run_script(theirs, output_dir / way, "--way", way, *text))
+        for source in ("corpus.km", "units"):
+            out = output_dir / f"ours_{Path(source).stem}"
+            runs[source].append(run_script(ours, out, "--units", corpus / source, *sizes))
+    for _ in range(TIMES):
+        way = "tokenizers"
+        runs[way].append(run_script(theirs, output_dir / way, "--way", way, *text))
     return [
-        line(f"training from {told}, beside {way}", best[source], best[way], goal)
+        line(f"training from {told}, beside {way}", fastest(runs[source]), fastest(runs[way]), goal)
         for source, told in (("corpus.km", ".km"), ("units", "Parquet"))
         for way, goal in (("sentencepiece", 1 / 1.2), ("tokenizers", None))
     ]
@@ -154,26 +137,26 @@ def bench_encoding(name: str, tokenizer: Path, corpus: Path, units: int, output_
     source = {"name": "speech", "kind": "speech", "paths": [str(corpus / "units")], "budget": 1}
     our_words = ["--tokenizer", tokenizer, "--sources", json.dumps([source])]
     their_words = ["--way", "lines", "--source", corpus / "units", "--tokenizer", tokenizer]
-    sides = {"ours": [], "our calls": [], "theirs": [], "their calls": []}
+    ours, our_calls, theirs, their_calls = [], [], [], []
     for _ in range(TIMES):
-        whole = call("benchmarks/other_tokenizers.py", output_dir / "lines", *their_words)
+        whole = run_script("benchmarks/other_tokenizers.py", output_dir / "lines", *their_words)
+        theirs.append(whole)
         seconds = read_json(output_dir / "lines/seconds.json", "run again")["seconds"]
-        sides["theirs"].append(whole)
-        sides["their calls"].append({**whole, "s": seconds})
-        whole = call("data_mixture/build_mixture.py", output_dir / "mixture", *our_words)
+        their_calls.append(replace(whole, seconds=seconds))
+        whole = run_script("data_mixture/build_mixture.py", output_dir / "mixture", *our_words)
+        ours.append(whole)
         counts = read_json(output_dir / "mixture/run_info.json", "run again")["counts"]
-        sides["ours"].append(whole)
-        sides["our calls"].append({**whole, "s": counts["last_attempt"]["tokenize_s"]})
-    best = {side: min(runs, key=lambda found: found["s"]) for side, runs in sides.items()}
-    facts = {
-        "units": units,
-        "same": filecmp.cmp(output_dir / "lines/tokens.bin", output_dir / "mixture/speech.bin", False),
-    }
-    title = f"encoding, {name}"
-    return [
-        line(f"{title}: tokenization beside the calls alone", best["our calls"], best["their calls"], 5.0, **facts),
-        line(f"{title}: whole run", best["ours"], best["theirs"], None, **facts),
-    ]
+        our_calls.append(replace(whole, seconds=counts["last_attempt"]["tokenize_s"]))
+    same = filecmp.cmp(output_dir / "lines/tokens.bin", output_dir / "mixture/speech.bin", False)
+    lines = []
+    for what, mine, other, goal in (
+        ("tokenization beside the calls alone", fastest(our_calls), fastest(their_calls), 5.0),
+        ("whole run", fastest(ours), fastest(theirs), None),
+    ):
+        told = line(f"encoding, {name}: {what}", mine, other, goal, equal=same, units=units, same=same)
+        rates = {"ours": round(units / mine.seconds), "theirs": round(units / other.seconds), "unit": "units/s"}
+        lines.append({**told, **rates})
+    return lines
 
 
 def bench_tokenizer(output_dir: Path, units: int = 20_000_000, smollm2: Path | None = None) -> None:
@@ -206,7 +189,7 @@ def bench_tokenizer(output_dir: Path, units: int = 20_000_000, smollm2: Path | N
         if base:
             folder = output_dir / f"encoding_{Path(base).name}"
             words = ["--base", base, "--units_bpe", output_dir / "training/ours_units"]
-            call("train_bpe_tokenizer/merge_tokenizer.py", folder / "tokenizer", *words)
+            run_script("train_bpe_tokenizer/merge_tokenizer.py", folder / "tokenizer", *words)
             lines += bench_encoding(name, folder / "tokenizer", corpus, units, folder)
     for told in lines:
         print(json.dumps(told))

@@ -7,7 +7,7 @@ Usage: python benchmarks/other_tokenizers.py --way sentencepiece --source corpus
   tokenizers     the tokenizers library's BPE trainer on the same file
   lines          speech documents of a units folder, each encoded by one call of the fast tokenizer; <EOD> follows
 
-Writes model.model, tokenizer.json or tokens.bin, and seconds.json: how long the call, or the calls, alone took.
+Writes model.model, tokenizer.json, or tokens.bin and seconds.json: how long the calls alone took.
 """
 
 import time
@@ -18,17 +18,18 @@ from towerspeech.command import run
 from towerspeech.files import check_exists, write_json
 from towerspeech.tokenizer import EOD, read_metadata
 
+VOCAB_SIZE = 8000  # as bench_tokenizer.py's
 
-def with_sentencepiece(source: Path, merges: int, num_units: int, output_dir: Path) -> float:
+
+def with_sentencepiece(source: Path, output_dir: Path) -> None:
     """SentencePiece reads the file itself; the options are train_bpe.py's."""
     from sentencepiece import SentencePieceTrainer
 
-    began = time.perf_counter()
     SentencePieceTrainer.train(
         input=str(source),
         model_prefix=str(output_dir / "model"),
         model_type="bpe",
-        vocab_size=1 + num_units + merges,
+        vocab_size=1 + VOCAB_SIZE,
         character_coverage=1.0,
         max_sentence_length=1_000_000,
         normalization_rule_name="identity",
@@ -41,26 +42,22 @@ def with_sentencepiece(source: Path, merges: int, num_units: int, output_dir: Pa
         eos_id=-1,
         pad_id=-1,
     )
-    return time.perf_counter() - began
 
 
-def with_tokenizers(source: Path, merges: int, num_units: int, output_dir: Path) -> float:
+def with_tokenizers(source: Path, output_dir: Path) -> None:
     """No pre-tokenizer: a line is one word. An iterator, since files come with their newlines."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Tokenizer(BPE())
-    began = time.perf_counter()
     with open(source, encoding="utf-8") as file:
-        trainer = BpeTrainer(vocab_size=num_units + merges, max_token_length=16, show_progress=False)
+        trainer = BpeTrainer(vocab_size=VOCAB_SIZE, max_token_length=16, show_progress=False)
         tokenizer.train_from_iterator((line.removesuffix("\n") for line in file), trainer)
-    seconds = time.perf_counter() - began
     tokenizer.save(str(output_dir / "tokenizer.json"))
-    return seconds
 
 
-def line_by_line(source: Path, tokenizer: Path, output_dir: Path) -> float:
+def line_by_line(source: Path, tokenizer: Path, output_dir: Path) -> None:
     """Reading and writing are not in the seconds."""
     import numpy as np
     from transformers import AutoTokenizer
@@ -79,16 +76,14 @@ def line_by_line(source: Path, tokenizer: Path, output_dir: Path) -> float:
             ids = loaded(document, add_special_tokens=False)["input_ids"]
             seconds += time.perf_counter() - began
             np.array([*ids, eod_id], token_dtype(len(loaded))).tofile(file)
-    return seconds
+    write_json(output_dir / "seconds.json", {"seconds": seconds})
 
 
-def main(
+def other_tokenizer(
     way: Literal["sentencepiece", "tokenizers", "lines"],
     source: Path,
     output_dir: Path,
     tokenizer: Path | None = None,
-    num_units: int = 5000,
-    merges: int = 3000,
 ) -> None:
     """Do one thing in one way.
 
@@ -97,18 +92,16 @@ def main(
         source: Text file, or for ``lines`` a units folder.
         output_dir: Scratch folder.
         tokenizer: Folder of a tokenizer with units, for ``lines``.
-        num_units: Size of the k-means, for training.
-        merges: How many to learn, for training.
     """
     check_exists(source, "check --source")
     output_dir.mkdir(parents=True, exist_ok=True)
-    if way == "lines":
-        seconds = line_by_line(source, tokenizer, output_dir)
+    if way == "sentencepiece":
+        with_sentencepiece(source, output_dir)
+    elif way == "tokenizers":
+        with_tokenizers(source, output_dir)
     else:
-        train = with_sentencepiece if way == "sentencepiece" else with_tokenizers
-        seconds = train(source, merges, num_units, output_dir)
-    write_json(output_dir / "seconds.json", {"seconds": seconds})
+        line_by_line(source, tokenizer, output_dir)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(other_tokenizer)

@@ -29,13 +29,13 @@ def with_vllm(model: Path, tasks: dict, max_new_tokens: int) -> tuple[dict, floa
     llm = LLM(str(model), dtype="float32", enforce_eager=True)
     params = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop=["\n"])
     params.stop_token_ids = stop_token_ids(llm.get_tokenizer())
-    found, seconds = {}, 0.0
+    outputs, seconds = {}, 0.0
     for name, rows in tasks.items():
         began = time.perf_counter()
-        outputs = llm.generate([row["instruction"] for row in rows], params)
+        results = llm.generate([row["instruction"] for row in rows], params)
         seconds += time.perf_counter() - began
-        found[name] = [(output.outputs[0].text, len(output.outputs[0].token_ids)) for output in outputs]
-    return found, seconds
+        outputs[name] = [(result.outputs[0].text, len(result.outputs[0].token_ids)) for result in results]
+    return outputs, seconds
 
 
 def with_transformers(model_dir: Path, tasks: dict, max_new_tokens: int, batch_size: int) -> tuple[dict, float]:
@@ -53,7 +53,7 @@ def with_transformers(model_dir: Path, tasks: dict, max_new_tokens: int, batch_s
     stop_ids = stop_token_ids(tokenizer)
     pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     newlines = [i for i, piece in enumerate(pieces) if "\n" in piece]
-    found, seconds = {}, 0.0
+    outputs, seconds = {}, 0.0
     for name, rows in tasks.items():
         began = time.perf_counter()
         chat = "messages" in rows[0]  # then an id alone ends it
@@ -65,16 +65,16 @@ def with_transformers(model_dir: Path, tasks: dict, max_new_tokens: int, batch_s
         )
         ids = [decoding.token_ids(tokenizer, row) for row in rows]
         order = sorted(range(len(rows)), key=lambda i, ids=ids: len(ids[i]))
-        found[name] = [("", 0)] * len(rows)
+        outputs[name] = [("", 0)] * len(rows)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
             with torch.inference_mode():
                 output = model.generate(**padded, generation_config=config)
             for i, new in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-                found[name][i] = cut(tokenizer, new, stop_ids, chat)
+                outputs[name][i] = cut(tokenizer, new, stop_ids, chat)
         seconds += time.perf_counter() - began
-    return found, seconds
+    return outputs, seconds
 
 
 def cut(tokenizer, new: list[int], stop_ids: list[int], chat: bool) -> tuple[str, int]:
@@ -103,15 +103,15 @@ def other_way(
         prompts: Prompt files.
         output_dir: Folder of the outputs.
         max_new_tokens: Limit of a generation.
-        batch_size: Of transformers.
+        batch_size: Prompts that transformers takes at once.
     """
     tasks = read_prompts(prompts)
     if way == "vllm":
-        found, seconds = with_vllm(model, tasks, max_new_tokens)
+        outputs, seconds = with_vllm(model, tasks, max_new_tokens)
     else:
-        found, seconds = with_transformers(model, tasks, max_new_tokens, batch_size)
+        outputs, seconds = with_transformers(model, tasks, max_new_tokens, batch_size)
     for name, rows in tasks.items():
-        pairs = zip(rows, found[name], strict=True)
+        pairs = zip(rows, outputs[name], strict=True)
         write_jsonl(output_dir / name, ({"id": row["id"], "text": text, "num_tokens": n} for row, (text, n) in pairs))
     write_json(output_dir / "seconds.json", {"decode_s": seconds})
 

@@ -129,7 +129,7 @@ def test_flags_as_one_types_them():
     }
     words = ["--num_units", "100", "--bos", "true", "--keep_steps", "1", "2", "--paths", "a b"]
     assert pipeline.flags(settings) == [*words, "--sources", '[{"name": "x"}]']
-    assert pipeline.flags({"lr": 3e-3, "off": False}, prefix="sft.") == ["--sft.lr", "0.003", "--sft.off", "false"]
+    assert pipeline.flags({"sft.lr": 3e-3, "off": False}) == ["--sft.lr", "0.003", "--off", "false"]
 
 
 def test_what_is_finished_and_what_is_not(tmp_path, capsys):

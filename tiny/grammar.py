@@ -19,6 +19,7 @@ file. A form that is not there is an error; the tests render every word of every
 Lower case, no punctuation: the pocket language is written as it is heard.
 """
 
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -148,10 +149,7 @@ def draw(template: str, rng: random.Random, most: int | None = None) -> dict[str
 
 def num_combinations(template: str, most: int | None = None) -> int:
     """How many fillings a template has (those with the same concept twice counted too)."""
-    total = 1
-    for kind in TEMPLATES[template].values():
-        total *= len(choices(kind, most))
-    return total
+    return math.prod(len(choices(kind, most)) for kind in TEMPLATES[template].values())
 
 
 def sentences(

@@ -9,6 +9,7 @@ continued_pretraining/train.py trains it on text.
 """
 
 import io
+import itertools
 from pathlib import Path
 
 from towerspeech import prompts
@@ -23,14 +24,13 @@ PROMPT_SHARE = 10  # one prompt line for so many lines of text, so that prompts 
 
 def prompt_lines(codes: list[str]) -> list[str]:
     """The fixed words of all prompts and documents that the pipeline writes, for each language."""
-    found = [prompts.speech_document("", ""), prompts.asr("")]
-    for src in codes:
-        for tgt in [code for code in codes if code != src]:
-            found.append(prompts.mt_0_shot(src, tgt, ""))
-            found.append(prompts.mt_few_shot(src, tgt, "", [("", "")]))
-            found.append(prompts.parallel_document(src, "", tgt, ""))
-    found.append("user\nassistant")
-    lines = [line.strip() for text in found for line in text.splitlines() if line.strip()]
+    texts = [prompts.speech_document("", ""), prompts.asr("")]
+    for src, tgt in itertools.permutations(codes, 2):
+        texts.append(prompts.mt_0_shot(src, tgt, ""))
+        texts.append(prompts.mt_few_shot(src, tgt, "", [("", "")]))
+        texts.append(prompts.parallel_document(src, "", tgt, ""))
+    texts.append("user\nassistant")
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     return sorted(set(lines))
 
 
@@ -119,7 +119,7 @@ def make_base(
         intermediate_size: Width of its MLPs.
         head_dim: Size of an attention head; vLLM on CPU wants 32, 64, 80, 96, 112 or 128.
         max_position_embeddings: Longest sequence, in tokens.
-        seed: Decides the weights.
+        seed: Seed of the weights.
         overwrite: Replace the folder's content if it was made from other input.
     """
     arguments = dict(locals())

@@ -44,7 +44,7 @@ def make_controls(
         test: Units folder to control.
         shuffled_dir: New units folder.
         nearest_dir: New folder of generations, as of a checkpoint.
-        seed: Of the shuffling.
+        seed: Seed of the shuffling.
         overwrite: Replace the output of a run with other arguments.
     """
     rows = list(read_units(test))
@@ -58,7 +58,6 @@ def make_controls(
     with stage(nearest_dir, arguments, inputs=["train", "test"]) as work:
         if not work.done:
             known = list(read_units(train))
-            found = nearest(rows, known)
             facts = {"task": "asr", "dataset": test.name, "shots": 0, "src_lang": "en", "tgt_lang": "en"}
             results = (
                 {
@@ -70,7 +69,7 @@ def make_controls(
                     "finish_reason": "stop",
                     "num_tokens": 0,
                 }
-                for row, number in zip(rows, found, strict=True)
+                for row, number in zip(rows, nearest(rows, known), strict=True)
             )
             records.write_jsonl(nearest_dir / "asr" / f"{test.name}.jsonl", results)
             print(f"{len(rows):,} nearest training transcripts: {nearest_dir}")

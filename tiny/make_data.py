@@ -16,7 +16,6 @@ language):
 The speech is eSpeak NG's (pip install -r tiny/requirements.txt), one of several voices, rates and pitches a sentence.
 """
 
-import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -40,6 +39,7 @@ SAMPLE_RATE = 16000  # Hz
 VOICES = ("en-us", "en-us+f2", "en-gb-x-rp", "en-us+m3", "en", "en-us+f4", "en-gb-scotland", "en-us+m7")
 RATES = (180, 200, 220)  # words a minute
 PITCHES = (35, 50, 65)  # eSpeak's scale, 0 to 99
+WAV_HEADER_BYTES = 44
 CHUNK = 50  # sentences that are spoken one after the other
 # Values of speak_lib.h
 AUDIO_OUTPUT_SYNCHRONOUS, CHARS_UTF8, RATE, PITCH = 2, 1, 1, 3
@@ -147,18 +147,16 @@ def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> lis
 
 
 def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
-    """Speak the chunks, in worker processes if more than one."""
+    """Speak the chunks in worker processes."""
     from tqdm import tqdm
 
-    with contextlib.ExitStack() as stack:
-        results: Iterator = map(speak_chunk, chunks)
-        if num_workers > 1:
-            # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_workers))
-            results = pool.imap_unordered(speak_chunk, chunks)
-        with tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress:
-            for count in results:
-                progress.update(count)
+    # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
+    with (
+        multiprocessing.get_context("spawn").Pool(num_workers) as pool,
+        tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress,
+    ):
+        for count in pool.imap_unordered(speak_chunk, chunks):
+            progress.update(count)
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -170,15 +168,16 @@ def make_splits(
     Raises:
         UserError: The grammar has fewer sentences than are asked for.
     """
-    found = list(itertools.islice(grammar.sentences(codes, seed, templates, most), sum(sizes.values())))
-    if len(found) < sum(sizes.values()):
+    wanted = sum(sizes.values())
+    sentences = list(itertools.islice(grammar.sentences(codes, seed, templates, most), wanted))
+    if len(sentences) < wanted:
         raise UserError(
-            f"{sum(sizes.values()):,} sentences are asked for, the grammar gives {len(found):,}",
+            f"{wanted:,} sentences are asked for, the grammar gives {len(sentences):,}",
             "lower --num_train or --num_text, or allow more --templates or --max_concepts",
         )
     splits, start = {}, 0
     for name, size in sizes.items():
-        splits[name] = found[start : start + size]
+        splits[name] = sentences[start : start + size]
         start += size
     return splits
 
@@ -202,6 +201,37 @@ def parallel_rows(sentences: list[dict[str, str]]) -> Iterator[dict]:
                     "source": said[src],
                     "target": said[tgt],
                 }
+
+
+def write_text(work, splits: dict[str, list[dict[str, str]]]) -> None:
+    """Write mono.jsonl, parallel.jsonl and flores/ of ``make_splits``' sentences."""
+    text = splits["train"] + splits["text"]
+    work.counts["mono"] = write_jsonl(work.output_dir / "mono.jsonl", mono_rows(text))
+    work.counts["parallel"] = write_jsonl(work.output_dir / "parallel.jsonl", parallel_rows(text))
+    for split, name in (("tuning", "dev"), ("test", "devtest")):
+        for code in splits[split][0]:
+            with work.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
+                path.write_text("".join(said[code] + "\n" for said in splits[split]), encoding="utf-8")
+
+
+def write_speech(work, splits: dict[str, list[dict[str, str]]], voices: int, seed: int, num_workers: int) -> None:
+    """Write audio/ of ``make_splits``' English sentences."""
+    audio, chunks, manifests = work.output_dir / "audio", [], {}
+    for leftover in audio.rglob(".tmp-*"):  # a killed attempt's
+        leftover.unlink(missing_ok=True)
+    for split in ("train", "tuning", "test"):
+        names = [f"{split}-{number:06d}" for number in range(len(splits[split]))]
+        manifests[split] = [
+            {"id": name, "audio": f"{split}/{name}.wav", "language": "en", "text": said["en"]}
+            for name, said in zip(names, splits[split], strict=True)
+        ]
+        chunks += speech_chunks(audio, manifests[split], voices, seed)
+    speak_all(chunks, num_workers)
+    num_samples = 0
+    for split, rows in manifests.items():
+        work.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", rows)
+        num_samples += sum(((audio / row["audio"]).stat().st_size - WAV_HEADER_BYTES) // 2 for row in rows)
+    work.counts["audio_hours"] = round(num_samples / SAMPLE_RATE / 3600, 3)
 
 
 def make_data(
@@ -233,19 +263,15 @@ def make_data(
         overwrite: Replace the folder's content if it was made with other arguments.
     """
     arguments = dict(locals())
-    counts = {"num_train": num_train, "num_tuning": num_tuning, "num_test": num_test, "num_workers": num_workers}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{name} is {value}", "give at least 1")
-    if num_text < 0:
-        raise UserError(f"--num_text is {num_text}", "give 0 or more")
+    least = {"num_train": 1, "num_tuning": 1, "num_test": 1, "num_text": 0, "max_concepts": 2, "num_workers": 1}
+    for name, value in least.items():
+        if arguments[name] is not None and arguments[name] < value:
+            raise UserError(f"--{name} is {arguments[name]}", f"give at least {value}")
     if not 1 <= voices <= len(VOICES):
         raise UserError(f"--voices is {voices}", f"give 1 to {len(VOICES)}")
     unknown = set(templates or []) - set(grammar.TEMPLATES)
     if unknown:
         raise UserError(f"no template is called {min(unknown)!r}", f"name some of: {', '.join(grammar.TEMPLATES)}")
-    if max_concepts is not None and max_concepts < 2:
-        raise UserError(f"--max_concepts is {max_concepts}", "give at least 2")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
     with stage(output_dir, arguments, ignore=["num_workers"]) as work:
@@ -255,37 +281,12 @@ def make_data(
         codes = grammar.languages()
         sizes = {"tuning": num_tuning, "test": num_test, "train": num_train, "text": num_text}
         splits = make_splits(codes, sizes, seed, templates, max_concepts)
-        text = splits["train"] + splits["text"]
-        work.counts["mono"] = write_jsonl(output_dir / "mono.jsonl", mono_rows(text))
-        work.counts["parallel"] = write_jsonl(output_dir / "parallel.jsonl", parallel_rows(text))
-        for split, name in (("tuning", "dev"), ("test", "devtest")):
-            for code in codes:
-                with work.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
-                    path.write_text("".join(said[code] + "\n" for said in splits[split]), encoding="utf-8")
-
-        audio = output_dir / "audio"
-        for leftover in audio.rglob(".tmp-*"):  # a killed attempt's
-            leftover.unlink(missing_ok=True)
-        manifests = {
-            split: [
-                {
-                    "id": f"{split}-{i:06d}",
-                    "audio": f"{split}/{split}-{i:06d}.wav",
-                    "language": "en",
-                    "text": said["en"],
-                }
-                for i, said in enumerate(splits[split])
-            ]
-            for split in ("train", "tuning", "test")
-        }
-        rows = [row for manifest in manifests.values() for row in manifest]
-        chunks = [part for manifest in manifests.values() for part in speech_chunks(audio, manifest, voices, seed)]
-        speak_all(chunks, num_workers)
-        for split, manifest in manifests.items():
-            work.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", manifest)
-        seconds = sum((audio / row["audio"]).stat().st_size - 44 for row in rows) / (2 * SAMPLE_RATE)
-        work.counts["audio_hours"] = round(seconds / 3600, 3)
-        print(f"{len(text):,} training sentences in {', '.join(codes)}; {len(rows):,} spoken, {seconds / 3600:.2f} h")
+        write_text(work, splits)
+        write_speech(work, splits, voices, seed, num_workers)
+        print(
+            f"{num_train + num_text:,} training sentences in {', '.join(codes)}; "
+            f"{num_train + num_tuning + num_test:,} spoken, {work.counts['audio_hours']:.2f} h"
+        )
     print(output_dir)
 
 

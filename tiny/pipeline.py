@@ -24,24 +24,18 @@ FINISHED = "finished.json"
 PAIRS = ("de-en", "en-de")
 
 
-def flags(settings: dict, prefix: str = "") -> list[str]:
+def flags(settings: dict) -> list[str]:
     """{"num_units": 100, "keep_steps": [1, 2]} -> ["--num_units", "100", "--keep_steps", "1", "2"]."""
     words = []
     for name, value in settings.items():
-        words.append(f"--{prefix}{name}")
-        if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        words.append(f"--{name}")
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             words.append(json.dumps(value))
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list):
             words += map(str, value)
         else:
             words.append(str(value).lower() if isinstance(value, bool) else str(value))
     return words
-
-
-def with_paths(mixture: dict, paths: dict[str, list[Path]]) -> dict:
-    """The settings of build_mixture.py with each source's paths, which depend on output_dir."""
-    sources = [{**source, "paths": [str(path) for path in paths[source["kind"]]]} for source in mixture["sources"]]
-    return {**mixture, "sources": sources}
 
 
 class Runner:
@@ -78,26 +72,131 @@ class Runner:
             )
 
 
-def last_checkpoint(run_dir: Path) -> Path:
-    """A run's last checkpoint."""
-    return max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+class Pipeline:
+    """The stages in their order, each step on what the steps before it have written."""
+
+    def __init__(self, root: Path, settings: dict, split: str, seed: int, processes: int):
+        self.root, self.settings, self.split, self.seed = root, settings, split, seed
+        self.runner = Runner(processes)
+        self.mesh = {"device": "cpu", "replicate": processes}
+        self.data, self.units, self.models = root / "data", root / "units", root / "models"
+        self.checkpoints = [f"checkpoint-{step}" for step in settings["cpt_training"]["keep_steps"]]
+
+    def do(self, script: str, **settings) -> None:
+        """Run a script with these settings, and those that the YAML has under its name."""
+        self.runner(script, **settings, **self.settings.get(Path(script).stem, {}))
+
+    def make_base(self) -> None:
+        """The pocket language, and a base model that has read it."""
+        untrained = self.root / "base_untrained"
+        self.do("tiny/make_data.py", output_dir=self.data)
+        self.do("tiny/make_base.py", mono=self.data / "mono.jsonl", output_dir=untrained, seed=self.seed)
+        self.train("base", untrained)
+        checkpoints = (self.root / "base_run").glob("checkpoint-*")
+        self.export(max(checkpoints, key=lambda path: int(path.name.split("-")[1])), untrained, self.root / "base")
+
+    def train(self, name: str, model: Path) -> None:
+        """Build the mixture ``<name>_mixture``, and train a model on it in ``<name>_run``."""
+        mixture, settings = self.root / f"{name}_mixture", self.settings[f"{name}_mixture"]
+        paths = {"text": "data/mono.jsonl", "parallel": "data/parallel.jsonl", "speech": "units/train"}
+        sources = [{**source, "paths": [str(self.root / paths[source["kind"]])]} for source in settings["sources"]]
+        settings = {"output_dir": mixture, "seed": self.seed, **settings, "sources": sources}
+        self.do("data_mixture/build_mixture.py", tokenizer=model, **settings)
+        settings = {"output_dir": self.root / f"{name}_run", **self.mesh, **self.settings[f"{name}_training"]}
+        self.do("continued_pretraining/train.py", model=model, mixture=mixture, **settings)
+
+    def export(self, checkpoint: Path, model: Path, output_dir: Path) -> None:
+        """Make a model folder of a training checkpoint."""
+        script = "continued_pretraining/export_checkpoint.py"
+        self.do(script, output_dir=output_dir, checkpoint=checkpoint, model=model, dtype="float32")
+
+    def label_audio(self) -> None:
+        """Audio -> units."""
+        audio, kmeans = self.data / "audio", self.root / "kmeans"
+        self.do("speech_units/fit_kmeans.py", manifest=audio / "train.jsonl", audio_root=audio, output_dir=kmeans)
+        for name in ("train", self.split):
+            inputs = {"manifest": audio / f"{name}.jsonl", "audio_root": audio, "kmeans": kmeans}
+            self.do("speech_units/label_audio.py", output_dir=self.units / name, **inputs, num_workers=2)
+
+    def extend_base(self) -> None:
+        """Units -> tokenizer and extended model."""
+        base, bpe, tokenizer = self.root / "base", self.root / "units_bpe", self.root / "tokenizer"
+        self.do("train_bpe_tokenizer/train_bpe.py", units=[self.units / "train"], output_dir=bpe)
+        self.do("train_bpe_tokenizer/merge_tokenizer.py", base=base, units_bpe=bpe, output_dir=tokenizer)
+        inputs = {"model": base, "tokenizer": tokenizer, "seed": self.seed}
+        self.do("train_bpe_tokenizer/extend_model.py", output_dir=self.models / "base", **inputs)
+
+    def pretrain(self) -> None:
+        """Continued pretraining on speech and text."""
+        self.train("cpt", self.models / "base")
+        for name in self.checkpoints:
+            self.export(self.root / "cpt_run" / name, self.models / "base", self.models / name)
+
+    def tune(self) -> None:
+        """Instruction tuning."""
+        examples, model = self.root / "sft_data", self.models / self.checkpoints[-1]
+        inputs = {"units": [self.units / "train"], "parallel": [self.data / "parallel.jsonl"], "seed": self.seed}
+        self.do("instruction_tuning/build_sft_data.py", output_dir=examples, **inputs)
+        tuning = {f"sft.{name}": value for name, value in self.settings["sft_training"].items()}
+        inputs = {"model": model, "data": examples / "sft.jsonl", "seed": self.seed}
+        self.do("instruction_tuning/train.py", output_dir=self.models / "sft", **inputs, **tuning)
+
+    def evaluate(self, limits: Path) -> None:
+        """Controls, prompts, outputs and scores; on the test split, compared with the limits if there are any."""
+        test, shuffled = self.units / self.split, self.units / f"{self.split}_shuffled"
+        control, results = self.root / "generations/control_nearest", self.root / "results"
+        inputs = {"train": self.units / "train", "nearest_dir": control, "test": test, "shuffled_dir": shuffled}
+        self.do("tiny/make_controls.py", **inputs)
+        outputs = [
+            control,
+            *self.decode("original", ["base", *self.checkpoints], [test]),
+            *self.decode("chat", ["sft"], [test, shuffled]),
+        ]
+        facts = {"model": "tiny", "mixture": "5to1"}
+        self.do("results/score.py", generations=outputs, **facts, output_dir=results / "tiny")
+        self.do("results/summarize.py", results=[results], output_dir=self.root / "summary")
+        if self.split == "test" and limits.is_file():
+            self.do("tiny/check_scores.py", results=results / "tiny", limits=limits)
+
+    def decode(self, style: str, names: list[str], units: list[Path]) -> list[Path]:
+        """Have models translate the test sentences and transcribe units, asked in one style; returns the outputs."""
+        prompts, generations = self.root / "instructions" / style, self.root / "generations"
+        test = {
+            "test_set": "flores200",
+            "data_root": self.data / "flores",
+            "dataset": "tiny",
+            "pairs": ",".join(PAIRS),
+            "split": "devtest" if self.split == "test" else "dev",
+            "test_lines": "1-100",
+        }
+        pool = {"example_split": "dev", "example_lines": "151-200"}  # never the test split; when tuning, other lines
+        for shots, examples in ((0, {}), (5, pool)):
+            asked = {"shots": shots, "style": style, **examples, **test}
+            self.do("instructions/build_instructions.py", output_dir=prompts, **asked)
+        files = [prompts / f"{shots}_shot/tiny_{pair}.jsonl" for shots in (0, 5) for pair in PAIRS]
+        models = [self.models / name for name in names]
+        self.do("generate/generate.py", output_dir=generations / "mt", checkpoints=models, prompts=files)
+        inputs = {"style": style, "checkpoints": models, "units": units}
+        self.do("generate/generate_ASR.py", output_dir=generations / "asr", **inputs)
+        return [generations / task / name for name in names for task in ("mt", "asr")]
 
 
-def scores(root: Path) -> list[Path]:
-    """What the pipeline is run for, relative to its folder."""
-    return sorted(path.relative_to(root) for path in [*root.glob("results/tiny/*.csv"), *root.glob("summary/[!.]*")])
+def score_hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of each file that the pipeline is run for, by its path below the pipeline's folder."""
+    paths = sorted([*root.glob("results/tiny/*.csv"), *root.glob("summary/[!.]*")])
+    return {str(path.relative_to(root)): hash_file(path) for path in paths}
 
 
-def finished(root: Path, plan: dict) -> bool:
-    """Whether a run of the same plan has ended here and its scores are as it left them.
+def finished(root: Path, request: dict) -> bool:
+    """Whether a run of the same request has ended here, and its scores are as it left them.
 
     Asking each of thirty scripts, which all know, would take half a minute.
     """
     if not (root / FINISHED).is_file():
         return False
-    found = read_json(root / FINISHED, "remove it")
-    outputs = {str(path): hash_file(root / path) for path in scores(root)}
-    return {**plan, "outputs": outputs} == found
+    ended = read_json(root / FINISHED, "remove it")
+    same_request = all(ended.get(name) == value for name, value in request.items())
+    return same_request and ended.get("outputs") == score_hashes(root)
 
 
 def pipeline(
@@ -113,7 +212,7 @@ def pipeline(
         output_dir: Where everything goes.
         size: YAML of stage settings.
         split: Sentences to evaluate on. Settings are chosen on tuning alone.
-        seed: Of initialisation, data order and sampling; the pocket language itself stays.
+        seed: Seed of initialisation, data order and sampling; the pocket language itself stays.
         processes: Processes of both trainings, under torchrun.
     """
     import yaml
@@ -121,96 +220,21 @@ def pipeline(
     check_exists(size, "name a YAML such as tiny/ci.yaml")
     settings = yaml.safe_load(size.read_text(encoding="utf-8"))
     root = output_dir.resolve()
-    data, models, units, generations = root / "data", root / "models", root / "units", root / "generations"
-    parallel, audio = data / "parallel.jsonl", data / "audio"
-    sources = {"text": [data / "mono.jsonl"], "parallel": [parallel], "speech": [units / "train"]}
-    plan = {"settings": settings, "split": split, "seed": seed, "processes": processes}
-    if finished(root, plan):
+    request = {"settings": settings, "split": split, "seed": seed, "processes": processes}
+    where = f"Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png"
+    if finished(root, request):
         print((root / "summary/table.md").read_text(encoding="utf-8"))
-        print(f"all done before. Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png")
+        print(f"all done before. {where}")
         return
-    do = Runner(processes)
-    mesh = {"device": "cpu", "replicate": processes}
-
-    # The pocket language and a base model that has read it
-    do("tiny/make_data.py", output_dir=data, **settings["make_data"])
-    untrained, base_run, base = root / "base_untrained", root / "base_run", root / "base"
-    do("tiny/make_base.py", mono=data / "mono.jsonl", output_dir=untrained, seed=seed, **settings["make_base"])
-    mixture = with_paths(settings["base_mixture"], sources)
-    do("data_mixture/build_mixture.py", tokenizer=untrained, output_dir=root / "base_mixture", seed=seed, **mixture)
-    training = {"mixture": root / "base_mixture", "output_dir": base_run, **mesh, **settings["base_training"]}
-    do("continued_pretraining/train.py", model=untrained, **training)
-    export = {"checkpoint": last_checkpoint(base_run), "model": untrained, "dtype": "float32"}
-    do("continued_pretraining/export_checkpoint.py", output_dir=base, **export)
-
-    # Audio -> units
-    manifest, kmeans = audio / "train.jsonl", root / "kmeans"
-    do("speech_units/fit_kmeans.py", manifest=manifest, audio_root=audio, output_dir=kmeans, **settings["fit_kmeans"])
-    for name in ("train", split):
-        labelling = {"manifest": audio / f"{name}.jsonl", "audio_root": audio, "kmeans": kmeans, "num_workers": 2}
-        do("speech_units/label_audio.py", output_dir=units / name, **labelling)
-
-    # Units -> tokenizer and extended model
-    bpe, tokenizer, extended = root / "units_bpe", root / "tokenizer", models / "base"
-    do("train_bpe_tokenizer/train_bpe.py", units=[units / "train"], output_dir=bpe, **settings["train_bpe"])
-    do("train_bpe_tokenizer/merge_tokenizer.py", base=base, units_bpe=bpe, output_dir=tokenizer)
-    extension = {"model": base, "tokenizer": tokenizer, "seed": seed, **settings["extend_model"]}
-    do("train_bpe_tokenizer/extend_model.py", output_dir=extended, **extension)
-
-    # Continued pretraining
-    mixture = with_paths(settings["cpt_mixture"], sources)
-    do("data_mixture/build_mixture.py", tokenizer=extended, output_dir=root / "cpt_mixture", seed=seed, **mixture)
-    training = {"mixture": root / "cpt_mixture", "output_dir": root / "cpt_run", **mesh, **settings["cpt_training"]}
-    do("continued_pretraining/train.py", model=extended, **training)
-    checkpoints = [f"checkpoint-{step}" for step in settings["cpt_training"]["keep_steps"]]
-    for name in checkpoints:
-        export = {"checkpoint": root / "cpt_run" / name, "model": extended, "dtype": "float32"}
-        do("continued_pretraining/export_checkpoint.py", output_dir=models / name, **export)
-
-    # Instruction tuning
-    examples = {"units": [units / "train"], "parallel": [parallel], "seed": seed, **settings["build_sft_data"]}
-    do("instruction_tuning/build_sft_data.py", output_dir=root / "sft_data", **examples)
-    tuning = {f"sft.{name}": value for name, value in settings["sft_training"].items()}
-    tuning = {"model": models / checkpoints[-1], "data": root / "sft_data/sft.jsonl", "seed": seed, **tuning}
-    do("instruction_tuning/train.py", output_dir=models / "sft", **tuning)
-
-    # Test sets -> prompts -> generations
-    lines = {
-        "test_set": "flores200",
-        "data_root": data / "flores",
-        "dataset": "tiny",
-        "pairs": ",".join(PAIRS),
-        "split": "devtest" if split == "test" else "dev",
-        "test_lines": "1-100",
-    }
-    pool = {"example_split": "dev", "example_lines": "151-200"}  # never the test split; when tuning, other lines
-    control = {"test": units / split, "shuffled_dir": units / f"{split}_shuffled"}
-    do("tiny/make_controls.py", train=units / "train", nearest_dir=generations / "control_nearest", **control)
-    scored = [generations / "control_nearest"]
-    for style, names in (("original", ["base", *checkpoints]), ("chat", ["sft"])):
-        prompts = root / "instructions" / style
-        for shots in (0, 5):
-            shown = {"shots": shots, "style": style, **(pool if shots else {})}
-            do("instructions/build_instructions.py", output_dir=prompts, **shown, **lines)
-        files = [prompts / f"{shots}_shot/tiny_{pair}.jsonl" for shots in (0, 5) for pair in PAIRS]
-        heard = [units / split, *([units / f"{split}_shuffled"] if style == "chat" else [])]
-        decoded = {"checkpoints": [models / name for name in names]}
-        text, speech = {"prompts": files, **settings["generate"]}, {"units": heard, **settings["generate_ASR"]}
-        do("generate/generate.py", output_dir=generations / "mt", **decoded, **text)
-        do("generate/generate_ASR.py", output_dir=generations / "asr", style=style, **decoded, **speech)
-        scored += [generations / task / name for name in names for task in ("mt", "asr")]
-
-    # Scores
-    facts = {"model": "tiny", "mixture": "5to1", "output_dir": root / "results/tiny"}
-    do("results/score.py", generations=scored, **facts)
-    do("results/summarize.py", results=[root / "results"], output_dir=root / "summary")
-    limits = size.with_name(f"{size.stem}_limits.yaml")
-    if split == "test" and limits.is_file():
-        do("tiny/check_scores.py", results=root / "results/tiny", limits=limits)
-    write_json(root / FINISHED, {**plan, "outputs": {str(path): hash_file(root / path) for path in scores(root)}})
-    print(
-        f"\nall done in {do.seconds()}. Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png"
-    )
+    steps = Pipeline(root, settings, split, seed, processes)
+    steps.make_base()
+    steps.label_audio()
+    steps.extend_base()
+    steps.pretrain()
+    steps.tune()
+    steps.evaluate(limits=size.with_name(f"{size.stem}_limits.yaml"))
+    write_json(root / FINISHED, {**request, "outputs": score_hashes(root)})
+    print(f"\nall done in {steps.runner.seconds()}. {where}")
 
 
 if __name__ == "__main__":

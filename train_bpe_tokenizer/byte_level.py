@@ -11,7 +11,9 @@ GPT-2's scheme writes each byte as one character, and a unit is four bytes: F3 B
   tokenized as on its own, and it as on its own.
 """
 
+import functools
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +21,10 @@ from pathlib import Path
 from towerspeech import units as dsu
 from towerspeech.command import UserError
 from towerspeech.files import read_json
-from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD
+from towerspeech.tokenizer import CHAT_TEMPLATE, PAD
+from train_bpe_tokenizer.merging import AS_PUBLISHED, Merged, UnitBpe, bpe_merges
 
 KNOWN = "use a byte-level BPE such as Llama-3's, Qwen's or SmolLM2's, or a SentencePiece BPE with its tokenizer.model"
-AS_PUBLISHED = "start from the base as published, or leave out what it has: see --special_tokens and --chat"
 GENERIC = "PreTrainedTokenizerFast"  # the class that takes a tokenizer.json as it is; transformers 4 knows it too
 # Settings that describe where a tokenizer was loaded from, or repeat what tokenizer.json says.
 DROPPED = (
@@ -37,19 +39,18 @@ DROPPED = (
 )
 
 
-def byte_characters() -> list[str]:
-    """GPT-2's character for each byte: itself where it is printable in Latin-1, else one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+@functools.cache
+def byte_characters() -> dict[int, str]:
+    """GPT-2's character for each byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-CHARACTERS = byte_characters()
+    return bytes_to_unicode()
 
 
 def write(text: str) -> str:
     """A text as a byte-level vocabulary has it: one character a byte of its UTF-8."""
-    return "".join([CHARACTERS[byte] for byte in text.encode("utf-8")])
+    characters = byte_characters()
+    return "".join([characters[byte] for byte in text.encode("utf-8")])
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -67,20 +68,18 @@ def load_base(base: Path):
 
     try:
         usual = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        return PreTrainedTokenizerFast.from_pretrained(base, local_files_only=True), (
-            type(usual) is not PreTrainedTokenizerFast
-        )
+        own = PreTrainedTokenizerFast.from_pretrained(base, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more special
         raise UserError(
             f"{base}/tokenizer.json does not load: {str(error).splitlines()[0]}", "copy it anew, with its settings"
         ) from None
+    return own, type(usual) is not PreTrainedTokenizerFast
 
 
 def _steps(step: dict | None) -> Iterator[dict]:
     """The steps of a pre-tokenizer or decoder, sequences opened."""
-    inner = [part for value in (step or {}).values() if isinstance(value, list) for part in value]
     if step and step["type"] == "Sequence":
-        for part in inner:
+        for part in step.get("pretokenizers") or step.get("decoders"):
             yield from _steps(part)
     elif step:
         yield step
@@ -95,6 +94,8 @@ def check_base(base: Path, saved: dict, vocabulary: dict[str, int], wanted: Sequ
         vocabulary: All its tokens, added ones too.
         wanted: The special tokens that it must not have yet.
     """
+    from tokenizers.decoders import ByteLevel
+
     path = base / "tokenizer.json"
     model = saved["model"]
     if model["type"] != "BPE":
@@ -105,32 +106,25 @@ def check_base(base: Path, saved: dict, vocabulary: dict[str, int], wanted: Sequ
         raise UserError(f"{path} is no byte-level BPE", KNOWN)
     if any(step["add_prefix_space"] for step in splits):
         raise UserError(f"{path} puts a space before every text, so before units too", KNOWN)
-    missing = [byte for byte in (0xF3, *range(0x80, 0xC0)) if CHARACTERS[byte] not in vocabulary]
+    missing = [byte for byte in (0xF3, *range(0x80, 0xC0)) if byte_characters()[byte] not in vocabulary]
     if missing:
         raise UserError(f"{path} has no token for byte 0x{missing[0]:02X}, of which units are made", KNOWN)
     gaps = sorted(set(range(len(vocabulary))).difference(vocabulary.values()))
     if gaps:
         raise UserError(f"{path} has no token with id {gaps[0]}, but higher ones", "fill the gap with an added token")
-    added = [token for token in vocabulary if token in wanted or _has_units(token)]
+    byte_level = ByteLevel()  # reads a token that is none of its own as plain text
+    added = [
+        token
+        for token in vocabulary
+        if token in wanted or any(ord(char) >= dsu.OFFSET for char in byte_level.decode([token]))
+    ]
     if added:
         raise UserError(f"{base} already has {added[0]!r}", AS_PUBLISHED)
 
 
-def _has_units(token: str) -> bool:
-    if CHARACTERS[0xF3] in token and all(char in CHARACTERS for char in token):
-        token = bytes(map(CHARACTERS.index, token)).decode("utf-8", "ignore")
-    return any(ord(char) >= dsu.OFFSET for char in token)
-
-
 # --- Building -------------------------------------------------------------------------------------
 def extend(
-    saved: dict,
-    vocabulary: dict[str, int],
-    specials: Sequence[str],
-    num_units: int,
-    merges: Sequence[str],
-    joins: Sequence[tuple[str, str]],
-    chat_tokens: Sequence[str],
+    saved: dict, vocabulary: dict[str, int], units_bpe: UnitBpe, specials: Sequence[str], chat_tokens: Sequence[str]
 ) -> tuple[dict, int]:
     """Add tokens to a tokenizer.json.
 
@@ -139,93 +133,134 @@ def extend(
     Args:
         saved: The base's tokenizer.json.
         vocabulary: All its tokens, added ones too.
+        units_bpe: What to add.
         specials: New special tokens.
-        num_units: Number of units.
-        merges: The unit BPE's pieces, as private-use text, in order.
-        joins: The pairs that make them, best first.
         chat_tokens: ChatML tokens; those that the base has stay as they are.
 
     Returns:
         The new tokenizer.json, and the number of pieces of units' bytes.
     """
-    model, units = saved["model"], [write(unit) for unit in dsu.to_text(range(num_units))]
+    model, units = saved["model"], [write(unit) for unit in dsu.to_text(range(units_bpe.num_units))]
     builds = dict.fromkeys((unit[:cut], unit[cut]) for cut in (1, 2, 3) for unit in units)  # a set with an order
     pieces = [left + right for left, right in builds if len(left) < 3 and left + right not in vocabulary]
     lacking = [token for token in chat_tokens if token not in vocabulary]
-    new = [*specials, *units, *map(write, merges), *lacking, *pieces]
+    new = [*specials, *units, *map(write, units_bpe.merges), *lacking, *pieces]
     # An added token keeps its id on loading only if the model's own vocabulary has it (Llama-3's has not).
     everything = {**vocabulary, **{token: len(vocabulary) + index for index, token in enumerate(new)}}
-    last = [(write(left), write(right)) for left, right in joins]
+    last = [(write(left), write(right)) for left, right in bpe_merges(units_bpe.proto)]
     kept = [merge for merge in model["merges"] if tuple(merge) not in builds]  # of a pair's two ranks the later counts
     known = {token["content"] for token in saved["added_tokens"]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    run = {"Regex": f"[{dsu.to_text([0])}-{dsu.to_text([num_units - 1])}]+"}
-    split = {"type": "Split", "pattern": run, "behavior": "Isolated", "invert": False}
-    own = saved["pre_tokenizer"]
+    added = [
+        {"id": everything[token], "content": token, **flags}
+        for token in (*specials, *chat_tokens)
+        if token not in known
+    ]
     extended = {
         **saved,
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            *saved["added_tokens"],
-            *(
-                {"id": everything[token], "content": token, **flags}
-                for token in (*specials, *chat_tokens)
-                if token not in known
-            ),
-        ],
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split, *(own["pretokenizers"] if own["type"] == "Sequence" else [own])],
-        },
+        "added_tokens": [*saved["added_tokens"], *added],
+        "pre_tokenizer": split_units_first(saved["pre_tokenizer"], units_bpe.num_units),
         "model": {**model, "vocab": everything, "merges": [*builds, *kept, *last]},
     }
     return extended, len(pieces)
 
 
-def save(folder: Path, base: Path, own, extended: dict, specials: Sequence[str], chat: bool, rebuilt: bool):
-    """Write the Hugging Face files; returns the tokenizer as loaded from them, beside the base's model.
+def split_units_first(own: dict, num_units: int) -> dict:
+    """A pre-tokenizer that splits runs of units off, and leaves the rest to the base's own."""
+    run = {"Regex": f"[{dsu.to_text([0])}-{dsu.to_text([num_units - 1])}]+"}
+    split = {"type": "Split", "pattern": run, "behavior": "Isolated", "invert": False}
+    then = own["pretokenizers"] if own["type"] == "Sequence" else [own]
+    return {"type": "Sequence", "pretokenizers": [split, *then]}
 
-    Args:
-        folder: To write to.
-        base: The base's folder.
-        own: Its tokenizer, as ``load_base`` gives it.
-        extended: The new tokenizer.json.
-        specials: All special tokens that were asked for.
-        chat: Whether to write our chat template; else the base's own stays.
-        rebuilt: Whether transformers would build the base's tokenizer from code.
-    """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
 
-    Tokenizer.from_str(json.dumps(extended)).save(str(folder / "tokenizer.json"))
+def settings_of(base: Path, own, specials: Sequence[str], chat_tokens: Sequence[str]) -> dict:
+    """The new tokenizer_config.json: the base's, with the special tokens that were added."""
     path = base / "tokenizer_config.json"
-    settings = read_json(path, "copy it anew") if path.is_file() else {}
-    settings = {name: value for name, value in settings.items() if name not in DROPPED}
+    saved = read_json(path, "copy it anew") if path.is_file() else {}
+    settings = {name: value for name, value in saved.items() if name not in DROPPED}
+    if chat_tokens:
+        settings.pop("chat_template", None)  # ours is a file
     named = {name: str(token) for name, token in own.special_tokens_map.items() if isinstance(token, str)}
     if PAD in specials:
         named["pad_token"] = PAD
-    special = dict.fromkeys((*own.extra_special_tokens, *specials, *(CHAT_TOKENS if chat else ())))
-    further = [token for token in map(str, special) if token not in named.values()]
-    settings |= {**named, "additional_special_tokens": further, "tokenizer_class": GENERIC}
-    if rebuilt:
-        # For Qwen2 transformers 5 takes its own class whatever tokenizer_class says, which drops our pre-tokenizer,
-        # unless the folder names code of its own. With trust_remote_code off, it then takes tokenizer_class; with
-        # trust_remote_code on, it looks for that code and fails, which is better than another tokenizer.
-        settings["auto_map"] = {"AutoTokenizer": [None, GENERIC]}
-    template = "chat_template.jinja"
-    if chat:
-        settings.pop("chat_template", None)
-        (folder / template).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    elif (base / template).is_file():
-        shutil.copyfile(base / template, folder / template)
-    text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    special = dict.fromkeys(map(str, (*own.extra_special_tokens, *specials, *chat_tokens)))  # each once, in order
+    further = [token for token in special if token not in named.values()]
+    return {**settings, **named, "additional_special_tokens": further, "tokenizer_class": GENERIC}
 
-    config = folder / "config.json"  # the class that is loaded depends on the model's type too
+
+def load_beside(base: Path, folder: Path):
+    """Load the new tokenizer as beside the base's model: the class depends on the type of the model too."""
+    from transformers import AutoTokenizer
+
+    config = folder / "config.json"
     if (base / config.name).is_file():
         shutil.copyfile(base / config.name, config)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     finally:
         config.unlink(missing_ok=True)
+
+
+def save(folder: Path, base: Path, extended: dict, settings: dict, own_template: bool) -> None:
+    """Write tokenizer.json, tokenizer_config.json, and the base's own chat template or ours."""
+    from tokenizers import Tokenizer
+
+    Tokenizer.from_str(json.dumps(extended)).save(str(folder / "tokenizer.json"))
+    text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    template = "chat_template.jinja"
+    if not own_template:
+        (folder / template).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    elif (base / template).is_file():
+        shutil.copyfile(base / template, folder / template)
+
+
+def merge_byte_level(
+    base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat_tokens: Sequence[str]
+) -> Merged:
+    """Extend a base with a tokenizer.json alone; to be compared with the base on text, the unit BPE on units."""
+    own, rebuilt = load_base(base)
+    saved, vocabulary = json.loads(own.backend_tokenizer.to_str()), own.get_vocab()
+    check_base(base, saved, vocabulary, specials)
+    extended, byte_pieces = extend(saved, vocabulary, units_bpe, specials, chat_tokens)
+    settings = settings_of(base, own, specials, chat_tokens)
+    if rebuilt:
+        # For Qwen2 transformers 5 takes its own class whatever tokenizer_class says, which drops our pre-tokenizer,
+        # unless the folder names code of its own. With trust_remote_code off, it then takes tokenizer_class; with
+        # trust_remote_code on, it looks for that code and fails, which is better than another tokenizer.
+        settings["auto_map"] = {"AutoTokenizer": [None, GENERIC]}
+    save(folder, base, extended, settings, own_template=not chat_tokens)
+    first, (lowest, highest) = len(vocabulary) + len(specials), dsu.to_text([0, units_bpe.num_units - 1])
+    runs = re.compile(f"([{lowest}-{highest}]+)")
+
+    def base_encode(texts: list[str]) -> list[list[int]]:
+        return own(texts, add_special_tokens=False)["input_ids"]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        """The base's ids of the text around runs of units, the unit BPE's of the runs."""
+        split = [runs.split(text) for text in texts]
+        parts = {part for line in split for part in line}
+        spoken = [part for part in parts if runs.fullmatch(part)]
+        written = [part for part in parts if not runs.fullmatch(part)]
+        ids = dict(zip(written, base_encode(written), strict=True))
+        for part, numbers in zip(spoken, units_bpe.encode(spoken), strict=True):
+            ids[part] = [first + number for number in numbers]
+        return [[index for part in line for index in ids[part]] for line in split]
+
+    bare, whole = base_encode(["x"])[0], own("x")["input_ids"]
+    at = whole.index(bare[0])
+    tokens, fast = extended["model"]["vocab"], load_beside(base, folder)
+    return Merged(
+        fast=fast,
+        tokens=sorted(tokens, key=tokens.get),
+        base_tokens=sorted(vocabulary, key=vocabulary.get),
+        surfaces=own.batch_decode([[index] for index in range(len(vocabulary))]),
+        base_encode=base_encode,
+        encode=encode,
+        decoders=(fast.batch_decode,),
+        start=whole[:at],
+        end=whole[at + len(bare) :],
+        byte_pieces=byte_pieces,
+    )

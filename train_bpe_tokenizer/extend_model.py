@@ -9,6 +9,7 @@ bit for bit. Nothing is written before transformers' own loader has taken the re
 most two embedding matrices in float32, and 1 GB.
 """
 
+import functools
 import json
 import math
 import os
@@ -98,7 +99,9 @@ def rewrite(source: Path, target: Path, keep_rows: int, num_rows: int, new_rows:
             shape[0] = num_rows
         changed[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [position, position + size]}
         position += size
-    text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **changed}, separators=(",", ":")).encode()
+    if metadata:
+        changed = {"__metadata__": metadata, **changed}
+    text = json.dumps(changed, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     with open(source, "rb") as old, open(target, "wb") as new:
         new.write(struct.pack("<Q", len(text)) + text)
@@ -123,7 +126,7 @@ def make_rows(old, count: int, init: Init, seed: int, merges: dict[int, list[int
         count: Number of new rows.
         init: ``normal``: mean of the old rows and COVARIANCE times their covariance; ``mean``: equal to the mean;
             ``merge_mean``: as ``normal``, but a merge is the mean of its units.
-        seed: Of the draw.
+        seed: Seed of the draw.
         merges: For ``merge_mean``: the numbers of the merges among the new rows, each with those of its units.
 
     Returns:
@@ -162,10 +165,10 @@ def merge_rows(tokenizer: Path, metadata: dict) -> dict[int, list[int]]:
     loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     tokens = unit_tokens(loaded, metadata["num_units"], metadata["offset"])
     row = {units[0]: index - metadata["base_vocab_size"] for index, units in tokens.items() if len(units) == 1}
-    found = f"{len(row):,} units and {len(tokens) - len(row):,} merges"
+    has = f"{len(row):,} units and {len(tokens) - len(row):,} merges"
     wanted = f"{metadata['num_units']:,} units and {metadata['merges']:,} merges"
-    if found != wanted or min(row.values()) < 0:
-        raise UserError(f"{tokenizer} has {found}, its metadata say {wanted}", "make it anew with merge_tokenizer.py")
+    if has != wanted or min(row.values()) < 0:
+        raise UserError(f"{tokenizer} has {has}, its metadata say {wanted}", "make it anew with merge_tokenizer.py")
     return {
         index - metadata["base_vocab_size"]: [row[unit] for unit in units]
         for index, units in tokens.items()
@@ -241,10 +244,9 @@ def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict],
     Raises:
         UserError: They are not where Llama-like models have them, are quantized, or contradict one another.
     """
-    embeddings, heads, biases = (
-        [name for name in files if name.endswith(ending)]
-        for ending in ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
-    )
+    embeddings = [name for name in files if name.endswith("embed_tokens.weight")]
+    heads = [name for name in files if name.endswith("lm_head.weight")]
+    biases = [name for name in files if name.endswith("lm_head.bias")]
     if len(embeddings) != 1 or len(heads) > 1 or len(biases) > 1 or not (heads or tied):
         raise UserError(
             f"{model}: one embed_tokens.weight and {'at most ' if tied else ''}one lm_head.weight are wanted, got "
@@ -256,7 +258,7 @@ def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict],
         entry = entries[name]
         if entry["dtype"] not in DTYPE_BYTES:
             raise UserError(f"{files[name]}: {name} is {entry['dtype']}", "use float32, float16 or bfloat16 weights")
-        if entry["shape"] != first["shape"][: 1 if name in biases else None]:
+        if entry["shape"] != (first["shape"][:1] if name in biases else first["shape"]):
             raise UserError(f"{name} is {entry['shape']}, {embeddings[0]} {first['shape']}", "check the model")
     if tied and heads:
         import torch
@@ -323,8 +325,8 @@ def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int)
     if merged is None:
         raise UserError(f"{tokenizer} has no tokenizer.json and no tokenizer.model", "run merge_tokenizer.py")
     base = {token: index for token, index in merged.items() if index < base_vocab_size}
-    if own != base:
-        differing = sorted((index, token) for token, index in own.items() if base.get(token) != index)
+    differing = sorted((index, token) for token, index in own.items() if base.get(token) != index)
+    if differing or len(own) != len(base):
         example = ""
         if differing:
             index, token = differing[0]
@@ -364,8 +366,39 @@ def copy_small_files(model: Path, tokenizer: Path, folder: Path) -> None:
             shutil.copyfile(tokenizer / name, folder / name)
 
 
-def _dump(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+def write_weights(work, files: dict[str, Path], keep: int, rows: int, new_rows: dict[str, Callable]) -> None:
+    """Rewrite the weight files that hold one of the matrices of ``new_rows``, see ``rewrite``, and link the others."""
+    from tqdm import tqdm
+
+    rewritten = {files[name] for name in new_rows}
+    for path in tqdm(sorted(set(files.values())), unit=" files", disable=None):
+        if (work.output_dir / path.name).is_file():  # a killed run's: it appeared whole, and the request is the same
+            continue
+        with work.publish(path.name) as temporary:
+            if path in rewritten:
+                rewrite(path, temporary, keep, rows, new_rows)
+            else:
+                link_or_copy(path, temporary)
+
+
+def write_settings(model: Path, folder: Path, config: dict, padding: dict, grown: int) -> None:
+    """Write config.json, and the model's generation settings and index brought up to it.
+
+    ``padding`` is the new padding token as config.json has it, ``grown`` by how many bytes the weights have grown.
+    """
+
+    def dump(name: str, value: dict) -> None:
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    dump("config.json", config)
+    if (model / "generation_config.json").is_file():
+        dump("generation_config.json", read_json(model / "generation_config.json", MODEL_FOLDER) | padding)
+    if (model / INDEX).is_file():
+        index = read_json(model / INDEX, MODEL_FOLDER)
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += grown
+        index.get("metadata", {}).pop("total_parameters", None)
+        dump(INDEX, index)
 
 
 def extend_model(
@@ -385,7 +418,7 @@ def extend_model(
         output_dir: New folder, for model and tokenizer.
         init: New rows: drawn around the mean of the old ones, with 1e-5 of their covariance (normal); equal to that
             mean (mean); or drawn, but a BPE merge equal to the mean of its units (merge_mean).
-        seed: Of the draw.
+        seed: Seed of the draw.
         pad_to_multiple_of: The number of rows is rounded up to a multiple of this.
         overwrite: Replace the output of a run with other arguments.
     """
@@ -395,8 +428,6 @@ def extend_model(
     with stage(output_dir, arguments, inputs=["model", "tokenizer"]) as work:
         if work.done:
             return
-        from tqdm import tqdm
-
         metadata = read_metadata(tokenizer)
         config = read_json(model / "config.json", MODEL_FOLDER, ["model_type"])
         tied = getattr(parse_config(model, config), "tie_word_embeddings", False)
@@ -421,33 +452,11 @@ def extend_model(
             own_seed = seed + matrices.index(source)
             return make_rows(load_rows(files[source], source, keep), rows - keep, init, own_seed, merges)
 
-        make = {name: (lambda name=name: new_rows(name)) for name in matrices}
-        rewritten = {files[name] for name in matrices}
-        for path in tqdm(sorted(set(files.values())), unit=" files", disable=None):
-            if (output_dir / path.name).is_file():  # a killed run's: it appeared whole, and the plan is the same
-                continue
-            with work.publish(path.name) as temporary:
-                if path in rewritten:
-                    rewrite(path, temporary, keep, rows, make)
-                else:
-                    link_or_copy(path, temporary)
-        grown = 0  # bytes
-        for name in matrices:
-            old, new = entries[name], read_header(output_dir / files[name].name)[0][name]
-            assert new["shape"] == shapes[name], (name, new["shape"], shapes[name])
-            grown += (rows - old_rows) * math.prod(old["shape"][1:]) * DTYPE_BYTES[old["dtype"]]
+        write_weights(work, files, keep, rows, {name: functools.partial(new_rows, name) for name in matrices})
+        old_bytes = sum(math.prod(entries[name]["shape"]) * DTYPE_BYTES[entries[name]["dtype"]] for name in matrices)
         with work.publish() as folder:
             copy_small_files(model, tokenizer, folder)
-            _dump(folder / "config.json", config)
-            if (model / "generation_config.json").is_file():
-                generation = read_json(model / "generation_config.json", MODEL_FOLDER)
-                _dump(folder / "generation_config.json", {**generation, **padding})
-            if (model / INDEX).is_file():
-                index = read_json(model / INDEX, MODEL_FOLDER)
-                if "total_size" in index.get("metadata", {}):
-                    index["metadata"]["total_size"] += grown
-                index.get("metadata", {}).pop("total_parameters", None)
-                _dump(folder / INDEX, index)
+            write_settings(model, folder, config, padding, grown=old_bytes // old_rows * (rows - old_rows))
         work.counts.update({"base_vocab_size": keep, "vocab_size": metadata["vocab_size"], "rows": rows})
         print(
             f"{keep:,} old rows + {metadata['vocab_size'] - keep:,} new tokens + {rows - metadata['vocab_size']:,} of "

@@ -17,10 +17,8 @@ tokens to Hugging Face, plain characters to SentencePiece.
 import functools
 import json
 import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from towerspeech import prompts
 from towerspeech import units as dsu
@@ -28,10 +26,9 @@ from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, hash_file, read_json
 from towerspeech.stage import stage
 from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD, SPECIAL_TOKENS
-from train_bpe_tokenizer import byte_level
+from train_bpe_tokenizer.byte_level import merge_byte_level
+from train_bpe_tokenizer.merging import AS_PUBLISHED, Merged, UnitBpe, bpe_merges, read_proto, read_units_bpe
 
-NORMAL, CONTROL = 1, 3  # SentencePiece's types of pieces
-BPE = 2  # SentencePiece's type of model
 METADATA = "speech_units.json"
 # Article 1 of the Universal Declaration of Human Rights, its first sentence in the ten languages.
 SENTENCES = (
@@ -49,26 +46,6 @@ SENTENCES = (
 
 
 # --- Reading --------------------------------------------------------------------------------------
-def read_proto(path: Path):
-    """Read a SentencePiece model file as a protocol buffer.
-
-    Raises:
-        UserError: It is something else.
-    """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError:
-        proto.Clear()  # of what was read before the error
-    if not proto.pieces:
-        remedy = "it may be a Git LFS pointer, or tiktoken's, which is read from a tokenizer.json beside it"
-        raise UserError(f"{path} is no SentencePiece model", remedy)
-    return proto
-
-
 def base_files(base: Path) -> list[Path]:
     """The files of a base folder that are read, the one with the vocabulary first.
 
@@ -94,66 +71,12 @@ def base_files(base: Path) -> list[Path]:
     return [base / name for name in names if (base / name).is_file()]
 
 
-class UnitBpe(NamedTuple):
-    """What train_bpe.py made."""
-
-    proto: Any  # SentencePiece's model
-    num_units: int
-    merges: list[str]  # as private-use text, in the order in which they were learned
-    corpora_sha256: list[str]
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """SentencePiece's tokens of unit lines: units are numbered 0..num_units-1, merges go on from there."""
-        from sentencepiece import SentencePieceProcessor
-
-        pieces = [*dsu.to_text(range(self.num_units)), *self.merges]
-        numbers = {piece: number for number, piece in enumerate(pieces)}
-        encoded = SentencePieceProcessor(model_proto=self.proto.SerializeToString()).encode(texts, out_type=str)
-        return [[numbers[piece] for piece in line] for line in encoded]
-
-
-def read_units_bpe(folder: Path) -> UnitBpe:
-    """Read units_bpe.json and units_bpe.model.
-
-    Raises:
-        UserError: The folder is not finished, or its model does not hold exactly the units that it claims.
-    """
-    remedy = "run train_bpe_tokenizer/train_bpe.py"
-    path = folder / "units_bpe.json"
-    check_exists(folder, remedy)
-    check_exists(path, remedy)
-    check_exists(folder / "units_bpe.model", remedy)
-    facts = read_json(path, remedy, ["num_units", "corpora_sha256"])
-    num_units = facts["num_units"]
-    proto = read_proto(folder / "units_bpe.model")
-    pieces = [piece.piece for piece in proto.pieces if piece.type == NORMAL]
-    alphabet = set(dsu.to_text(range(num_units)))
-    if {piece for piece in pieces if len(piece) == 1} != alphabet or not alphabet.issuperset("".join(pieces)):
-        raise UserError(f"{folder}/units_bpe.model does not hold the {num_units} units of units_bpe.json", remedy)
-    return UnitBpe(proto, num_units, [piece for piece in pieces if len(piece) > 1], facts["corpora_sha256"])
-
-
-class Merged(NamedTuple):
-    """What a builder made of a base, and what to compare it with."""
-
-    fast: Any  # the Hugging Face tokenizer, as loaded from the new folder
-    tokens: list[str]  # all of them, in the order of their ids
-    base_tokens: list[str]
-    surfaces: list[str]  # the texts that the base's tokens stand for
-    base_encode: Callable[[list[str]], list[list[int]]]  # of text alone, by the base, without BOS
-    encode: Callable[[list[str]], list[list[int]]]  # of text and units, without BOS and without ``fast``
-    decoders: tuple[Callable[[list[list[int]]], list[str]], ...]
-    start: list[int]  # what the base puts before every text,
-    end: list[int]  # and after it
-    byte_pieces: int = 0
-
-
 # --- A SentencePiece base -------------------------------------------------------------------------
 def check_sentencepiece(base: Path, proto, wanted: Sequence[str]) -> None:
     """Raise UserError if units cannot be added to a SentencePiece base, or if somebody has added them already."""
     path = base / "tokenizer.model"
     known = "use a Llama-2-like tokenizer: SentencePiece BPE, byte fallback, identity normalization"
-    if proto.trainer_spec.model_type != BPE:
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise UserError(f"{path} is no BPE model", known)
     if not proto.trainer_spec.byte_fallback:
         raise UserError(f"{path} has no byte fallback", known)
@@ -162,7 +85,7 @@ def check_sentencepiece(base: Path, proto, wanted: Sequence[str]) -> None:
     pieces = [piece.piece for piece in proto.pieces]
     added = [piece for piece in pieces if piece in wanted or any(ord(char) >= dsu.OFFSET for char in piece)]
     if added:
-        raise UserError(f"{base} already has {added[0]!r}", byte_level.AS_PUBLISHED)
+        raise UserError(f"{base} already has {added[0]!r}", AS_PUBLISHED)
     if (base / "tokenizer.json").is_file():
         saved = read_json(base / "tokenizer.json", "copy it anew")
         beyond = [token["content"] for token in saved.get("added_tokens", []) if token["id"] >= len(pieces)]
@@ -183,36 +106,20 @@ def extend_proto(proto, new_pieces: Sequence[str]):
     # Llama-2 has runs of spaces at -1e9, where a float32 cannot count down by one.
     score = min(piece.score for piece in proto.pieces if piece.score > -(2**23))
     specials = {*SPECIAL_TOKENS, *CHAT_TOKENS}
-    for number, piece in enumerate(new_pieces, 1):
-        kind = CONTROL if piece in specials else NORMAL
-        merged.pieces.add(piece=piece, score=0 if kind == CONTROL else score - number, type=kind)
+    for number, text in enumerate(new_pieces, 1):
+        piece = merged.pieces.add(piece=text)
+        special = text in specials
+        piece.score, piece.type = (0, piece.CONTROL) if special else (score - number, piece.NORMAL)
     merged.trainer_spec.vocab_size = len(merged.pieces)
     return merged
-
-
-def bpe_merges(proto) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE for the tokenizers library, best first.
-
-    SentencePiece joins whatever two neighbours make the best-scored piece, so each split of a piece is a merge.
-    transformers takes ids for scores, which is wrong for Llama-2's runs of spaces. Among merges of one score
-    SentencePiece takes the leftmost, as a longer left part does.
-    """
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    merges = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            if piece[:cut] in scores and piece[cut:] in scores:
-                merges.append((-score, -cut, piece[:cut], piece[cut:]))
-    merges.sort(key=lambda merge: merge[:2])  # stable: the base's order breaks ties
-    return [(left, right) for _, _, left, right in merges]
 
 
 def own_settings(base: Path) -> tuple[str | None, str | None]:
     """The padding token and the chat template of a base's Hugging Face files, if it has them."""
     settings, template = base / "tokenizer_config.json", base / "chat_template.jinja"
-    found = read_json(settings, "copy it anew") if settings.is_file() else {}
-    pad = found.get("pad_token")
-    own = template.read_text(encoding="utf-8-sig") if template.is_file() else found.get("chat_template")
+    saved = read_json(settings, "copy it anew") if settings.is_file() else {}
+    pad = saved.get("pad_token")
+    own = template.read_text(encoding="utf-8-sig") if template.is_file() else saved.get("chat_template")
     return pad["content"] if isinstance(pad, dict) else pad, own
 
 
@@ -221,7 +128,7 @@ def save_fast(proto, folder: Path, pad: str | None, chat_template: str | None):
     from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
     spec = proto.trainer_spec
-    controls = [piece.piece for piece in proto.pieces if piece.type == CONTROL]
+    controls = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
     named = {"unk_token": spec.unk_piece, "bos_token": spec.bos_piece, "eos_token": spec.eos_piece}
     if pad in {piece.piece for piece in proto.pieces}:
         named["pad_token"] = pad
@@ -241,18 +148,19 @@ def save_fast(proto, folder: Path, pad: str | None, chat_template: str | None):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def merge_sentencepiece(base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat: bool) -> Merged:
+def merge_sentencepiece(
+    base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat_tokens: Sequence[str]
+) -> Merged:
     """Extend a base with a tokenizer.model; ``prove`` compares Hugging Face's form with SentencePiece's."""
     from sentencepiece import SentencePieceProcessor
 
-    chat_tokens = CHAT_TOKENS if chat else ()
     base_proto = read_proto(base / "tokenizer.model")
     check_sentencepiece(base, base_proto, [*specials, *chat_tokens])
     proto = extend_proto(
         base_proto, [*specials, *dsu.to_text(range(units_bpe.num_units)), *units_bpe.merges, *chat_tokens]
     )
     pad, template = own_settings(base)
-    fast = save_fast(proto, folder, PAD if PAD in specials else pad, CHAT_TEMPLATE if chat else template)
+    fast = save_fast(proto, folder, PAD if PAD in specials else pad, CHAT_TEMPLATE if chat_tokens else template)
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString(deterministic=True))
     own = SentencePieceProcessor(model_proto=base_proto.SerializeToString())
     slow = SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -269,53 +177,8 @@ def merge_sentencepiece(base: Path, folder: Path, units_bpe: UnitBpe, specials: 
     )
 
 
-# --- A byte-level base ----------------------------------------------------------------------------
-def merge_byte_level(base: Path, folder: Path, units_bpe: UnitBpe, specials: Sequence[str], chat: bool) -> Merged:
-    """Extend a base with a tokenizer.json alone; ``prove`` compares with the base on text, the unit BPE on units."""
-    chat_tokens = CHAT_TOKENS if chat else ()
-    own, rebuilt = byte_level.load_base(base)
-    saved, vocabulary = json.loads(own.backend_tokenizer.to_str()), own.get_vocab()
-    byte_level.check_base(base, saved, vocabulary, specials)
-    joins = bpe_merges(units_bpe.proto)
-    extended, byte_pieces = byte_level.extend(
-        saved, vocabulary, specials, units_bpe.num_units, units_bpe.merges, joins, chat_tokens
-    )
-    fast = byte_level.save(folder, base, own, extended, specials, chat, rebuilt)
-    first, run = len(vocabulary) + len(specials), dsu.to_text([0, units_bpe.num_units - 1])
-    runs = re.compile(f"([{run[0]}-{run[1]}]+)")
-
-    def base_encode(texts: list[str]) -> list[list[int]]:
-        return own(texts, add_special_tokens=False)["input_ids"]
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        split = [runs.split(text) for text in texts]  # text, units, text, ...
-        plain = iter(base_encode([part for parts in split for part in parts[::2]]))
-        numbers = units_bpe.encode([part for parts in split for part in parts[1::2]])
-        spoken = iter([[first + number for number in line] for line in numbers])
-        return [
-            [index for position in range(len(parts)) for index in next(spoken if position % 2 else plain)]
-            for parts in split
-        ]
-
-    bare, whole = base_encode(["x"])[0], own("x")["input_ids"]
-    at = whole.index(bare[0])
-    tokens = extended["model"]["vocab"]
-    return Merged(
-        fast=fast,
-        tokens=sorted(tokens, key=tokens.get),
-        base_tokens=sorted(vocabulary, key=vocabulary.get),
-        surfaces=own.batch_decode([[index] for index in range(len(vocabulary))]),
-        base_encode=base_encode,
-        encode=encode,
-        decoders=(fast.batch_decode,),
-        start=whole[:at],
-        end=whole[at + len(bare) :],
-        byte_pieces=byte_pieces,
-    )
-
-
 # --- The proof ------------------------------------------------------------------------------------
-def probe_texts(surfaces: Sequence[str], units_bpe: UnitBpe, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
+def probe_texts(surfaces: Sequence[str], units_bpe: UnitBpe) -> tuple[list[str], list[str], list[str]]:
     """Texts to compare tokenizers on: plain text (``surfaces`` in it), unit lines, mixtures of both."""
     plain = [
         *SENTENCES,
@@ -323,7 +186,7 @@ def probe_texts(surfaces: Sequence[str], units_bpe: UnitBpe, seed: int = 0) -> t
         *(f"x{surface}\n{surface}" for surface in surfaces if surface),
         "two  spaces,   three,\ttabs\t\tand\n\nlines ",
     ]
-    generator = random.Random(seed)
+    generator = random.Random(0)
     units = dsu.to_text(range(units_bpe.num_units))
     lines = [units]
     for pieces in (units, [*units, *units_bpe.merges]):  # random units alone would hold few merges
@@ -351,19 +214,23 @@ def check_same(fast, texts: Sequence[str], got: Sequence, wanted: Sequence, what
         return ascii(item) if isinstance(item, str) else f"{ascii(fast.convert_ids_to_tokens(item))} ({item})"
 
     for text, one, other in zip(texts, got, wanted, strict=True):
-        if one != other:
-            pairs = enumerate(zip(one, other, strict=False))
-            at = next((at for at, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
+        if one == other:
+            continue
+        shorter = min(len(one), len(other))
+        at = next((at for at in range(shorter) if one[at] != other[at]), shorter)
+        if isinstance(one, str):
             place, counted = at, "character"
-            if isinstance(one, list):  # of all tokens, if not of ids: then the text is no more than a name
-                place, counted = len(fast.decode(one[:at])) if isinstance((one or other)[0], int) else 0, "token"
-            parts = [items[at : at + 8] for items in (one, other)]
-            told = [ascii(part) if isinstance(part, str) else " ".join(map(name, part)) for part in parts]
-            raise UserError(
-                f"{what} differ on {ascii(text[max(place - 20, 0) : place + 20])}, from {counted} {at} on: "
-                f"{told[0] or 'nothing'} and {told[1] or 'nothing'}",
-                "this base tokenizer cannot be extended by this script; please report it with the base's name",
-            )
+        elif all(isinstance(item, int) for item in [*one, *other]):
+            place, counted = len(fast.decode(one[:at])), "token"
+        else:  # all tokens of a vocabulary: the text is no more than a name
+            place, counted = 0, "token"
+        parts = [items[at : at + 8] for items in (one, other)]
+        told = [ascii(part) if isinstance(part, str) else " ".join(map(name, part)) for part in parts]
+        raise UserError(
+            f"{what} differ on {ascii(text[max(place - 20, 0) : place + 20])}, from {counted} {at} on: "
+            f"{told[0] or 'nothing'} and {told[1] or 'nothing'}",
+            "this base tokenizer cannot be extended by this script; please report it with the base's name",
+        )
 
 
 def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
@@ -382,16 +249,15 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
     same(["the vocabulary"], [fast.convert_ids_to_tokens(range(len(fast)))], [tokens], "Hugging Face and merged ids")
 
     plain, lines, mixed = probe_texts(merged.surfaces, units_bpe)
-    for texts, wanted in ((plain, merged.base_encode(plain)), (lines, None), (mixed, None)):
-        ids = fast(texts, add_special_tokens=False)["input_ids"]
-        if wanted:
-            same(texts, ids, wanted, "ids of the merged and the base tokenizer")
+    encoded = [(texts, fast(texts, add_special_tokens=False)["input_ids"]) for texts in (plain, lines, mixed)]
+    same(*encoded[0], merged.base_encode(plain), "ids of the merged and the base tokenizer")
+    for texts, ids in encoded:
         same(texts, ids, merged.encode(texts), "ids of the merged tokenizer, encoded in two ways,")
         whole = [[*merged.start, *text_ids, *merged.end] for text_ids in ids]
         same(texts, fast(texts)["input_ids"], whole, "ids with and without the base's BOS and EOS")
-        if texts is not plain:
-            for decode in merged.decoders:
-                same(texts, decode(ids), texts, "decoded and encoded text")
+    for texts, ids in encoded[1:]:  # plain text may come back in another form: Qwen's is normalized
+        for decode in merged.decoders:
+            same(texts, decode(ids), texts, "decoded and encoded text")
 
     # A unit that begins a text would have SentencePiece's word-start piece before it, so not after it either.
     start = merged.base_encode(["x"])[0]
@@ -404,15 +270,6 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
 
 
 # --- The stage ------------------------------------------------------------------------------------
-def check_special_tokens(tokens: Sequence[str]) -> None:
-    """Raise UserError unless the special tokens are some of ours, in our order."""
-    if tuple(tokens) != tuple(token for token in SPECIAL_TOKENS if token in tokens):
-        raise UserError(
-            f"--special_tokens {' '.join(tokens)} are not some of ours, in our order",
-            f"choose from {' '.join(SPECIAL_TOKENS)}, or give '[]' for none",
-        )
-
-
 def merge_tokenizer(
     base: Path,
     units_bpe: Path,
@@ -432,22 +289,27 @@ def merge_tokenizer(
         chat: Add the ChatML tokens that the base lacks, and TowerSpeech's chat template.
         overwrite: Replace the output of a run with other arguments.
     """
-    specials = list(SPECIAL_TOKENS) if special_tokens is None else special_tokens
-    check_special_tokens(specials)
+    specials = list(SPECIAL_TOKENS if special_tokens is None else special_tokens)
+    if specials != [token for token in SPECIAL_TOKENS if token in specials]:
+        raise UserError(
+            f"--special_tokens {' '.join(specials)} are not some of ours, in our order",
+            f"choose from {' '.join(SPECIAL_TOKENS)}, or give '[]' for none",
+        )
+    chat_tokens = CHAT_TOKENS if chat else ()
     files = base_files(base)
     arguments = {"base": files, "units_bpe": units_bpe, "special_tokens": specials, "chat": chat}
     with stage(output_dir, {**arguments, "overwrite": overwrite}, inputs=["base", "units_bpe"]) as work:
         if work.done:
             return
         if (base / METADATA).is_file():
-            raise UserError(f"{base} already has speech units", byte_level.AS_PUBLISHED)
+            raise UserError(f"{base} already has speech units", AS_PUBLISHED)
         units = read_units_bpe(units_bpe)
-        build = merge_sentencepiece if files[0].name == "tokenizer.model" else merge_byte_level
+        merge = merge_sentencepiece if files[0].name == "tokenizer.model" else merge_byte_level
         with work.publish() as folder:
-            merged = build(base, folder, units, specials, chat)
+            merged = merge(base, folder, units, specials, chat_tokens)
             base_size = len(merged.base_tokens)
             texts = prove(merged, units, base_size + len(specials))
-            named = [*specials, *(CHAT_TOKENS if chat else ())]
+            named = [*specials, *chat_tokens]
             metadata = {
                 "num_units": units.num_units,
                 "offset": dsu.OFFSET,

@@ -17,7 +17,7 @@ import codecs
 import csv
 import heapq
 import importlib
-import json
+import io
 import random
 import re
 import threading
@@ -26,13 +26,12 @@ from pathlib import Path
 
 from towerspeech import units as dsu
 from towerspeech.command import UserError, quiet, run
-from towerspeech.files import check_exists
+from towerspeech.files import check_exists, write_json
 from towerspeech.stage import stage
-from towerspeech.units_parquet import check_one_kmeans
+from towerspeech.units_parquet import check_one_kmeans, read_unit_texts
 
-SENTENCE_BYTES = 10, 2**30  # SentencePiece's own limits on its max_sentence_length
+LEAST_SENTENCE_BYTES, MOST_SENTENCE_BYTES = 10, 2**30  # SentencePiece's own limits on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
-NORMAL = 1  # SentencePiece's type of a piece that is no <unk>
 MAX_HELD_OUT = 500_000  # units: more would not make the report any better
 KM_BYTES = 1 << 22  # of a .km file, read at once
 DIGITS_AND_SPACE = b"0123456789 \t\n\v\f\r"
@@ -50,8 +49,6 @@ def read_km(path: Path, num_units: int) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from towerspeech.units import split_units
-
     check_exists(path, "check --units")
     number = 0
     with open(path, "rb") as file:
@@ -65,7 +62,7 @@ def read_km(path: Path, num_units: int) -> Iterator[str]:
                 units = words.flatten().cast(pa.uint32()).to_numpy()
                 if units.max(initial=0) >= num_units:
                     raise pa.ArrowInvalid
-                yield from split_units(units, words.value_lengths().to_numpy().cumsum(dtype="i8"))
+                yield from dsu.split_units(units, words.value_lengths().to_numpy().cumsum(dtype="i8"))
             except pa.ArrowInvalid:  # an empty line, or one to be named
                 for count, line in enumerate(lines, number + 1):
                     yield parse_km(line, num_units, f"{path}:{count}")
@@ -87,8 +84,6 @@ def parse_km(line: bytes, num_units: int, where: str) -> str:
 
 def read_corpus(paths: list[Path], num_units: int, collapse: bool) -> Iterator[str]:
     """Stream the utterances of units folders, Parquet files and .km files, as private-use text."""
-    from towerspeech.units_parquet import read_unit_texts
-
     for path in paths:
         is_km = path.is_file() and path.suffix != ".parquet"
         for text in read_km(path, num_units) if is_km else read_unit_texts(path, num_units):
@@ -96,7 +91,7 @@ def read_corpus(paths: list[Path], num_units: int, collapse: bool) -> Iterator[s
 
 
 class Sample:
-    """Of utterances that come with random keys, those with the lowest, as many as fit into a budget of units.
+    """Keeps, of utterances that come with random keys, those with the lowest, as many as a budget of units holds.
 
     Their number need not be known beforehand, and memory is that of the sample.
     """
@@ -143,7 +138,8 @@ def draw(corpus: Iterator[str], max_units: int, share: float, seed: int) -> tupl
         held_out.add(1 - key, seen["utterances"], text)
         seen["utterances"] += 1
         seen["units"] += len(text)
-        seen["empty_utterances"] += not text
+        if not text:
+            seen["empty_utterances"] += 1
     held_out.shrink(int(seen["units"] * share))
     held = held_out.texts()
     return [text for position, text in sample.texts().items() if position not in held], list(held.values()), seen
@@ -156,8 +152,6 @@ def train_sentencepiece(texts: list[str], vocab_size: int, log: Path):
     Raises:
         RuntimeError: SentencePiece left utterances out.
     """
-    import io
-
     from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
     logged = log.stat().st_size if log.is_file() else 0
@@ -170,7 +164,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, log: Path):
             vocab_size=1 + vocab_size,  # 1: it needs an <unk>. Units that the texts lack leave room for more merges
             character_coverage=1.0,
             # Longer lines would be dropped with no more than a line in the log.
-            max_sentence_length=max(SENTENCE_BYTES[0], UTF8_BYTES * max(map(len, texts)) + 1),
+            max_sentence_length=max(LEAST_SENTENCE_BYTES, UTF8_BYTES * max(map(len, texts)) + 1),
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -200,7 +194,7 @@ def complete(proto, num_units: int, vocab_size: int):
     Raises:
         UserError: There are fewer merges than ``vocab_size`` wants.
     """
-    merges = [piece.piece for piece in proto.pieces if piece.type == NORMAL and len(piece.piece) > 1]
+    merges = [piece.piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
     del merges[vocab_size - num_units :]  # the first k are the BPE with k merges
     if len(merges) != vocab_size - num_units:
         raise UserError(
@@ -208,8 +202,9 @@ def complete(proto, num_units: int, vocab_size: int):
             f"give more data, a larger --max_units, or --vocab_size {num_units + len(merges)}",
         )
     del proto.pieces[1:]
-    for rank, piece in enumerate([*merges, *dsu.to_text(range(num_units))]):
-        proto.pieces.add(piece=piece, score=-rank, type=NORMAL)
+    for rank, text in enumerate([*merges, *dsu.to_text(range(num_units))]):
+        piece = proto.pieces.add(piece=text, score=-rank)
+        piece.type = piece.NORMAL
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto
 
@@ -249,6 +244,56 @@ def draw_compression(rows: list[dict], measured_on: str, path: Path) -> None:
 
 
 # --- The stage ------------------------------------------------------------------------------------
+def check_sizes(num_units: int, vocab_size: int, max_units: int, held_out: float) -> None:
+    """Raise UserError unless these arguments of ``train_bpe`` fit together."""
+    dsu.check_num_units(num_units)
+    if vocab_size < num_units:
+        raise UserError(
+            f"--vocab_size {vocab_size} is smaller than --num_units {num_units}: every unit is a piece",
+            f"give at least {num_units}, which means no merges",
+        )
+    if max_units < 1:
+        raise UserError(f"--max_units {max_units} is not positive", "20000000 takes 2 GB")
+    if not 0 <= held_out < 1:
+        raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
+
+
+def check_sample(texts: list[str], seen: dict, units: list[Path], max_units: int) -> None:
+    """Raise UserError unless ``draw`` found utterances that SentencePiece can be trained on."""
+    if not seen["units"]:
+        raise UserError(f"{', '.join(map(str, units))}: no units in {seen['utterances']} utterances", "check --units")
+    if not texts:
+        raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
+    longest = max(map(len, texts))
+    if longest * UTF8_BYTES >= MOST_SENTENCE_BYTES:
+        raise UserError(f"an utterance of {longest:,} units is too long", "cut it by the hour")
+
+
+def write_report(work, rows: list[dict], measured_on: str) -> None:
+    """Write compression.csv and .png, and print the rows of ``compression``."""
+    with work.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with work.publish("compression.png") as path:
+        draw_compression(rows, measured_on, path)
+    print(f"units a token on {measured_on}:")
+    for row in rows:
+        print(f"  vocabulary {row['vocab_size']:>7,} ({row['merges']:>6,} merges): {row['units_per_token']:.3f}")
+
+
+def write_bpe(work, proto, num_units: int, counts: dict) -> None:
+    """Write the unit BPE: units_bpe.model, .vocab and .json."""
+    with work.publish("units_bpe.model") as path:
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+    with work.publish("units_bpe.vocab") as path, open(path, "w", encoding="utf-8") as file:
+        for piece in proto.pieces[1:]:
+            file.write(f"{' '.join(map(str, dsu.from_text(piece.piece, num_units)))}\t{piece.score:g}\n")
+    facts = {"num_units": num_units, "offset": dsu.OFFSET, "vocab_size": num_units + counts["merges"]}
+    facts |= {"counts": counts, "corpora_sha256": work.request["inputs"]["units"]}
+    write_json(work.output_dir / "units_bpe.json", facts)
+
+
 def train_bpe(
     units: list[Path],
     num_units: int,
@@ -271,47 +316,30 @@ def train_bpe(
         held_out: Share of the corpus (at most of max_units, and 500,000 units) that is kept from training, to report
             compression on; 0: report on some of the training utterances.
         collapse: Drop consecutive repeats. label_audio.py has done it already; .km files may hold one id a frame.
-        seed: Of the sample.
+        seed: Seed of the sample.
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
-    dsu.check_num_units(num_units)
-    if vocab_size < num_units:
-        raise UserError(
-            f"--vocab_size {vocab_size} is smaller than --num_units {num_units}: every unit is a piece",
-            f"give at least {num_units}, which means no merges",
-        )
-    if max_units < 1:
-        raise UserError(f"--max_units {max_units} is not positive", "20000000 takes 2 GB")
-    if not 0 <= held_out < 1:
-        raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
+    check_sizes(num_units, vocab_size, max_units, held_out)
     check_one_kmeans(units)
     with stage(output_dir, arguments, inputs=["units"]) as work:
         if work.done:
             return
         texts, apart, seen = draw(read_corpus(units, num_units, collapse), max_units, held_out, seed)
-        if not seen["units"]:
-            raise UserError(
-                f"{', '.join(map(str, units))}: no units in {seen['utterances']} utterances", "check --units"
-            )
-        if not texts:
-            raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
-        if len(max(texts, key=len)) * UTF8_BYTES >= SENTENCE_BYTES[1]:
-            raise UserError(f"an utterance of {len(max(texts, key=len)):,} units is too long", "cut it by the hour")
-
+        check_sample(texts, seen, units, max_units)
         sampled = sum(map(len, texts))
         print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
         # SentencePiece trains on one core: meanwhile the plot's library is loaded, which takes half a second.
-        loading = threading.Thread(target=importlib.import_module, args=["matplotlib.figure"])
-        loading.start()
+        threading.Thread(target=importlib.import_module, args=["matplotlib.figure"]).start()
         proto = train_sentencepiece(texts, vocab_size, output_dir / "sentencepiece.log")
-        loading.join()
         complete(proto, num_units, vocab_size)
-        measured_on = f"{len(apart):,} held-out utterances" if apart else "training utterances (none are held out)"
-        if held_out and not apart:
-            print(f"note: no utterance is as small as {held_out:.2%} of the corpus: none are held out", flush=True)
-        # Without any, a random choice of those that it was trained on
-        rows = compression(proto, num_units, apart or draw(iter(texts), MAX_HELD_OUT, 0, seed)[0], measured_on)
+        measured, measured_on = apart, f"{len(apart):,} held-out utterances"
+        if not apart:
+            measured_on = "training utterances (none are held out)"
+            measured, _, _ = draw(iter(texts), MAX_HELD_OUT, 0, seed)
+            if held_out:
+                print(f"note: no utterance is as small as {held_out:.2%} of the corpus: none are held out", flush=True)
+        rows = compression(proto, num_units, measured, measured_on)
         counts = {
             **seen,
             "sampled_utterances": len(texts),
@@ -322,25 +350,9 @@ def train_bpe(
             "units_per_token": rows[-1]["units_per_token"],
             "measured_on": measured_on,
         }
-        with work.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        with work.publish("compression.png") as path:
-            draw_compression(rows, measured_on, path)
-        with work.publish("units_bpe.model") as path:
-            path.write_bytes(proto.SerializeToString(deterministic=True))
-        with work.publish("units_bpe.vocab") as path, open(path, "w", encoding="utf-8") as file:
-            for piece in proto.pieces[1:]:
-                file.write(f"{' '.join(map(str, dsu.from_text(piece.piece, num_units)))}\t{piece.score:g}\n")
-        with work.publish("units_bpe.json") as path:
-            facts = {"num_units": num_units, "offset": dsu.OFFSET, "vocab_size": vocab_size, "counts": counts}
-            facts["corpora_sha256"] = work.request["inputs"]["units"]
-            path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_report(work, rows, measured_on)
+        write_bpe(work, proto, num_units, counts)
         work.counts.update(counts)
-        print(f"units a token on {measured_on}:")
-        for row in rows:
-            print(f"  vocabulary {row['vocab_size']:>7,} ({row['merges']:>6,} merges): {row['units_per_token']:.3f}")
         print(f"{num_units:,} units + {counts['merges']:,} merges: {output_dir}")
 
 

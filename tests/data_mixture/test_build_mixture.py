@@ -47,8 +47,8 @@ def expected_documents(source: Source, tokenizer, bos: bool) -> list[list[int]]:
         texts = [json.loads(line)["text"] for line in Path(source.paths[0]).read_text().splitlines()]
     else:
         texts = ["English: the dog\nGerman: der Hund"]
-    eod = tokenizer.convert_tokens_to_ids("<EOD>")
-    return [[1] * bos + tokenizer.encode(text, add_special_tokens=False) + [eod] for text in texts]
+    start, eod = [1] if bos else [], tokenizer.convert_tokens_to_ids("<EOD>")
+    return [[*start, *tokenizer.encode(text, add_special_tokens=False), eod] for text in texts]
 
 
 @pytest.mark.parametrize("bos", [False, True])
