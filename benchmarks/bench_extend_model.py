@@ -193,7 +193,8 @@ def bench_extend_model(output_dir: Path, layers: int = LAYERS, theirs_layers: in
             lines += bench_model(model, tokenizer, size, size == theirs_layers, output_dir)
             shutil.rmtree(model)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        for folder in (root, *output_dir.glob("ours_*/"), *output_dir.glob("theirs_*/")):
+            shutil.rmtree(folder, ignore_errors=True)
     for told in lines:
         print(json.dumps(told))
 

@@ -79,7 +79,7 @@ def load_base(base: Path):
 def _steps(step: dict | None) -> Iterator[dict]:
     """The steps of a pre-tokenizer or decoder, sequences opened."""
     if step and step["type"] == "Sequence":
-        for part in step.get("pretokenizers") or step.get("decoders"):
+        for part in step.get("pretokenizers", step.get("decoders")):
             yield from _steps(part)
     elif step:
         yield step
