@@ -114,16 +114,11 @@ def make_tokenizer(root: Path) -> tuple[Path, Path]:
     """Mistral's tokenizer.model, and the folder in which merge_tokenizer.py has added units and merges."""
     import mistral_common
 
-    generator = random.Random(0)
+    weights = [1 / (1 + unit) for unit in range(NUM_UNITS)]  # some are frequent, so that there are merges to find
+    drawn = random.Random(0).choices(range(NUM_UNITS), weights, k=300_000)
     units = root / "units.km"
     root.mkdir(parents=True, exist_ok=True)
-    with open(units, "w") as file:
-        for _ in range(5000):
-            line = [generator.randrange(NUM_UNITS)]
-            while len(line) < 60:  # a unit often has the same follower, so that there are merges to find
-                follower = (line[-1] * 7 + 3) % NUM_UNITS
-                line.append(follower if generator.random() < 0.6 else generator.randrange(NUM_UNITS))
-            file.write(" ".join(map(str, line)) + "\n")
+    units.write_text("".join(" ".join(map(str, drawn[at : at + 60])) + "\n" for at in range(0, len(drawn), 60)))
     base = root / "base"
     base.mkdir(exist_ok=True)
     shutil.copyfile(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1", base / "tokenizer.model")
@@ -193,7 +188,8 @@ def bench_extend_model(output_dir: Path, layers: int = LAYERS, theirs_layers: in
             lines += bench_model(model, tokenizer, size, size == theirs_layers, output_dir)
             shutil.rmtree(model)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        for folder in (root, *output_dir.glob("ours_*/"), *output_dir.glob("theirs_*/")):
+            shutil.rmtree(folder, ignore_errors=True)
     for told in lines:
         print(json.dumps(told))
 

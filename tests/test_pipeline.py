@@ -133,8 +133,8 @@ def test_flags_as_one_types_them():
 
 
 def test_what_is_finished_and_what_is_not(tmp_path, capsys):
-    plan = {"settings": {"a": 1}, "split": "test", "seed": 0, "processes": 2}
-    assert not pipeline.finished(tmp_path, plan)
+    request = {"settings": {"a": 1}, "split": "test", "seed": 0, "processes": 2}
+    assert not pipeline.finished(tmp_path, request)
     for name in ("results/tiny/base.csv", "summary/table.md", "summary/.hidden"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -143,17 +143,17 @@ def test_what_is_finished_and_what_is_not(tmp_path, capsys):
         "results/tiny/base.csv": "348a7d4967bbbf0143d0edcb5ddfe2311047ebbc134ecdcc6369b25595dff210",
         "summary/table.md": "79a4d93360468bdaa26b3374f7e53c6c7059f8548bbe9573587e99bbcc93e7f3",
     }
-    (tmp_path / "finished.json").write_text(json.dumps({**plan, "outputs": outputs}))
-    assert pipeline.finished(tmp_path, plan)
+    (tmp_path / "finished.json").write_text(json.dumps({**request, "outputs": outputs}))
+    assert pipeline.finished(tmp_path, request)
     for other in ({"settings": {"a": 2}}, {"split": "tuning"}, {"seed": 1}, {"processes": 1}):
-        assert not pipeline.finished(tmp_path, {**plan, **other})
+        assert not pipeline.finished(tmp_path, {**request, **other})
     (tmp_path / "results/tiny/sft.csv").write_text("one more")
-    assert not pipeline.finished(tmp_path, plan)
+    assert not pipeline.finished(tmp_path, request)
     (tmp_path / "results/tiny/sft.csv").unlink()
     (tmp_path / "summary/table.md").write_text("changed")
-    assert not pipeline.finished(tmp_path, plan)
+    assert not pipeline.finished(tmp_path, request)
     (tmp_path / "summary/table.md").unlink()
-    assert not pipeline.finished(tmp_path, plan)
+    assert not pipeline.finished(tmp_path, request)
 
 
 def test_a_stage_that_fails_ends_the_run_and_is_named(capfd):

@@ -11,7 +11,6 @@ GPT-2's scheme writes each byte as one character, and a unit is four bytes: F3 B
   tokenized as on its own, and it as on its own.
 """
 
-import functools
 import json
 import re
 import shutil
@@ -39,18 +38,11 @@ DROPPED = (
 )
 
 
-@functools.cache
-def byte_characters() -> dict[int, str]:
-    """GPT-2's character for each byte."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return bytes_to_unicode()
-
-
 def write(text: str) -> str:
     """A text as a byte-level vocabulary has it: one character a byte of its UTF-8."""
-    characters = byte_characters()
-    return "".join([characters[byte] for byte in text.encode("utf-8")])
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return "".join([part for part, _ in ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)])
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -79,7 +71,7 @@ def load_base(base: Path):
 def _steps(step: dict | None) -> Iterator[dict]:
     """The steps of a pre-tokenizer or decoder, sequences opened."""
     if step and step["type"] == "Sequence":
-        for part in step.get("pretokenizers") or step.get("decoders"):
+        for part in step.get("pretokenizers", step.get("decoders")):
             yield from _steps(part)
     elif step:
         yield step
@@ -106,9 +98,10 @@ def check_base(base: Path, saved: dict, vocabulary: dict[str, int], wanted: Sequ
         raise UserError(f"{path} is no byte-level BPE", KNOWN)
     if any(step["add_prefix_space"] for step in splits):
         raise UserError(f"{path} puts a space before every text, so before units too", KNOWN)
-    missing = [byte for byte in (0xF3, *range(0x80, 0xC0)) if byte_characters()[byte] not in vocabulary]
-    if missing:
-        raise UserError(f"{path} has no token for byte 0x{missing[0]:02X}, of which units are made", KNOWN)
+    units = dsu.to_text(range(64))  # all bytes that units are made of are in these
+    for byte, char in zip(units.encode("utf-8"), write(units), strict=True):
+        if char not in vocabulary:
+            raise UserError(f"{path} has no token for byte 0x{byte:02X}, of which units are made", KNOWN)
     gaps = sorted(set(range(len(vocabulary))).difference(vocabulary.values()))
     if gaps:
         raise UserError(f"{path} has no token with id {gaps[0]}, but higher ones", "fill the gap with an added token")

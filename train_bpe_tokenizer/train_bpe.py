@@ -30,7 +30,7 @@ from towerspeech.files import check_exists, write_json
 from towerspeech.stage import stage
 from towerspeech.units_parquet import check_one_kmeans, read_unit_texts
 
-LEAST_SENTENCE_BYTES, MOST_SENTENCE_BYTES = 10, 2**30  # SentencePiece's own limits on its max_sentence_length
+LEAST_SENTENCE_BYTES = 10  # SentencePiece's own limit on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
 MAX_HELD_OUT = 500_000  # units: more would not make the report any better
 KM_BYTES = 1 << 22  # of a .km file, read at once
@@ -258,17 +258,6 @@ def check_sizes(num_units: int, vocab_size: int, max_units: int, held_out: float
         raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
 
 
-def check_sample(texts: list[str], seen: dict, units: list[Path], max_units: int) -> None:
-    """Raise UserError unless ``draw`` found utterances that SentencePiece can be trained on."""
-    if not seen["units"]:
-        raise UserError(f"{', '.join(map(str, units))}: no units in {seen['utterances']} utterances", "check --units")
-    if not texts:
-        raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
-    longest = max(map(len, texts))
-    if longest * UTF8_BYTES >= MOST_SENTENCE_BYTES:
-        raise UserError(f"an utterance of {longest:,} units is too long", "cut it by the hour")
-
-
 def write_report(work, rows: list[dict], measured_on: str) -> None:
     """Write compression.csv and .png, and print the rows of ``compression``."""
     with work.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
@@ -326,7 +315,11 @@ def train_bpe(
         if work.done:
             return
         texts, apart, seen = draw(read_corpus(units, num_units, collapse), max_units, held_out, seed)
-        check_sample(texts, seen, units, max_units)
+        if not seen["units"]:
+            where = ", ".join(map(str, units))
+            raise UserError(f"{where}: no units in {seen['utterances']} utterances", "check --units")
+        if not texts:
+            raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
         sampled = sum(map(len, texts))
         print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
         # SentencePiece trains on one core: meanwhile the plot's library is loaded, which takes half a second.
