@@ -7,15 +7,13 @@ Reads checkpoint-<step>/ and the model folder that training began with (config a
 safetensors, config and tokenizer.
 """
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
 from towerspeech.command import UserError, run
 from towerspeech.files import read_json
+from towerspeech.model_folder import TOKENIZER_FILES, copy_files, notes
 from towerspeech.stage import RUN_INFO, hash_path, stage
-
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 def export_checkpoint(
@@ -31,7 +29,7 @@ def export_checkpoint(
         checkpoint: A checkpoint-<step> folder.
         model: The --model that train.py was given.
         output_dir: New model folder.
-        dtype: Of the exported weights; the checkpoint's are float32.
+        dtype: Number format of the exported weights; the checkpoint's are float32.
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
@@ -58,10 +56,8 @@ def export_checkpoint(
         network.to(getattr(torch, dtype))
         with work.publish() as folder:
             network.save_pretrained(folder)
-            for file in sorted(model.iterdir()):  # tokenizer, speech_units.json, licence: as they are
-                is_note = file.name.startswith(".") or file.name.endswith(RUN_INFO) or ".safetensors." in file.name
-                if file.is_file() and not is_note and file.suffix not in WEIGHTS and not (folder / file.name).exists():
-                    shutil.copyfile(file, folder / file.name)
+            saved = {path.name for path in folder.iterdir()}
+            copy_files(model, folder, {*TOKENIZER_FILES, *notes(model)} - saved)
         work.counts.update({"step": info["step"], "tokens": info["tokens"]})
         print(f"step {info['step']:,}, {sum(info['tokens'].values()):,} tokens, {dtype}: {output_dir}")
 

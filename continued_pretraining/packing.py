@@ -6,13 +6,12 @@ permutation blends the windows of all sources, and step t takes windows t*B to (
 packed without padding and see those before them in their window, as in Megatron.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from towerspeech.files import check_exists
+from towerspeech.files import read_json
 from towerspeech.indexed import IndexedTokens
 
 IGNORE = -100  # target that the loss leaves out
@@ -61,9 +60,8 @@ class Mixture:
     """
 
     def __init__(self, folder: Path, sequence_length: int):
-        path = Path(folder) / "manifest.json"
-        check_exists(path, "run data_mixture/build_mixture.py; it writes the manifest last")
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        made_by = "run data_mixture/build_mixture.py; it writes the manifest last"
+        self.manifest = read_json(Path(folder) / "manifest.json", made_by)
         self.sequence_length = sequence_length
         seed, sources = self.manifest["seed"], self.manifest["sources"]
         self.streams = [

@@ -12,21 +12,103 @@ asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit
 """
 
 import contextlib
-import json
 import math
 import os
-import re
-import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from continued_pretraining.checkpoints import Log, check_free, finished, load, remove_old, save
 from towerspeech.command import UserError, run
-from towerspeech.files import publish, read_json, remove, write_json
+from towerspeech.files import read_json
+from towerspeech.model_folder import check_tokenizer_fits
+from towerspeech.processes import Processes
 from towerspeech.stage import RUN_INFO, stage
 
+SPEED = (  # settings that change neither the losses nor the checkpoints
+    "micro_batch_size",
+    "save_every",
+    "log_every",
+    "replicate",
+    "shard",
+    "gradient_checkpointing",
+    "device",
+)
 
-# --- Set-up ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Settings:
+    """The command's flags.
+
+    Args:
+        model: Model folder with the tokenizer that made the mixture.
+        mixture: Folder written by build_mixture.py.
+        output_dir: Folder of this run.
+        sequence_length: Number of tokens in a window.
+        global_batch_size: Number of windows in an optimizer step, over all processes.
+        micro_batch_size: Number of windows that a process computes at once.
+        learning_rate: The learning rate at its peak.
+        final_learning_rate_share: Where the cosine ends, as a share of the peak.
+        warmup_share: Share of all steps that warms up.
+        beta1: The first beta of AdamW.
+        beta2: The second beta of AdamW.
+        weight_decay: AdamW's weight decay, on matrices.
+        clip_norm: Largest norm of the gradient.
+        keep_steps: Steps whose checkpoints are kept, besides the last.
+        save_every: Steps between checkpoints to go on from; only the newest of them stays.
+        log_every: Steps between lines in train.log.
+        replicate: Number of data-parallel copies of the model.
+        shard: Number of processes that share one copy; default: all processes / replicate.
+        dtype: Number format of the computation; weights, gradients' sums and optimizer states are fp32.
+        gradient_checkpointing: Recompute activations to save memory.
+        device: Where to train; auto takes CUDA if it is there.
+        overwrite: Replace the output of a run with other arguments.
+    """
+
+    model: Path
+    mixture: Path
+    output_dir: Path
+    sequence_length: int = 2048
+    global_batch_size: int = 512
+    micro_batch_size: int = 1
+    learning_rate: float = 2e-5
+    final_learning_rate_share: float = 0.1
+    warmup_share: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    keep_steps: list[int] | None = None
+    save_every: int = 250
+    log_every: int = 10
+    replicate: int = 1
+    shard: int | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    overwrite: bool = False
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+def check_numbers(settings: Settings) -> None:
+    """Raise UserError for a number with which there is no training."""
+
+    def check(names: Sequence[str], fits: Callable[[float], bool], wanted: str) -> None:
+        for name in names:
+            value = getattr(settings, name)
+            if not fits(value):
+                raise UserError(f"--{name} is {value}", f"give {wanted}")
+
+    counts = ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate")
+    check(counts, lambda value: value >= 1, "at least 1")
+    check(("learning_rate", "clip_norm"), lambda value: 0 < value < math.inf, "more than 0")
+    check(("final_learning_rate_share", "warmup_share"), lambda value: 0 <= value <= 1, "0 to 1")
+    check(("beta1", "beta2"), lambda value: 0 <= value < 1, "0 or more, but less than 1")
+    check(("weight_decay",), lambda value: 0 <= value < math.inf, "0 or more")
+
+
 def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     """Refuse a model without weights, a mixture of another tokenizer, and windows beyond the model's context."""
     from towerspeech.tokenizer import tokenizer_hash
@@ -42,11 +124,7 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
             f"mixture {mixture} was tokenized with another tokenizer than that of {model}",
             f"run data_mixture/build_mixture.py with --tokenizer {model}",
         )
-    if config["vocab_size"] < manifest["vocab_size"]:
-        raise UserError(
-            f"{model} has {config['vocab_size']} embedding rows for a tokenizer of {manifest['vocab_size']}",
-            "run train_bpe_tokenizer/extend_model.py",
-        )
+    check_tokenizer_fits(model, manifest["vocab_size"], config["vocab_size"])
     if sequence_length > config["max_position_embeddings"]:
         raise UserError(
             f"--sequence_length {sequence_length} exceeds the model's context of {config['max_position_embeddings']}",
@@ -54,49 +132,50 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
         )
 
 
-def start_processes(device: str) -> tuple[int, int]:
-    """Join torchrun's process group, or make one of a single process; returns rank and world size."""
+def choose_device(device: str) -> str:
+    """Cuda or cpu; UserError if cuda is asked for and not there."""
     import torch
-    import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"  # objects and files are agreed on over gloo
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but there is no CUDA GPU", "leave --device out")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
-def agree(value):
-    """Rank 0's value, on all ranks."""
-    import torch
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
-def agree_on_flag(value: bool) -> bool:
-    """Rank 0's flag, on all ranks: an ``agree`` that is quick enough for every step."""
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.tensor(value)
-    dist.broadcast(flag, src=0)
-    return bool(flag)
+def mesh_shape(settings: Settings, world: int) -> tuple[int, int]:
+    """Copies of the model, and processes that share each; UserError if the processes or the batch do not divide so."""
+    replicate, shard, batch = settings.replicate, settings.shard, settings.global_batch_size
+    shard = shard or max(1, world // replicate)
+    if replicate * shard != world:
+        raise UserError(f"replicate {replicate} x shard {shard} is not {world} processes", "set --replicate, --shard")
+    if batch % (world * settings.micro_batch_size):
+        raise UserError(
+            f"--global_batch_size {batch} is no multiple of {world} processes x {settings.micro_batch_size}",
+            "change --global_batch_size or --micro_batch_size",
+        )
+    return replicate, shard
 
 
-def leave() -> None:
-    """Leave the process group together: a process that goes first takes its connections from under the others."""
-    import torch.distributed as dist
+def read_mixture(settings: Settings):
+    """The Mixture, the number of steps, and the steps whose checkpoints are kept, the last one among them.
 
-    dist.barrier()
-    dist.destroy_process_group()
+    Raises:
+        UserError: The mixture is not whole, or a step to keep lies outside the run.
+    """
+    from continued_pretraining.packing import Mixture
+
+    data = Mixture(settings.mixture, settings.sequence_length)
+    steps = math.ceil(data.num_windows / settings.global_batch_size)
+    kept_steps = sorted({*(settings.keep_steps or []), steps})
+    if kept_steps[-1] > steps or kept_steps[0] < 1:
+        raise UserError(
+            f"--keep_steps {settings.keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps"
+        )
+    return data, steps, kept_steps
 
 
+# --- The parts of a step --------------------------------------------------------------------------
 def load_model(folder: Path, mesh, dtype: str, gradient_checkpointing: bool):
     """Load in fp32 and shard. The processes of a machine take turns, so that it holds one whole copy at a time."""
     import torch
@@ -127,295 +206,211 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int, fina
     return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# --- Checkpoints ----------------------------------------------------------------------------------
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the checkpoints of a run, in order. They are published whole, so each is complete.
-
-    What else a user keeps under a name like that (checkpoint-4-backup, a file) is not ours.
-    """
-    named = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[1-9][0-9]*", path.name)]
-    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in named if (path / RUN_INFO).is_file())
-
-
-def check_free(path: Path) -> None:
-    """Raise UserError if something that is no checkpoint of ours lies where one must be written."""
-    if path.exists() and not (path / RUN_INFO).is_file():
-        raise UserError(f"{path} is no checkpoint, but one must be written there", "move it away")
-
-
-def save(target: Path, model, optimizer, info: dict) -> None:
-    """Publish a checkpoint; called by all ranks."""
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    check_free(target)
-    weights, states = get_state_dict(model, optimizer)
-    with publish(target) if dist.get_rank() == 0 else contextlib.nullcontext() as path:
-        path = agree(path)
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=path)
-        if dist.get_rank() == 0:
-            write_json(path / RUN_INFO, info)
-    dist.barrier()
-
-
-def load(folder: Path, model, optimizer) -> dict:
-    """Load a checkpoint into model and optimizer, whatever mesh wrote it; returns its run_info."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    weights, states = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    return json.loads((folder / RUN_INFO).read_text(encoding="utf-8"))
-
-
-def remove_old(folder: Path, keep: list[int]) -> None:
-    """Remove all checkpoints but the newest and those to keep."""
-    for step, path in checkpoints(folder)[:-1]:
-        if step not in keep:
-            remove(path)
-
-
-class Log:
-    """train.log, one JSON object a line; lines after the step that a run goes on from are taken out."""
-
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with publish(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-
-# --- Training -------------------------------------------------------------------------------------
-def read_mixture(mixture: Path, sequence_length: int, global_batch_size: int, keep_steps: list[int] | None):
-    """The Mixture, the number of steps, and the steps whose checkpoints are kept, the last one among them.
-
-    Raises:
-        UserError: The mixture is not whole, or a step to keep lies outside the run.
-    """
-    from continued_pretraining.packing import Mixture
-
-    data = Mixture(mixture, sequence_length)
-    steps = -(-data.num_windows // global_batch_size)
-    wanted = sorted({*(keep_steps or []), steps})
-    if wanted[-1] > steps or wanted[0] < 1:
-        raise UserError(f"--keep_steps {keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps")
-    return data, steps, wanted
-
-
-def train(
-    model: Path,
-    mixture: Path,
-    output_dir: Path,
-    sequence_length: int = 2048,
-    global_batch_size: int = 512,
-    micro_batch_size: int = 1,
-    learning_rate: float = 2e-5,
-    final_learning_rate_share: float = 0.1,
-    warmup_share: float = 0.01,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    weight_decay: float = 0.1,
-    clip_norm: float = 1.0,
-    keep_steps: list[int] | None = None,
-    save_every: int = 250,
-    log_every: int = 10,
-    replicate: int = 1,
-    shard: int | None = None,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    gradient_checkpointing: bool = False,
-    device: Literal["auto", "cuda", "cpu"] = "auto",
-    overwrite: bool = False,
-) -> None:
-    """Train until the mixture's budget is spent.
-
-    Args:
-        model: Model folder with the tokenizer that made the mixture.
-        mixture: Folder written by build_mixture.py.
-        output_dir: Run folder.
-        sequence_length: Tokens of a window.
-        global_batch_size: Windows of an optimizer step, over all processes.
-        micro_batch_size: Windows that a process computes at once.
-        learning_rate: Peak.
-        final_learning_rate_share: Where the cosine ends, as a share of the peak.
-        warmup_share: Share of all steps that warms up.
-        beta1: AdamW's.
-        beta2: AdamW's.
-        weight_decay: AdamW's, on matrices.
-        clip_norm: Largest norm of the gradient.
-        keep_steps: Steps whose checkpoints are kept, besides the last.
-        save_every: Steps between checkpoints to go on from; only the newest of them stays.
-        log_every: Steps between lines in train.log.
-        replicate: Data-parallel copies of the model.
-        shard: Processes that share one copy; default: all processes / replicate.
-        dtype: Of the computation; weights, gradients' sums and optimizer states are fp32.
-        gradient_checkpointing: Recompute activations to save memory.
-        device: auto takes CUDA if it is there.
-        overwrite: Replace the output of a run with other arguments.
-    """
-    arguments = dict(locals())
-    counts = ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate")
-    for names, fits, wanted in (
-        (counts, lambda value: value >= 1, "at least 1"),
-        (("learning_rate", "clip_norm"), lambda value: 0 < value < math.inf, "more than 0"),
-        (("final_learning_rate_share", "warmup_share"), lambda value: 0 <= value <= 1, "0 to 1"),
-        (("beta1", "beta2"), lambda value: 0 <= value < 1, "0 or more, but less than 1"),
-        (("weight_decay",), lambda value: 0 <= value < math.inf, "0 or more"),
-    ):
-        for name in names:
-            if not fits(arguments[name]):
-                raise UserError(f"--{name} is {arguments[name]}", f"give {wanted}")
-    check_inputs(model, mixture, sequence_length)
+def make_optimizer(network, settings: Settings):
+    """AdamW; vectors (norms, biases) do not decay."""
     import torch
-    import torch.distributed as dist
-    import torch.nn.functional as F
-    from torch.distributed.device_mesh import init_device_mesh
-    from tqdm import tqdm
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but there is no CUDA GPU", "leave --device out")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = start_processes(device)
-    shard = shard or max(1, world // replicate)
-    if replicate * shard != world:
-        raise UserError(f"replicate {replicate} x shard {shard} is not {world} processes", "set --replicate, --shard")
-    if global_batch_size % (world * micro_batch_size):
-        raise UserError(
-            f"--global_batch_size {global_batch_size} is no multiple of {world} processes x {micro_batch_size}",
-            "change --global_batch_size or --micro_batch_size",
-        )
-    if overwrite or not (output_dir / RUN_INFO).is_file():  # else the stage's answer is enough, and quick
-        read_mixture(mixture, sequence_length, global_batch_size, keep_steps)  # before a finished run is replaced
-    with contextlib.ExitStack() as stack:
-        work, problem = None, None
-        if rank == 0:
-            speed = [
-                "micro_batch_size",
-                "save_every",
-                "log_every",
-                "replicate",
-                "shard",
-                "gradient_checkpointing",
-                "device",
-            ]
-            try:
-                work = stack.enter_context(stage(output_dir, arguments, inputs=["model", "mixture"], ignore=speed))
-            except UserError as error:
-                problem = error
-        problem, done = agree((str(problem) if problem else None, bool(work and work.done)))
-        if problem or done:
-            leave()
-        if problem:
-            if rank:
-                sys.exit(1)  # the first process says it for all
-            raise UserError(problem)
-        if done:
-            return
+    matrices = [p for p in network.parameters() if p.dim() > 1]
+    vectors = [p for p in network.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        fused=True,
+    )
 
-        data, steps, wanted = read_mixture(mixture, sequence_length, global_batch_size, keep_steps)
-        for step in sorted({*wanted, *range(save_every, steps, save_every)}):
-            check_free(output_dir / f"checkpoint-{step}")
-        if rank == 0:
+
+# --- The run --------------------------------------------------------------------------------------
+class Run:
+    """A training run, from its newest checkpoint to its last step; the same calls on all processes."""
+
+    def __init__(self, settings: Settings, processes: Processes, device: str, mesh: tuple[int, int], work):
+        self.settings = settings
+        self.processes = processes
+        self.first = processes.rank == 0
+        self.device = device
+        self.mesh = mesh  # replicate, shard
+        self.work = work  # the first process's stage; None on the others
+        self.output_dir = settings.output_dir
+        self.data, self.steps, self.kept_steps = read_mixture(settings)
+
+    def go(self) -> None:
+        """Train until the mixture's budget is spent, or until asked to stop."""
+        self.check_places()
+        self.load()
+        while self.step < self.steps:
+            norm = self.train_step()
+            stopping = self.step < self.steps and self.asked_to_stop()
+            saving = stopping or self.step in self.kept_steps or self.step % self.settings.save_every == 0
+            if saving or self.step % self.settings.log_every == 0:
+                self.log_losses(norm)
+            if saving:
+                self.save()
+            if stopping:
+                self.stop()
+        self.finish()
+
+    def check_places(self) -> None:
+        """Refuse to begin if what is not ours lies where a checkpoint must be written."""
+        regular = range(self.settings.save_every, self.steps, self.settings.save_every)
+        for step in sorted({*self.kept_steps, *regular}):
+            check_free(self.output_dir / f"checkpoint-{step}")
+
+    def load(self) -> None:
+        """Load the model, and what the newest checkpoint says."""
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from tqdm import tqdm
+
+        settings = self.settings
+        replicate, shard = self.mesh
+        if self.first:
             print(
-                f"{data.budgets.sum():,} tokens in {steps:,} steps of {global_batch_size} x {sequence_length};"
-                f" {world} processes: replicate {replicate} x shard {shard} on {device}, {dtype}",
+                f"{self.data.budgets.sum():,} tokens in {self.steps:,} steps of "
+                f"{settings.global_batch_size} x {settings.sequence_length}; {self.processes.world} processes: "
+                f"replicate {replicate} x shard {shard} on {self.device}, {settings.dtype}",
                 flush=True,
             )
-        mesh = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        network = load_model(model, mesh, dtype, gradient_checkpointing)
-        matrices = [p for p in network.parameters() if p.dim() > 1]
-        vectors = [p for p in network.parameters() if p.dim() <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=learning_rate,
-            betas=(beta1, beta2),
-            fused=True,
+        mesh = init_device_mesh(self.device, self.mesh, mesh_dim_names=("replicate", "shard"))
+        self.network = load_model(settings.model, mesh, settings.dtype, settings.gradient_checkpointing)
+        self.optimizer = make_optimizer(self.network, settings)
+        self.step = 0
+        checkpoints = self.processes.agree(finished(self.output_dir))
+        if checkpoints:
+            self.step = load(checkpoints[-1], self.network, self.optimizer)["step"]
+            if self.first:
+                print(f"going on after step {self.step:,} from {checkpoints[-1]}", flush=True)
+        self.log = Log(self.output_dir / "train.log", self.step) if self.first else None
+        # Since the last line of the log:
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.targets = 0
+        self.since = time.monotonic()
+        self.progress = tqdm(
+            initial=self.step,
+            total=self.steps,
+            unit=" steps",
+            desc="train",
+            mininterval=1,
+            disable=not self.first,
         )
-        step = 0
-        found = agree(checkpoints(output_dir) if rank == 0 else None)
-        if found:
-            step = load(found[-1][1], network, optimizer)["step"]
-            if rank == 0:
-                print(f"going on after step {step:,} from {found[-1][1]}", flush=True)
-        log = Log(output_dir / "train.log", step) if rank == 0 else None
 
-        share = global_batch_size // world  # windows of this process in a step
-        loss_sum, logged_targets, last_time = torch.zeros((), device=device), 0, time.monotonic()
-        progress = tqdm(initial=step, total=steps, unit=" steps", desc="train", mininterval=1, disable=rank > 0)
-        while step < steps:
-            first = step * global_batch_size
-            inputs, targets = data.batch(range(first + rank * share, first + (rank + 1) * share))
-            num_targets = data.num_targets(range(first, first + global_batch_size))
-            for start in range(0, share, micro_batch_size):
-                # The copies' gradients are summed once a step; the shards' with every micro-batch, to save memory.
-                network.set_requires_all_reduce(start + micro_batch_size == share)
-                x = torch.from_numpy(inputs[start : start + micro_batch_size]).to(device)  # (micro batch, length)
-                y = torch.from_numpy(targets[start : start + micro_batch_size]).to(device)
-                logits = network(input_ids=x, use_cache=False).logits.float()  # (micro batch, length, rows)
-                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-                (loss * (world / num_targets)).backward()  # FSDP averages over processes; we want the tokens' mean
-                loss_sum += loss.detach()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(
-                    step, steps, learning_rate, round(warmup_share * steps), final_learning_rate_share
-                )
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            logged_targets += num_targets
-            progress.update()
+    def train_step(self):
+        """Take one optimizer step; returns the gradient's norm before clipping."""
+        import torch
+        import torch.nn.functional as F
 
-            stopping = step < steps and agree_on_flag(bool(work and work.asked_to_stop()))
-            saving = stopping or step in wanted or step % save_every == 0
-            if saving or step % log_every == 0:
-                dist.all_reduce(loss_sum)
-                mean_loss = loss_sum.item() / logged_targets
-                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                if not (math.isfinite(mean_loss) and math.isfinite(norm.item())):  # never into a checkpoint
-                    problem = f"at step {step} the loss is {mean_loss}, the gradient's norm {norm.item()}"
-                    raise UserError(problem, "lower --learning_rate, then run this again with another --output_dir")
-                info = {"step": step, "loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
-                if rank == 0:
-                    now = time.monotonic()
-                    speed = round(logged_targets / (now - last_time))
-                    log.write({**info, "gradient_norm": norm.item(), "tokens_per_s": speed})
-                    progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
-                    last_time = now
-                loss_sum.zero_()
-                logged_targets = 0
-            if saving:
-                tokens = data.tokens_seen(step * global_batch_size)
-                plan = work.request if rank == 0 else None
-                save(
-                    output_dir / f"checkpoint-{step}",
-                    network,
-                    optimizer,
-                    {**info, "tokens": tokens, "plan": plan, "outputs": {**info, "tokens": tokens, "plan": plan}},
-                )
-                if rank == 0:
-                    remove_old(output_dir, wanted)
-            if stopping:
-                progress.close()
-                leave()
-                if rank:
-                    sys.exit(1)  # the first process says it for all
-                problem = f"asked to stop: saved {output_dir}/checkpoint-{step} of {steps:,} steps"
-                raise UserError(problem, "run this again, and it goes on from there")
-        progress.close()
-        if rank == 0:
-            remove_old(output_dir, wanted)  # also what a kill after the last save left
-            work.counts.update({"steps": steps, "tokens": data.tokens_seen(data.num_windows)})
-            print(f"trained on {data.budgets.sum():,} tokens: {output_dir}/checkpoint-{steps}", flush=True)
-    leave()
+        settings, world, micro = self.settings, self.processes.world, self.settings.micro_batch_size
+        share = settings.global_batch_size // world  # windows of this process
+        first = self.step * settings.global_batch_size
+        own = first + self.processes.rank * share
+        inputs, targets = self.data.batch(range(own, own + share))
+        num_targets = self.data.num_targets(range(first, first + settings.global_batch_size))
+        for start in range(0, share, micro):
+            # The copies' gradients are summed once a step; the shards' with every micro-batch, to save memory.
+            self.network.set_requires_all_reduce(start + micro == share)
+            x = torch.from_numpy(inputs[start : start + micro]).to(self.device)  # (micro batch, length)
+            y = torch.from_numpy(targets[start : start + micro]).to(self.device)
+            logits = self.network(input_ids=x, use_cache=False).logits.float()  # (micro batch, length, rows)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+            (loss * (world / num_targets)).backward()  # FSDP averages over processes; we want the tokens' mean
+            self.loss_sum += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                self.step,
+                self.steps,
+                settings.learning_rate,
+                round(settings.warmup_share * self.steps),
+                settings.final_learning_rate_share,
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.targets += num_targets
+        self.progress.update()
+        return norm
+
+    def asked_to_stop(self) -> bool:
+        return self.processes.agree(self.first and self.work.asked_to_stop())
+
+    def log_losses(self, norm) -> None:
+        """Write a line of the log, for the steps since the last one.
+
+        Raises:
+            UserError: Loss or norm is not finite; it must never reach a checkpoint.
+        """
+        import torch.distributed as dist
+
+        dist.all_reduce(self.loss_sum)
+        mean_loss = self.loss_sum.item() / self.targets
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+            raise UserError(
+                f"at step {self.step} the loss is {mean_loss}, the gradient's norm {norm}",
+                "lower --learning_rate, then run this again with another --output_dir",
+            )
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.info = {"step": self.step, "loss": mean_loss, "learning_rate": learning_rate}
+        if self.first:
+            now = time.monotonic()
+            speed = round(self.targets / (now - self.since))
+            self.log.write({**self.info, "gradient_norm": norm, "tokens_per_s": speed})
+            self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
+            self.since = now
+        self.loss_sum.zero_()
+        self.targets = 0
+
+    def save(self) -> None:
+        """Publish a checkpoint, and remove those that it replaces."""
+        facts = {**self.info, "tokens": self.data.tokens_seen(self.step * self.settings.global_batch_size)}
+        facts["plan"] = self.work.request if self.first else None
+        target = self.output_dir / f"checkpoint-{self.step}"
+        save(target, self.network, self.optimizer, {**facts, "outputs": facts}, self.processes)
+        if self.first:
+            remove_old(self.output_dir, self.kept_steps)
+
+    def stop(self) -> None:
+        """End before the last step."""
+        self.progress.close()
+        saved = f"{self.output_dir}/checkpoint-{self.step}"
+        self.processes.stop(
+            UserError(
+                f"asked to stop: saved {saved} of {self.steps:,} steps", "run this again, and it goes on from there"
+            )
+        )
+
+    def finish(self) -> None:
+        """Say what has been done."""
+        self.progress.close()
+        if self.first:
+            remove_old(self.output_dir, self.kept_steps)  # also what a kill after the last save left
+            self.work.counts.update(steps=self.steps, tokens=self.data.tokens_seen(self.data.num_windows))
+            last = f"{self.output_dir}/checkpoint-{self.steps}"
+            print(f"trained on {self.data.budgets.sum():,} tokens: {last}", flush=True)
+
+
+def train(settings: Settings) -> None:
+    """Train until the mixture's budget is spent."""
+    check_numbers(settings)
+    check_inputs(settings.model, settings.mixture, settings.sequence_length)
+    device = choose_device(settings.device)
+    processes = Processes()
+    mesh = mesh_shape(settings, processes.world)
+    if settings.overwrite or not (settings.output_dir / RUN_INFO).is_file():  # else the stage's answer is enough
+        read_mixture(settings)  # before a finished run is replaced
+    processes.join(device)
+    with contextlib.ExitStack() as stack:
+
+        def begin():
+            return stack.enter_context(
+                stage(settings.output_dir, vars(settings), inputs=["model", "mixture"], ignore=SPEED)
+            )
+
+        work = processes.on_first(begin)
+        if not processes.agree(work and work.done):
+            Run(settings, processes, device, mesh, work).go()
+    processes.leave()
 
 
 if __name__ == "__main__":
-    run(train)
+    run(train, Settings)

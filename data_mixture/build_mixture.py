@@ -240,7 +240,9 @@ def tokenize(work, source: Source, encoder: Encoder, begin: list[int], end: list
     if tokens.is_file() and note.is_file():
         sizes_file.unlink(missing_ok=True)  # a kill came just before
         return
-    done = json.loads(note.read_text()) if note.is_file() else {"documents": 0, "tokens": 0}
+    done = json.loads(note.read_text()) if note.is_file() else {}
+    if "left_out" not in done:  # of an earlier version, which had other documents
+        done = {"documents": 0, "tokens": 0}
     before, after = np.array(begin, encoder.dtype), np.array(end, encoder.dtype)
     left_out = Counter()
     rest = itertools.islice(documents(source, encoder, left_out), done["documents"], None)

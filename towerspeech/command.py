@@ -21,24 +21,28 @@ class UserError(Exception):
         super().__init__(f"{problem}\n  -> {remedy}" if remedy else problem)
 
 
-def run(function: Callable) -> None:
+def run(function: Callable, settings: type | None = None) -> None:
     """Make a typed function the script's command line; what the user can mend becomes one message, exit status 1.
 
-    Values of a list argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``.
+    With ``settings``, a dataclass, its fields are the flags, and the function takes one such object. Values of a list
+    argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``.
     """
     from jsonargparse import auto_cli
 
-    lists = {f"--{name}" for name, kind in inspect.get_annotations(function).items() if "list[" in str(kind)}
+    flags = settings or function
+    lists = {f"--{name}" for name, kind in inspect.get_annotations(flags).items() if "list[" in str(kind)}
     description = inspect.getdoc(sys.modules[function.__module__])
     try:
         with space_needed():
-            auto_cli(
-                function,
+            filled = auto_cli(
+                flags,
                 as_positional=False,
                 allow_abbrev=False,
                 description=description,
                 args=_gather(sys.argv[1:], lists),
             )
+            if settings:
+                function(filled)
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:

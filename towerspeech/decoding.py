@@ -13,6 +13,7 @@ from pathlib import Path
 from towerspeech import engine, prompts
 from towerspeech.command import UserError
 from towerspeech.files import read_json
+from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import METADATA, dumps, prompt_hash, write_jsonl
 from towerspeech.stage import Stage, stage
@@ -82,11 +83,7 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
             f"{checkpoint} has no tokenizer that loads: {str(error).splitlines()[0]}",
             "copy the tokenizer's files beside the model (export_checkpoint.py does so)",
         ) from None
-    if len(tokenizer) > num_rows:
-        raise UserError(
-            f"{checkpoint}: its tokenizer has {len(tokenizer):,} tokens, its model only {num_rows:,} embedding rows",
-            "keep together the tokenizer and the model that train_bpe_tokenizer/extend_model.py made for it",
-        )
+    check_tokenizer_fits(checkpoint, len(tokenizer), num_rows)
     dsu = read_metadata(checkpoint, required=False)
     mark, encoder, encoded = marker(tokenizer), text_tokenizer(tokenizer), {}
     for name, rows in tasks.items():

@@ -21,7 +21,8 @@ from typing import BinaryIO, Literal
 
 from towerspeech.command import UserError, quiet, run
 from towerspeech.files import check_exists, read_json
-from towerspeech.stage import RUN_INFO, stage
+from towerspeech.model_folder import TOKENIZER_FILES, copy_files, notes
+from towerspeech.stage import stage
 from towerspeech.tokenizer import PAD, read_metadata, unit_tokens, vocabulary
 
 INDEX = "model.safetensors.index.json"
@@ -31,18 +32,6 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # by safetensors' names
 COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 1 << 24
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "tekken.json",
-    "speech_units.json",
-)
 
 
 # --- safetensors files, as streams ----------------------------------------------------------------
@@ -355,17 +344,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def copy_small_files(model: Path, tokenizer: Path, folder: Path) -> None:
-    """Copy the model's notes (licence, generation settings) and the new tokenizer; old tokenizer and weights stay."""
-    for path in sorted(model.iterdir()):
-        note = path.suffix in (".json", ".md", ".txt", "") and not path.name.endswith((RUN_INFO, ".index.json"))
-        if path.is_file() and note and path.name not in TOKENIZER_FILES and path.name[0] != ".":
-            shutil.copyfile(path, folder / path.name)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
-
-
 def write_weights(work, files: dict[str, Path], keep: int, rows: int, new_rows: dict[str, Callable]) -> None:
     """Rewrite the weight files that hold one of the matrices of ``new_rows``, see ``rewrite``, and link the others."""
     from tqdm import tqdm
@@ -455,7 +433,8 @@ def extend_model(
         write_weights(work, files, keep, rows, {name: functools.partial(new_rows, name) for name in matrices})
         old_bytes = sum(math.prod(entries[name]["shape"]) * DTYPE_BYTES[entries[name]["dtype"]] for name in matrices)
         with work.publish() as folder:
-            copy_small_files(model, tokenizer, folder)
+            copy_files(model, folder, notes(model))
+            copy_files(tokenizer, folder, TOKENIZER_FILES)
             write_settings(model, folder, config, padding, grown=old_bytes // old_rows * (rows - old_rows))
         work.counts.update({"base_vocab_size": keep, "vocab_size": metadata["vocab_size"], "rows": rows})
         print(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from continued_pretraining import checkpoints
 from continued_pretraining import train as script
 from continued_pretraining.export_checkpoint import export_checkpoint
 from continued_pretraining.packing import IGNORE, Mixture
@@ -171,12 +172,11 @@ def same_weights(a: Path, b: Path, model_dir: Path, folder: Path) -> bool:
 KEPT = {"keep_steps": [6, 9], "micro_batch_size": 2}
 
 
-def train_here(model_dir, mixture, output_dir, monkeypatch, **changes) -> None:
+def train_here(model_dir, mixture, output_dir, **changes) -> None:
     """train.py as a function, in one process: quick enough for states that only some moments leave."""
-    monkeypatch.syspath_prepend(str(Path(script.__file__).parent))  # as for `python continued_pretraining/train.py`
     settings = {**SETTINGS, **KEPT, "dtype": "float32", "device": "cpu", **changes}
     try:
-        script.train(model_dir, mixture, output_dir, **settings)
+        script.train(script.Settings(model_dir, mixture, output_dir, **settings))
     except BaseException:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -187,8 +187,7 @@ def train_here(model_dir, mixture, output_dir, monkeypatch, **changes) -> None:
 def alone(tmp_path_factory, model_dir, mixture) -> Path:
     """An uninterrupted run of one process, in micro-batches of two."""
     output_dir = tmp_path_factory.mktemp("alone") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        train_here(model_dir, mixture, output_dir, monkeypatch)
+    train_here(model_dir, mixture, output_dir)
     return output_dir
 
 
@@ -214,7 +213,7 @@ def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(script, "save", save_and_ask)
         with pytest.raises(UserError, match=f"asked to stop: saved {run}/checkpoint-6 of 12 steps"):
-            train_here(model_dir, mixture, run, patch)
+            train_here(model_dir, mixture, run)
         assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6"]
         assert not (run / ".stop").exists() and not (run / "run_info.json").exists()
         shutil.copytree(run / "checkpoint-6", run / "checkpoint-99-backup")
@@ -225,12 +224,12 @@ def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
         for step in (9, 10):
             (run / f"checkpoint-{step}").mkdir()
             with pytest.raises(UserError, match=f"{run}/checkpoint-{step} is no checkpoint.*\n.*move it away"):
-                train_here(model_dir, mixture, run, patch)
+                train_here(model_dir, mixture, run)
             (run / f"checkpoint-{step}").rmdir()  # it is empty, as it was
         with pytest.raises(UserError, match="saved .*/checkpoint-10 of 12 steps"):
-            train_here(model_dir, mixture, run, patch)
+            train_here(model_dir, mixture, run)
     capsys.readouterr()
-    train_here(model_dir, mixture, run, monkeypatch)
+    train_here(model_dir, mixture, run)
     assert "going on after step 10 from" in capsys.readouterr().out
     ours = {"checkpoint-6", "checkpoint-9", "checkpoint-12"}
     others = {"checkpoint-99-backup", "checkpoint-old-7", "checkpoint-²", "checkpoint-7", "checkpoint-77"}
@@ -245,7 +244,7 @@ def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
     tmp_path, model_dir, mixture, alone, monkeypatch, capsys
 ):
     """Files of a checkpoint are there, its run_info.json is not; train.log is ahead of it, its last line cut off."""
-    run, write_json = tmp_path / "run", script.write_json
+    run, write_json = tmp_path / "run", checkpoints.write_json
 
     def die(target, info):
         if info["step"] == 10:
@@ -255,23 +254,21 @@ def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
         write_json(target, info)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "write_json", die)
+        patch.setattr(checkpoints, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
-            train_here(model_dir, mixture, run, patch)
+            train_here(model_dir, mixture, run)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
-    train_here(model_dir, mixture, run, monkeypatch)
+    train_here(model_dir, mixture, run)
     assert f"going on after step 9 from {run}/checkpoint-9\n" in capsys.readouterr().out
     assert losses(run) == losses(alone)
     assert same_weights(run, alone, model_dir, tmp_path)
-    train_here(model_dir, mixture, run, monkeypatch)
+    train_here(model_dir, mixture, run)
     assert "already done" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path, model_dir, mixture, monkeypatch):
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path, model_dir, mixture):
     with pytest.raises(UserError, match=r"at step \d+ the loss is .*\n.*lower --learning_rate"):
-        train_here(
-            model_dir, mixture, tmp_path / "run", monkeypatch, learning_rate=1e30, save_every=100, keep_steps=None
-        )
+        train_here(model_dir, mixture, tmp_path / "run", learning_rate=1e30, save_every=100, keep_steps=None)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -304,17 +301,17 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path, model_dir, mi
         *(({name: 1.0}, f"--{name} is 1.0\n.*less than 1") for name in ("beta1", "beta2")),
     ],
 )
-def test_settings_are_refused(changes, message, tmp_path, model_dir, mixture, monkeypatch):
+def test_settings_are_refused(changes, message, tmp_path, model_dir, mixture):
     with pytest.raises(UserError, match=message):
-        train_here(model_dir, mixture, tmp_path / "run", monkeypatch, **changes)
+        train_here(model_dir, mixture, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
-def test_cuda_that_is_not_there_is_refused(tmp_path, model_dir, mixture, monkeypatch):
+def test_cuda_that_is_not_there_is_refused(tmp_path, model_dir, mixture):
     if torch.cuda.is_available():
         pytest.skip("with a GPU, cuda is welcome")
     with pytest.raises(UserError, match="no CUDA GPU"):
-        train_here(model_dir, mixture, tmp_path / "run", monkeypatch, device="cuda")
+        train_here(model_dir, mixture, tmp_path / "run", device="cuda")
 
 
 # --- Processes ------------------------------------------------------------------------------------
@@ -381,7 +378,7 @@ def test_another_mesh_goes_on_with_a_checkpoint(tmp_path, model_dir, mixture, wh
 def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_model_dir, mixture, monkeypatch):
     def refused(message: str, model: Path = model_dir, mixture: Path = mixture, **changes) -> None:
         with pytest.raises(UserError, match=message):
-            train_here(model, mixture, tmp_path / "run", monkeypatch, **changes)
+            train_here(model, mixture, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
 
     monkeypatch.setattr(script, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
@@ -396,7 +393,7 @@ def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_mode
     shutil.copytree(model_dir, narrow)
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**config, "vocab_size": 400}))
-    refused("has 400 embedding rows for a tokenizer of 487", model=narrow)
+    refused("narrow: its tokenizer has 487 tokens, its model only 400 embedding rows", model=narrow)
     (narrow / "model.safetensors").unlink()
     refused("holds no safetensors weights", model=narrow)
     result = train(model_dir, tmp_path / "nothing", tmp_path / "run")

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from instruction_tuning import train as script
+from instruction_tuning.checkpoints import is_whole, newest_checkpoint, own_checkpoints
+from instruction_tuning.dataset import encode, read_conversations
+from instruction_tuning.settings import check_settings, check_sharding, make_config
+from instruction_tuning.trainer import make_trainer, rehearse
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.command import UserError
@@ -70,7 +74,7 @@ def test_labels_token_by_token_in_the_collated_batches(prepared, model_dir, data
 
     tokenizer = prepared.tokenizer
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    trainer = script.make_trainer(model, prepared)
+    trainer = make_trainer(model, prepared)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     rows = read_jsonl(data)
     waiting = {tokenizer.apply_chat_template(row["messages"], tokenize=False): row for row in rows}
@@ -103,7 +107,7 @@ def test_labels_equal_trl_s_own(prepared, data):
     """TRL derives its mask from the template's {% generation %} by character offsets."""
     tokenizer = prepared.tokenizer
     rows = [row["messages"] for row in read_jsonl(data)]
-    ids, labels = script.encode(tokenizer, rows, [""] * len(rows))
+    ids, labels = encode(tokenizer, rows, [""] * len(rows))
     found = tokenizer.apply_chat_template(rows, return_dict=True, return_assistant_tokens_mask=True)
     assert found["input_ids"] == ids
     wanted = [
@@ -131,7 +135,7 @@ def test_prompt_is_the_beginning_and_bos_is_not_doubled(prepared, data, tuned):
 def test_units_are_one_token_each_at_most(prepared):
     units = [7, 3, 49, 0]
     row = [{"role": "user", "content": prompts.asr(dsu.to_text(units))}, {"role": "assistant", "content": "x"}]
-    (ids,), _ = script.encode(prepared.tokenizer, [row], [""])
+    (ids,), _ = encode(prepared.tokenizer, [row], [""])
     assert dsu.to_text(units) in prepared.tokenizer.decode(ids)
     pieces = prepared.tokenizer.convert_ids_to_tokens(ids)
     assert not any(piece.startswith("<0xF") for piece in pieces)  # no byte fallback
@@ -211,7 +215,7 @@ def test_white_space_that_the_tokenizer_joins_with_the_prompt_is_refused():
     def encoded(answer: str, template: str = CHAT_TEMPLATE):
         tokenizer.chat_template = template
         chats = [[user, {"role": "assistant", "content": text}] for text in ("two", answer)]
-        return script.encode(tokenizer, chats, ["sft.jsonl:1 (id a)", "sft.jsonl:2 (id b)"])
+        return encode(tokenizer, chats, ["sft.jsonl:1 (id a)", "sft.jsonl:2 (id b)"])
 
     for answer in ("\n two", "\n\n\ntwo"):
         start = re.escape(repr(answer.removesuffix("two")))
@@ -398,7 +402,7 @@ def test_killed_while_publishing(tmp_path, model_dir, data, monkeypatch):
         patch.setattr(script, "save_model", die)
         with pytest.raises(KeyboardInterrupt):
             script.train(model_dir, data, tmp_path / "killed", settings)
-    assert [path.name for path in script.checkpoints(tmp_path / "killed")] == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in own_checkpoints(tmp_path / "killed")] == ["checkpoint-2", "checkpoint-3"]
     script.train(model_dir, data, tmp_path / "killed", settings)
     name = "model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
@@ -410,22 +414,22 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, model_dir, data, mon
     monkeypatch.setattr(script, "save_model", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         script.train(model_dir, data, tmp_path / "out", {**QUICK, "save_steps": 3})
-    old, new = script.checkpoints(tmp_path / "out")
-    assert script.is_whole(old, 1) and script.is_whole(new, 1)
-    assert not script.is_whole(new, 2)  # two processes leave two random states
+    old, new = own_checkpoints(tmp_path / "out")
+    assert is_whole(old, 1) and is_whole(new, 1)
+    assert not is_whole(new, 2)  # two processes leave two random states
     kept = tmp_path / "kept"
     shutil.copytree(new, kept)
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         content = (kept / name).read_bytes()
         (new / name).unlink()
-        assert not script.is_whole(new, 1), name
+        assert not is_whole(new, 1), name
         if name != "model.safetensors":  # written first, so never the half one of a killed process
             (new / name).write_bytes(content[: len(content) // 2])
-            assert not script.is_whole(new, 1), name
+            assert not is_whole(new, 1), name
         (new / name).write_bytes(content)
-        assert script.is_whole(new, 1)
+        assert is_whole(new, 1)
     (new / "trainer_state.json").unlink()
-    assert script.newest_checkpoint(tmp_path / "out", 1) == old
+    assert newest_checkpoint(tmp_path / "out", 1) == old
     assert not new.exists()
 
 
@@ -450,16 +454,16 @@ def test_what_a_user_keeps_beside_the_checkpoints_stays(tmp_path, model_dir, dat
     (out / "checkpoint-3").write_text("mine")  # where one must be written
     with pytest.raises(UserError, match=f"{out}/checkpoint-3 is a file.*\n.*move it away"):
         script.train(model_dir, data, out, settings)
-    assert [path.name for path in script.checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in own_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
     assert (out / "checkpoint-3").read_text() == "mine"
     (out / "checkpoint-3").unlink()
     with monkeypatch.context() as patch:  # killed while publishing
         patch.setattr(script, "save_model", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             script.train(model_dir, data, out, settings)
-    assert [path.name for path in script.checkpoints(out)] == ["checkpoint-5", "checkpoint-6"]
+    assert [path.name for path in own_checkpoints(out)] == ["checkpoint-5", "checkpoint-6"]
     script.train(model_dir, data, out, settings)
-    assert (out / "run_info.json").is_file() and not script.checkpoints(out)
+    assert (out / "run_info.json").is_file() and not own_checkpoints(out)
     assert {(folder / "note").read_text() for folder in kept} == {"mine"} and (out / "checkpoint-9").is_symlink()
     assert (out / "checkpoint-99").read_text() == "mine"
     assert {p.name for p in out.glob("checkpoint-*")} == {*STRANGERS, "checkpoint-9", "checkpoint-99"}
@@ -470,16 +474,21 @@ def test_as_many_checkpoints_as_asked_for(limit, left, tmp_path, model_dir, data
     monkeypatch.setattr(script, "save_model", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         script.train(model_dir, data, tmp_path / "out", {**QUICK, "save_steps": 1, "save_total_limit": limit})
-    assert [path.name for path in script.checkpoints(tmp_path / "out")] == [f"checkpoint-{step}" for step in left]
+    assert [path.name for path in own_checkpoints(tmp_path / "out")] == [f"checkpoint-{step}" for step in left]
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path, whole, model_dir, data):
-    """Two processes of batch 1 are one of batch 2, up to the order of sums; the second run says it is done."""
+    """Two processes of batch 1 are one of batch 2, up to the order of sums, also if they are stopped in between."""
     from safetensors.torch import load_file
 
     arguments = command(model_dir, data, tmp_path / "two", per_device_train_batch_size=1)
-    finish(start(arguments, processes=2))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/.stop").touch()
+    stopped = start(arguments, processes=2)
+    output = stopped.communicate(timeout=300)[0]
+    assert stopped.returncode == 1 and output.count(f"asked to stop: saved {tmp_path}/two/checkpoint-1\n") == 1, output
+    assert "going on from" in finish(start(arguments, processes=2))
     assert "already done" in finish(start(arguments, processes=2))
     one, two = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "two"))
     assert one.keys() == two.keys()
@@ -585,7 +594,7 @@ def test_data_is_refused(tmp_path, model_dir):
     def refused(message: str, content) -> None:
         path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in content))
         with pytest.raises(UserError, match=message):
-            script.read_conversations(path, 50, dsu.OFFSET)
+            read_conversations(path, 50, dsu.OFFSET)
 
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     good = {"id": "1", "messages": [user, assistant]}
@@ -659,22 +668,22 @@ def test_published_settings_are_accepted(tmp_path, model_dir, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # for bf16
     sft = yaml.safe_load((ROOT / "instruction_tuning/configs/towerspeech_7b.yaml").read_text())["sft"]
-    settings = script.check_settings(sft)
+    settings = check_settings(sft)
     monkeypatch.undo()
-    config = script.make_config({**settings, "bf16": False}, tmp_path)
+    config = make_config({**settings, "bf16": False}, tmp_path)
     assert (config.learning_rate, config.num_train_epochs, config.warmup_steps) == (8e-5, 1, 20)
     assert config.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
     with pytest.raises(UserError, match="there is only one"):  # the one thing that it lacks here
-        script.check_sharding(config, AutoConfig.from_pretrained(model_dir))
+        check_sharding(config, AutoConfig.from_pretrained(model_dir))
 
 
 def test_the_rehearsal_leaves_accelerate_no_state(prepared):
     """Else the real run's settings of sharding would be passed over."""
     from accelerate.state import AcceleratorState
 
-    assert script.rehearse(prepared.settings, prepared.tokenizer) == ""
+    assert rehearse(prepared.settings, prepared.tokenizer) == ""
     assert AcceleratorState._shared_state
-    script.make_config(prepared.settings, Path("nowhere"))
+    make_config(prepared.settings, Path("nowhere"))
     assert not AcceleratorState._shared_state
 
 

@@ -1,0 +1,133 @@
+"""Chat examples as token ids, with labels on the assistant's turns alone."""
+
+import functools
+from pathlib import Path
+
+from towerspeech.command import UserError
+from towerspeech.outside_text import check_units, marker, text_tokenizer
+from towerspeech.records import check_messages, iter_jsonl
+from towerspeech.tokenizer import IM_END
+
+IGNORED = -100  # the label of a token without loss
+ENCODE_ROWS = 1000  # conversations tokenized at once
+
+
+def read_conversations(data: Path, num_units: int, offset: int) -> tuple[list[str], list[list[dict]]]:
+    """Read sft.jsonl and check each row's turns.
+
+    Returns:
+        Of each row, ``file:line (id)``, and its turns.
+
+    Raises:
+        UserError: A row is malformed, its roles do not alternate from user to assistant, or its text holds units
+            that are not the tokenizer's, or stand where no speech does; names the row.
+    """
+    places, chats = [], []
+    for place, row in iter_jsonl(data, required=("id", "messages")):
+        where = f"{place} (id {row['id']})"
+        check_messages(row["messages"], where)
+        for number, turn in enumerate(row["messages"], 1):
+            task = row.get("task") if turn["role"] == "user" else None  # a transcript has no units
+            check_units(turn["content"], task, num_units, offset, f"{where}, message {number}")
+        roles = [turn["role"] for turn in row["messages"]]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+            raise UserError(f"{where}: the roles are {roles}", "user and assistant must take turns, assistant last")
+        places.append(where)
+        chats.append(row["messages"])
+    return places, chats
+
+
+def encode(tokenizer, conversations: list[list[dict]], places: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokenize conversations with the chat template.
+
+    Args:
+        tokenizer: Has the template.
+        conversations: Each a list of turns.
+        places: Names each one's row.
+
+    Returns:
+        Ids and, of the same lengths, labels: the ids of each assistant turn's content and of the <|im_end|> that
+        closes it, else ``IGNORED``.
+
+    Raises:
+        UserError: The template refuses a conversation, or the ids of a prompt are not the beginning of it.
+    """
+
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    template = "use the template of towerspeech/prompts.py (train_bpe_tokenizer/extend_model.py)"
+    texts, answers = [], []  # conversations; of each assistant turn its place, what asks for it and what ends with it
+    for i, (chat, place) in enumerate(zip(conversations, places, strict=True)):
+        try:
+            texts.append(render(chat))
+            for k, turn in enumerate(chat):
+                if turn["role"] == "assistant":
+                    answers.append((i, k, render(chat[:k], add_generation_prompt=True), render(chat[: k + 1])))
+        except Exception as error:  # the template is a program, which may raise anything
+            remedy = f"mend the row, or {template}"
+            raise UserError(f"{place}: the chat template refuses it: {error}", remedy) from None
+    ids = ids_of(texts)
+    labels = [[IGNORED] * len(row) for row in ids]
+    prompts, upto = (ids_of([answer[part] for answer in answers]) for part in (2, 3))
+    for (i, k, prompt_text, closed_text), prompt, closed in zip(answers, prompts, upto, strict=True):
+        if not (texts[i].startswith(closed_text) and closed_text.startswith(prompt_text)):
+            raise UserError(f"{places[i]}: the chat template changes earlier turns when more follow", template)
+        if ids[i][: len(closed)] != closed or closed[: len(prompt)] != prompt:
+            answer = conversations[i][k]["content"]
+            start = answer[: len(answer) - len(answer.lstrip())] or answer[0]
+            raise UserError(
+                f"{places[i]}, message {k + 1}: the answer begins with {start!r}, which this tokenizer joins with the "
+                "end of the prompt into one token, so that no prompt could lead to it",
+                "take white space off the beginnings of the answers",
+            )
+        if tokenizer.eos_token_id not in closed[len(prompt) :]:
+            raise UserError(f"{places[i]}: the chat template closes no answer with {IM_END}", template)
+        end = len(closed) - closed[::-1].index(tokenizer.eos_token_id)
+        labels[i][len(prompt) : end] = ids[i][len(prompt) : end]
+    return ids, labels
+
+
+def make_dataset(places: list[str], chats: list[list[dict]], tokenizer, max_length: int, show: bool):
+    """Tokenize all rows into a Dataset of input_ids and labels; what spells a control token is text.
+
+    Raises:
+        UserError: As ``encode``; or examples longer than ``max_length`` tokens: how many, and the longest.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from tqdm import tqdm
+
+    text_only, mark = text_tokenizer(tokenizer), marker(tokenizer)
+    columns = {"input_ids": [], "labels": []}
+    too_long, longest, longest_place = 0, 0, None
+    with tqdm(total=len(chats), desc="tokenizing", unit=" examples", disable=not show) as bar:
+        for start in range(0, len(chats), ENCODE_ROWS):
+            batch = slice(start, start + ENCODE_ROWS)
+            marked = [
+                [{"role": turn["role"], "content": mark(turn["content"])} for turn in chat] for chat in chats[batch]
+            ]
+            ids, labels = encode(text_only, marked, places[batch])
+            for place, row_ids in zip(places[batch], ids, strict=True):
+                too_long += len(row_ids) > max_length
+                if len(row_ids) > longest:
+                    longest, longest_place = len(row_ids), place
+            columns["input_ids"].append(pa.array(ids, pa.list_(pa.int32())))
+            columns["labels"].append(pa.array(labels, pa.list_(pa.int32())))
+            bar.update(len(marked))
+    if too_long:
+        raise UserError(
+            f"{too_long:,} of {len(chats):,} examples are longer than {max_length:,} tokens; "
+            f"the longest, {longest_place}, has {longest:,}",
+            "take them out, or raise sft.max_length (up to the model's context)",
+        )
+    return Dataset.from_dict({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
+
+
+def count_tokens(dataset) -> int:
+    """Number of tokens in all examples, prompts included."""
+    import pyarrow.compute as pc
+
+    return pc.sum(pc.list_value_length(dataset.data.column("input_ids"))).as_py()

@@ -1,0 +1,165 @@
+"""TRL's SFTTrainer, so that a killed run can go on: our order of examples, checkpoints, stop and progress."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTTrainer
+
+from instruction_tuning.checkpoints import own_checkpoints
+from instruction_tuning.settings import make_config
+from towerspeech.command import UserError, no_space, quiet
+from towerspeech.files import remove
+
+
+@dataclass
+class Prepared:
+    """Everything that is known to be right before a model is loaded."""
+
+    settings: dict[str, Any]  # in full, as sft_config.json keeps them
+    sft_config: Any  # trl.SFTConfig
+    tokenizer: Any
+    config: Any  # the model's
+    dataset: Dataset  # input_ids, labels
+
+
+class Order(torch.utils.data.Sampler):
+    """Indices of an epoch, from seed and epoch alone; the Trainer's own samplers draw from the global random state."""
+
+    def __init__(self, trainer: SFTTrainer, lengths: list[int]):
+        self.trainer, self.lengths = trainer, lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        args = self.trainer.args
+        generator = torch.Generator().manual_seed(args.seed + int(self.trainer.state.epoch))
+        if args.train_sampling_strategy == "random":
+            return iter(torch.randperm(len(self), generator=generator).tolist())
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return iter(get_length_grouped_indices(self.lengths, size, generator=generator))
+
+
+class Trainer(SFTTrainer):
+    """Takes examples in our Order, and deletes no checkpoint-* but those that it wrote."""
+
+    checkpoint_limit: int | None = None
+
+    def create_model_card(self, *args, **kwargs):
+        pass  # would write a README.md into the output folder
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir)
+        target = folder / f"checkpoint-{self.state.global_step}"
+        if target.is_file():
+            raise UserError(f"{target} is a file, but a checkpoint must be written there", "move it away")
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self.checkpoint_limit:
+            for path in own_checkpoints(folder)[: -self.checkpoint_limit]:
+                remove(path)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return Order(self, pc.list_value_length(self.train_dataset.data.column("input_ids")).to_pylist())
+
+
+class Progress(TrainerCallback):
+    """A progress bar on a terminal, while the Trainer's own output goes elsewhere."""
+
+    def __init__(self, terminal):
+        self.terminal, self.bar = terminal, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit=" steps",
+            mininterval=1,
+            file=self.terminal,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar and "loss" in (logs or {}):
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class Stop(TrainerCallback):
+    """Asks after each step whether to write a checkpoint and end."""
+
+    def __init__(self, asked_to_stop: Callable[[], bool]):
+        self.asked_to_stop = asked_to_stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked_to_stop():
+            control.should_save = control.should_training_stop = True
+
+
+def make_trainer(
+    model, prepared: Prepared, terminal=None, asked_to_stop: Callable[[], bool] = lambda: False
+) -> Trainer:
+    """The Trainer of a run.
+
+    Args:
+        model: The model, in float32.
+        prepared: What ``prepare`` gives.
+        terminal: Where the progress bar is shown, if at all.
+        asked_to_stop: Called after each step, on all processes; if true, a checkpoint is written and training ends.
+    """
+    trainer = Trainer(
+        model,
+        prepared.sft_config,
+        train_dataset=prepared.dataset,
+        processing_class=prepared.tokenizer,
+        callbacks=[Stop(asked_to_stop)],
+    )
+    trainer.checkpoint_limit = prepared.settings.get("save_total_limit")
+    if terminal:
+        trainer.add_callback(Progress(terminal))
+    else:
+        trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def rehearse(settings: dict[str, Any], tokenizer) -> str:
+    """Train a tiny Llama for one step: what only the Trainer refuses, it refuses here, before weights are loaded.
+
+    All settings are the real ones, but for the size of a batch, sharding (``check_sharding``) and reports, for which
+    it is enough that they could be written. To be called before the real ``make_config``, which makes accelerate
+    forget this run.
+
+    Returns:
+        What went wrong (an optimizer's package is not there, a schedule wants arguments), or "".
+    """
+    small = {"per_device_train_batch_size": 1, "max_steps": 10_000, "fsdp": None, "fsdp_config": None}
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with tempfile.TemporaryDirectory() as folder, quiet(Path(folder) / "log"):
+        try:
+            sft_config = make_config({**settings, **small}, Path(folder))
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
+            rows = Dataset.from_dict({name: [[0, 1]] * 2 * sft_config.world_size for name in ("input_ids", "labels")})
+            prepared = Prepared(settings, sft_config, tokenizer, model.config, rows)
+            trainer = make_trainer(model, prepared, asked_to_stop=lambda: True)
+            for callback in get_reporting_integration_callbacks(sft_config.report_to):
+                trainer.remove_callback(callback)
+            trainer.train()
+        except Exception as error:
+            if no_space(error, Path(folder)):
+                raise
+            return f"{error} ({type(error).__name__})"
+    return ""
