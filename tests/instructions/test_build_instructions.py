@@ -189,7 +189,7 @@ def test_examples_of_a_file(tmp_path):
     with pytest.raises(UserError, match=r"pool\.jsonl:7 is a test sentence \(.*deu_Latn\.devtest:3\)"):
         build_instructions(tmp_path / "new", pairs="de-en", **arguments)
     records.write_jsonl(pool, [{**row, "target": None} for row in rows])
-    with pytest.raises(UserError, match=r"pool\.jsonl:1: target is None"):
+    with pytest.raises(UserError, match=r"pool\.jsonl:1: it has no target, but"):
         build_instructions(tmp_path / "new", pairs="de-en", **arguments)
 
 
