@@ -248,7 +248,7 @@ def test_towereval(tmp_path):
     ("row", "message"),
     [
         ({"src": "x"}, r"test\.jsonl:10: field 'ref' is missing"),
-        ({"src": "x", "ref": ["y"]}, r"test\.jsonl:10: ref is \['y'\]"),
+        ({"src": "x", "ref": ["y"]}, r"test\.jsonl:10: its ref is a list, but a text is wanted: \['y'\]"),
         ({"src": " ", "ref": "y"}, r"test\.jsonl:10: the line is empty"),
         ([], r"test\.jsonl:10: an object is wanted"),
     ],
