@@ -78,7 +78,6 @@ class PromptFile(NamedTuple):
 
     folder: str
     stem: str
-    dataset: str
     rows: list[dict]
     arguments: dict  # data: the files read
     counts: dict
@@ -206,7 +205,7 @@ def text_file(request: Request, name: str, pair: str, whole: Parallel) -> Prompt
         facts = dict(task=task, dataset=name, shots=request.shots, src_lang=src, tgt_lang=tgt)
         facts["source"] = sentence.source.text
         rows.append(prompts.prompt_row(request.style, row_id, asked, sentence.target.text, **facts))
-    return PromptFile(folder, stem, name, rows, facts_of(request, name, read), counts)
+    return PromptFile(folder, stem, rows, facts_of(request, name, read), counts)
 
 
 def asr_counts(pairs: list[SentencePair]) -> dict[str, int]:
@@ -241,14 +240,14 @@ def speech_files(request: Request) -> list[PromptFile]:
     facts = facts_of(request, name, []) | {"unit_offset": request.unit_offset}
     if not request.translations:
         rows = speech_rows(request.data_root, name, request.style, **settings)
-        return [PromptFile("asr", name, name, rows, {**facts, "data": request.data_root}, {})]
+        return [PromptFile("asr", name, rows, {**facts, "data": request.data_root}, {})]
     file, translations = test_sets.read_translations(request.translations, name)
     arguments = {**facts, "data": [request.data_root, file]}
     files = []
     for tgt in test_sets.speech_targets(request.pairs, file, translations):
         targets = {utterance: line.text for utterance, line in translations[tgt].items()}
         rows = speech_rows(request.data_root, name, request.style, **settings, tgt_lang=tgt, targets=targets)
-        files.append(PromptFile("st", f"{name}_en-{tgt}", name, rows, arguments, {}))
+        files.append(PromptFile("st", f"{name}_en-{tgt}", rows, arguments, {}))
     return files
 
 
@@ -309,7 +308,7 @@ def prompt_files(request: Request) -> list[PromptFile]:
     check_request(request)
     makers = {"units": speech_files, "cascade": cascade_files}
     files = makers.get(request.test_set, translation_files)(request)
-    for name in {file.dataset for file in files}:
+    for name in {file.rows[0]["dataset"] for file in files}:
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"{name!r} cannot name a file", "give --dataset of letters, digits, - and _")
     return files
@@ -369,7 +368,7 @@ def table(files: list[PromptFile], skipped: list[tuple[str, int, str]]) -> str:
 
     groups: dict[tuple, list[PromptFile]] = {}
     for file in files:
-        groups.setdefault((file.dataset, file.rows[0]["task"], file.rows[0]["shots"]), []).append(file)
+        groups.setdefault(tuple(file.rows[0][name] for name in ("dataset", "task", "shots")), []).append(file)
     lines = []
     for (dataset, task, shots), group in groups.items():
         num_prompts = sum(len(file.rows) for file in group)

@@ -87,15 +87,16 @@ def is_hub_dataset(root: Path) -> bool:
     return not root.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) is not None
 
 
-def hub(root: Path, function, *arguments, **options):
-    """Call a function of the datasets library; whatever goes wrong becomes one message."""
+@functools.cache
+def hub(root: Path, function: str, *arguments, **options):
+    """Call a function of the datasets library, once; whatever goes wrong becomes one message."""
     import datasets
     from huggingface_hub.utils import logging
 
     datasets.disable_progress_bars()
     logging.set_verbosity_error()  # its retries; the message below says it once
     try:
-        return function(str(root), *arguments, **options)
+        return getattr(datasets, function)(str(root), *arguments, **options)
     except Exception as error:  # offline, no such dataset, gated, malformed: of many classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -105,48 +106,29 @@ def hub(root: Path, function, *arguments, **options):
         ) from None
 
 
-@functools.cache
-def hub_configurations(root: Path) -> list[str]:
-    """The configurations of a dataset, one a language."""
-    import datasets
-
-    return hub(root, datasets.get_dataset_config_names)
-
-
 def hub_configuration(root: Path, code: str) -> str | None:
     """The configuration of a FLORES-200 code; None if the dataset lacks the language."""
     names = (code, FLORES_PLUS_CODES.get(code))
-    return next((name for name in names if name in hub_configurations(root)), None)
+    return next((name for name in names if name in hub(root, "get_dataset_config_names")), None)
 
 
-@functools.cache
 def read_hub(root: Path, code: str, split: str) -> tuple[list, list[str]]:
     """Ids and sentences of one language and split."""
-    import datasets
-
     configuration = hub_configuration(root, code)
     if configuration is None:
         raise Missing(f"{root} has no configuration {code}", "check --data_root and --pairs")
-    splits = hub(root, datasets.get_dataset_split_names, configuration)
+    splits = hub(root, "get_dataset_split_names", configuration)
     if split not in splits:
         raise Missing(f"{root} has no split {split} of {code}, but {', '.join(splits)}", "check --split")
-    rows = hub(root, datasets.load_dataset, configuration, split=split)
+    rows = hub(root, "load_dataset", configuration, split=split)
     column = next((name for name in ("text", "sentence") if name in rows.column_names), None)
     if column is None or "id" not in rows.column_names:
         raise UserError(f"{root}: columns {', '.join(rows.column_names)}", "FLORES has id and text (or sentence)")
     return list(rows["id"]), list(rows[column])
 
 
-def flores_files(root: Path, split: str, pair: str) -> list[Path]:
-    """The source and the target file of FLORES-200's own layout."""
-    return [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
-
-
-def read_flores(root: Path, split: str, pair: str) -> Parallel:
-    """Read a split of one pair."""
-    if not is_hub_dataset(root):
-        files = flores_files(root, split, pair)
-        return read_files(files, "check --data_root, --split and --pairs")
+def read_hub_pair(root: Path, split: str, pair: str) -> Parallel:
+    """Read a split of one pair from a dataset of the hub."""
     codes = [language(code).flores for code in parse_pair(pair)]
     (source_ids, sources), (target_ids, targets) = (read_hub(root, code, split) for code in codes)
     if source_ids != target_ids:
@@ -154,14 +136,6 @@ def read_flores(root: Path, split: str, pair: str) -> Parallel:
             f"{root}: {codes[0]} and {codes[1]} differ in ids ({split})", "they must be translations by id"
         )
     return parallel([], [f"{root} {code} {split}" for code in codes], [sources, targets])
-
-
-def read_files(files: list[Path], remedy: str) -> Parallel:
-    """Read two plain files."""
-    for file in files:
-        if not file.is_file():
-            raise Missing(f"{file} does not exist", remedy)
-    return parallel(files, [str(file) for file in files], [read_lines(file) for file in files])
 
 
 # --- WMT23 ----------------------------------------------------------------------------------------
@@ -183,12 +157,6 @@ def wmt23_files(root: Path | None, pair: str) -> list[Path]:
         ) from None
 
 
-# --- TowerEval (github.com/deep-spin/tower-eval, README) -------------------------------------------
-def towereval_file(root: Path, name: str, split: str, pair: str) -> Path:
-    """Where TowerEval keeps one set's pair."""
-    return root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"
-
-
 # --- JSONL ----------------------------------------------------------------------------------------
 def read_direction(path: Path, pair: str) -> Parallel:
     """Read the sentence pairs of one direction from parallel JSONL, which may hold several."""
@@ -205,16 +173,26 @@ def pairs_of_rows(rows: Iterable[tuple[str, dict]], source: str, target: str, pa
 
 
 # --- All layouts ----------------------------------------------------------------------------------
+def data_files(test_set: str, root: Path | None, split: str, pair: str, name: str | None = None) -> list[Path]:
+    """The files of a language pair: source and target; TowerEval has one (github.com/deep-spin/tower-eval)."""
+    if test_set == "towereval":
+        return [root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"]
+    if test_set == "wmt23":
+        return wmt23_files(root, pair)
+    return [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
+
+
 def read_pairs(test_set: str, root: Path | None, name: str, split: str, pair: str) -> Parallel:
     """Read a split of one pair of a test set; ``name`` tells TowerEval's sets apart."""
-    if test_set == "flores200":
-        return read_flores(root, split, pair)
-    if test_set == "wmt23":
-        return read_files(wmt23_files(root, pair), "check --data_root and --pairs")
-    path = towereval_file(root, name, split, pair)
-    if not path.is_file():
-        raise Missing(f"{path} does not exist", "check --data_root, --dataset, --split and --pairs")
-    return pairs_of_rows(iter_jsonl(path, texts=("src", "ref")), "src", "ref", path)
+    if test_set == "flores200" and is_hub_dataset(root):
+        return read_hub_pair(root, split, pair)
+    files = data_files(test_set, root, split, pair, name)
+    for file in files:
+        if not file.is_file():
+            raise Missing(f"{file} does not exist", "check --data_root, --pairs, and --dataset and --split if given")
+    if test_set == "towereval":
+        return pairs_of_rows(iter_jsonl(files[0], texts=("src", "ref")), "src", "ref", files[0])
+    return parallel(files, [str(file) for file in files], [read_lines(file) for file in files])
 
 
 def parse_pairs(pairs: str) -> list[str]:
@@ -238,8 +216,8 @@ def find_pairs(test_set: str, root: Path | None, split: str, pairs: str, name: s
         known = list(WMT23_PAIRS)
     there = [pair for pair in known if has_pair(test_set, root, split, pair)]
     if not there:
-        files = flores_files(root, split, known[0]) if test_set == "flores200" else wmt23_files(root, known[0])
-        raise Missing(f"no {test_set} files under {root} (such as {files[0]})", "check --data_root and --split")
+        example = data_files(test_set, root, split, known[0])[0]
+        raise Missing(f"no {test_set} files under {root} (such as {example})", "check --data_root and --split")
     if len(there) < len(known):
         print(f"no files for: {', '.join(pair for pair in known if pair not in there)}")
     return [(name, pair) for pair in there]
@@ -247,11 +225,11 @@ def find_pairs(test_set: str, root: Path | None, split: str, pairs: str, name: s
 
 def has_pair(test_set: str, root: Path | None, split: str, pair: str) -> bool:
     """Whether FLORES-200 or WMT23 is there for a language pair."""
-    if test_set == "wmt23":
-        return root is None or all(file.is_file() for file in wmt23_files(root, pair))
-    if is_hub_dataset(root):
+    if root is None:
+        return True  # sacreBLEU has all of WMT23
+    if test_set == "flores200" and is_hub_dataset(root):
         return all(hub_configuration(root, language(code).flores) for code in parse_pair(pair))
-    return all(file.is_file() for file in flores_files(root, split, pair))
+    return all(file.is_file() for file in data_files(test_set, root, split, pair))
 
 
 def find_towereval(root: Path, split: str, named: list[str], name: str | None) -> list[tuple[str, str]]:
@@ -263,7 +241,7 @@ def find_towereval(root: Path, split: str, named: list[str], name: str | None) -
             there.append((set_name, pair))
     missing = [pair for pair in named if pair not in {pair for _, pair in there}]
     if missing or not there:
-        example = towereval_file(root, name or "flores", split, missing[0] if missing else "en-de")
+        (example,) = data_files("towereval", root, split, missing[0] if missing else "en-de", name or "flores")
         raise Missing(
             f"no such files: {example}",
             "--data_root is TowerEval's raw_data folder, which holds mt/; --dataset names a set in it, such as wmt23",

@@ -90,9 +90,8 @@ def read_audio(path: Path, where: str, min_samples: int = 1, said_s: float | Non
             samples = file.read(dtype="float32", always_2d=True)
     except Exception as error:  # soundfile's own, and what its arguments, numpy and the system raise
         refuse(f"is not readable audio ({str(error) or 'it is damaged or ends early'})")
-    if ends_early(path, container, len(samples)) or (
-        len(samples) < announced and container != "MP3"
-    ):  # an MP3 may announce an estimate
+    fewer = len(samples) < announced and container != "MP3"  # which may announce an estimate
+    if fewer or ends_early(path, container, len(samples)):
         refuse("ends early: less of it can be read than its header or its frames announce, or its end is missing")
     if rate not in RATES:
         refuse(f"has {rate} samples a second, but {RATES[0]:,} to {RATES[-1]:,} are possible")

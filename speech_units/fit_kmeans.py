@@ -74,7 +74,7 @@ def fit_once(frames, num_units: int, seed: int, **settings) -> Fit:
         batch_size=BATCH_SIZE,
         max_iter=max(EPOCHS, -(-MIN_STEPS // steps_an_epoch)),
         max_no_improvement=100,
-        init_size=init_size(num_units),
+        init_size=3 * max(BATCH_SIZE, num_units),
         n_init=1,
         random_state=seed,
         **settings,
@@ -83,11 +83,6 @@ def fit_once(frames, num_units: int, seed: int, **settings) -> Fit:
     centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
     used, distinct = len(np.unique(model.predict(frames))), len(np.unique(centroids, axis=0))
     return Fit(centroids, float(-(model.score(frames) / len(frames))), used, distinct)
-
-
-def init_size(num_units: int) -> int:
-    """Frames that k-means' start is chosen from."""
-    return max(3 * BATCH_SIZE, 3 * num_units)
 
 
 def differing_start(frames, num_units: int, seed: int):
@@ -107,7 +102,7 @@ def differing_start(frames, num_units: int, seed: int):
             "lower --num_units, or add audio (digital silence is the same in every frame)",
         )
     order = rows.argsort()  # np.unique sorts by hash, which is another one in every process
-    order = np.random.default_rng(seed).permutation(order)[: init_size(num_units)]
+    order = np.random.default_rng(seed).permutation(order)[: 3 * max(BATCH_SIZE, num_units)]
     weights = counts[order].astype(frames.dtype)
     start, _ = kmeans_plusplus(frames[rows[order]], num_units, sample_weight=weights, random_state=seed)
     return start

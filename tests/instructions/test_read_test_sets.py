@@ -72,7 +72,7 @@ def test_a_hub_dataset_is_known_by_its_content(tmp_path, capsys):
     build_instructions(out, "flores200", root, pairs="de-en")
     build_instructions(out, "flores200", root, pairs="de-en")
     assert "already done" in capsys.readouterr().out
-    script.read_hub.cache_clear()
+    script.hub.cache_clear()
     write_hub(root, "sentence", codes)
     build_instructions(out, "flores200", root, pairs="de-en")
     assert "already done" in capsys.readouterr().out  # the same text
