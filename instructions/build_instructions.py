@@ -19,11 +19,6 @@ Writes below output_dir <0_shot|5_shot>/<dataset>_<pair>.jsonl, asr/<dataset>.js
 cascaded_st/<dataset>_<pair>.jsonl (with examples: <dataset>_<pair>_5_shot.jsonl), one prompt a row: id, instruction
 (or messages), output, task, dataset, shots, src_lang, tgt_lang, source; and beside each its run_info.json. The source
 of translated speech is its reference transcript, of a cascade too.
-
-The 0-shot text is the original TowerSpeech's, byte for byte, except for its three WMT23 X-en files: those hold a
-template fault (``German Text:: ...``). Examples come from the dev split or from a named pool, five other ones for each
-test sentence or the same five for all of a file, and the same lines for all language pairs. A pool that holds a
-sentence of the test split is refused. (The original drew its FLORES examples from the test split.)
 """
 
 import hashlib
@@ -102,12 +97,10 @@ def read_pool(request: Request, name: str, pair: str) -> Parallel:
             raise Missing(f"no examples for {pair}: {request.example_file} has no rows of it", "add some")
         return test_sets.take(pool, None, "")
     wanted = parse_lines(request.example_lines, "example_lines")
-    test_split = test_sets.TEST_SPLITS.get(request.test_set)
     remedy = "name a pool: --example_file (JSONL: src_lang, tgt_lang, source, target)"
-    if test_split:
-        remedy += ", or --example_lines FIRST-LAST of the test split, apart from --test_lines"
-        if request.test_set != "wmt23":
-            remedy += f" with --example_split {test_split}"
+    if request.test_set != "cascade":
+        split = "" if request.test_set == "wmt23" else f" (--example_split {test_sets.TEST_SPLITS[request.test_set]})"
+        remedy += f", or --example_lines FIRST-LAST of the test split{split}, apart from --test_lines"
     if request.test_set == "cascade" or (request.test_set == "wmt23" and not wanted):
         raise Missing(f"no examples for {pair}: {request.test_set} has no dev split", remedy)
     try:
@@ -127,6 +120,7 @@ def check_pool(whole: Parallel, tested: Parallel, pool: Parallel, shots: int) ->
     """Refuse a pool of examples that is too small, or that holds a sentence of the test split on either side.
 
     Lines that are not tested may be shown only where the user cut one file in two (--test_lines, --example_lines).
+    (The original drew its FLORES examples from the test split.)
     """
     if len(pool.pairs) < shots:
         raise UserError(f"{len(pool.pairs)} lines to draw {shots} examples from", "name more --example_lines")
@@ -134,8 +128,7 @@ def check_pool(whole: Parallel, tested: Parallel, pool: Parallel, shots: int) ->
     of_one_file = all(pair.source.place in places for pair in pool.pairs)
     secret = tested if of_one_file else whole
     for side in ("source", "target"):
-        test_lines = [getattr(pair, side) for pair in secret.pairs]
-        tested_at = {bare(line.text): line.place for line in test_lines}
+        tested_at = {bare(line.text): line.place for line in [getattr(pair, side) for pair in secret.pairs]}
         for line in [getattr(pair, side) for pair in pool.pairs]:
             if bare(line.text) in tested_at:
                 raise UserError(
@@ -158,9 +151,8 @@ def facts_of(request: Request, name: str, read: Iterable[Parallel]) -> dict:
     if request.shots:
         facts |= {key: getattr(request, key) for key in ("examples", "example_lines", "seed")}
     if any(not part.files for part in read):  # a dataset of the hub: no files of ours
-        lines = []
-        for part in read:
-            lines += [pair.source.text for pair in part.pairs] + [pair.target.text for pair in part.pairs]
+        sides = [(part.pairs, side) for part in read for side in ("source", "target")]
+        lines = [getattr(pair, side).text for pairs, side in sides for pair in pairs]
         facts["data_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return {**facts, "data": list(dict.fromkeys(file for part in read for file in part.files))}
 
@@ -221,11 +213,10 @@ def translation_files(request: Request) -> list[PromptFile]:
     """The prompts of a text test set, a file a language pair."""
     split = request.split or test_sets.TEST_SPLITS[request.test_set]
     dataset = request.dataset or TEXT_SETS[request.test_set]
-    files = []
-    for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset):
-        whole = test_sets.read_pairs(request.test_set, request.data_root, name, split, pair)
-        files.append(text_file(request, name, pair, whole))
-    return files
+    return [
+        text_file(request, name, pair, test_sets.read_pairs(request.test_set, request.data_root, name, split, pair))
+        for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset)
+    ]
 
 
 def speech_files(request: Request) -> list[PromptFile]:

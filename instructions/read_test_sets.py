@@ -280,12 +280,10 @@ def speech_targets(pairs: str, file: Path, translations: dict[str, dict]) -> lis
     """The languages that English speech is translated into: ``en-de,en-fr``, or all that there are."""
     if pairs == "all":
         return [code for code in LANGUAGES if code in translations]
-    targets = []
-    for pair in parse_pairs(pairs):
-        src, tgt = parse_pair(pair)
-        if src != "en":
-            raise UserError(f"--pairs {pairs}: speech is English", "such as en-de,en-fr")
-        targets.append(tgt)
+    directions = [parse_pair(pair) for pair in parse_pairs(pairs)]
+    if any(src != "en" for src, _ in directions):
+        raise UserError(f"--pairs {pairs}: speech is English", "such as en-de,en-fr")
+    targets = [tgt for _, tgt in directions]
     for code in targets:
         if code not in translations:
             raise UserError(

@@ -56,10 +56,10 @@ def fingerprint(rows: Iterable[dict], audio_root: Path) -> str:
                 content = hashlib.sha256(f"{row['audio']}\0{size}\0".encode())
                 if size <= WHOLE:
                     content.update(file.read())
-                    return content.digest()
-                for place in (0, (size - BLOCK) // 2, size - BLOCK):
-                    file.seek(place)
-                    content.update(file.read(BLOCK))
+                else:
+                    for place in (0, (size - BLOCK) // 2, size - BLOCK):
+                        file.seek(place)
+                        content.update(file.read(BLOCK))
                 return content.digest()
         except OSError as error:
             raise UserError(

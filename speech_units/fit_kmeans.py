@@ -104,8 +104,7 @@ def differing_start(frames, num_units: int, seed: int):
     order = rows.argsort()  # np.unique sorts by hash, which is another one in every process
     order = np.random.default_rng(seed).permutation(order)[: 3 * max(BATCH_SIZE, num_units)]
     weights = counts[order].astype(frames.dtype)
-    start, _ = kmeans_plusplus(frames[rows[order]], num_units, sample_weight=weights, random_state=seed)
-    return start
+    return kmeans_plusplus(frames[rows[order]], num_units, sample_weight=weights, random_state=seed)[0]
 
 
 def cluster(frames, num_units: int, seed: int) -> Fit:

@@ -39,9 +39,8 @@ def read_manifest(manifest: Path, audio_root: Path | None = None, start: int = 0
         ids.add(row["id"])
         if number < start:
             continue
-        if audio_root is not None and not os.path.isfile(Path(audio_root) / row["audio"]):
-            path = Path(audio_root) / row["audio"]
-            raise UserError(f"{where}: {path} does not exist", "check --audio_root and the line")
+        if audio_root is not None and not os.path.isfile(audio_root / row["audio"]):
+            raise UserError(f"{where}: {audio_root / row['audio']} does not exist", "check --audio_root and the line")
         yield {**row, "where": where}
 
 
