@@ -12,42 +12,26 @@ The counts are exact: nothing is repeated, and asking for more than there is is 
 """
 
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.command import UserError, run
 from towerspeech.outside_text import check_outside_text
-from towerspeech.records import iter_parallel, write_jsonl
+from towerspeech.records import check_texts, iter_parallel, write_jsonl
+from towerspeech.sampling import reservoir
 from towerspeech.stage import stage
 from towerspeech.units_parquet import read_units
 
 NUM_SHOTS = 5  # the original's few-shot prompts
-PARALLEL_FIELDS = ("id", "src_lang", "tgt_lang", "source", "target")
 
 
 def example(name: str, task: str, prompt: str, answer: str) -> dict:
     """One row of sft.jsonl."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return {"id": name, "task": task, "messages": messages}
-
-
-def sample(rows: Iterable, size: int, rng: random.Random) -> tuple[list, int]:
-    """Draw ``size`` rows uniformly in one pass, holding no more than these (reservoir sampling).
-
-    Returns:
-        The rows (fewer than ``size`` if there are no more), and how many there were.
-    """
-    kept, seen = [], 0
-    for row in rows:
-        seen += 1
-        if len(kept) < size:
-            kept.append(row)
-        elif (place := rng.randrange(seen)) < size:
-            kept[place] = row
-    return kept, seen
 
 
 def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator[dict]:
@@ -59,8 +43,8 @@ def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator
     """
     from tqdm import tqdm
 
+    most = dsu.OFFSET + dsu.MAX_NUM_UNITS - unit_offset
     for folder in folders:
-        most = dsu.OFFSET + dsu.MAX_NUM_UNITS - unit_offset
         for row in tqdm(read_units(folder, most), desc=f"{folder}", unit=" utterances"):
             text = (row["text"] or "").strip()
             if not text or not row["units"]:
@@ -76,15 +60,13 @@ def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator
             yield example(f"asr_{row['id']}", "asr", prompts.asr(dsu.to_text(row["units"], unit_offset)), text)
 
 
-def read_parallel(path: Path) -> list[dict]:
-    """Read and check one parallel JSONL file."""
-    rows = []
-    for where, row in iter_parallel(path, PARALLEL_FIELDS):
-        for side in ("source", "target"):
-            if not row[side].strip():
-                raise UserError(f"{where}: {side} is empty", "mend or remove the line")
-        rows.append(row)
-    return rows
+def read_pairs(path: Path) -> list[dict]:
+    """Read one parallel JSONL file, in which no side may be blank."""
+    pairs = []
+    for where, row in iter_parallel(path, ["id"]):
+        check_texts(row, ("source", "target"), where, blank=False)
+        pairs.append(row)
+    return pairs
 
 
 def translations(rows: list[dict], size: int, few_shot_share: float, rng: random.Random) -> list[dict]:
@@ -161,20 +143,19 @@ def build_sft_data(
         if work.done:
             return
         rng = random.Random(seed)
-        asr, num_transcribed = sample(transcribed(units or [], unit_offset, work.counts), num_asr, rng)
-        pairs = [row for path in parallel or [] for row in read_parallel(path)]
-        for name, wanted, found in (("asr", num_asr, num_transcribed), ("mt", num_mt, len(pairs))):
-            if wanted > found:
+        asr, num_transcribed = reservoir(transcribed(units or [], unit_offset, work.counts), num_asr, rng)
+        pairs = [row for path in parallel or [] for row in read_pairs(path)]
+        for name, wanted, available in (("asr", num_asr, num_transcribed), ("mt", num_mt, len(pairs))):
+            if wanted > available:
                 raise UserError(
-                    f"--num_{name} is {wanted:,}, but there are {found:,} such examples",
+                    f"--num_{name} is {wanted:,}, but there are {available:,} such examples",
                     f"lower --num_{name}, or add data (for more epochs: sft.num_train_epochs of train.py)",
                 )
         rows = asr + translations(pairs, num_mt, few_shot_share, rng)
         rng.shuffle(rows)
         write_jsonl(output_dir / "sft.jsonl", rows)
         work.counts.update({"asr_available": num_transcribed, "mt_available": len(pairs), "examples": len(rows)})
-        for row in rows:
-            work.counts[row["task"]] = work.counts.get(row["task"], 0) + 1
+        work.counts.update(Counter(row["task"] for row in rows))
         for name, count in work.counts.items():
             print(f"{name}: {count:,}")
         print(f"wrote {output_dir / 'sft.jsonl'}")

@@ -19,30 +19,25 @@ Writes below output_dir <0_shot|5_shot>/<dataset>_<pair>.jsonl, asr/<dataset>.js
 cascaded_st/<dataset>_<pair>.jsonl (with examples: <dataset>_<pair>_5_shot.jsonl), one prompt a row: id, instruction
 (or messages), output, task, dataset, shots, src_lang, tgt_lang, source; and beside each its run_info.json. The source
 of translated speech is its reference transcript, of a cascade too.
-
-The 0-shot text is the original TowerSpeech's, byte for byte, except for its three WMT23 X-en files: those hold a
-template fault (``German Text:: ...``). Examples come from the dev split or from a named pool, five other ones for each
-test sentence or the same five for all of a file, and the same lines for all language pairs. A pool that holds a
-sentence of the test split is refused. (The original drew its FLORES examples from the test split.)
 """
 
 import hashlib
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from instructions import read_test_sets as test_sets
-from instructions.read_test_sets import Missing, Parallel
+from instructions.read_test_sets import Line, Missing, Parallel, SentencePair
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists
 from towerspeech.languages import parse_pair
 from towerspeech.outside_text import PLANE_15
-from towerspeech.records import dumps
+from towerspeech.records import write_jsonl
 from towerspeech.speech_prompts import speech_rows
 from towerspeech.stage import stage
 
@@ -77,17 +72,10 @@ class PromptFile(NamedTuple):
     """One file to write, and what decided its content."""
 
     folder: str
-    dataset: str
-    pair: str  # "" for ASR
+    stem: str
     rows: list[dict]
     arguments: dict  # data: the files read
     counts: dict
-
-    @property
-    def stem(self) -> str:
-        shots = self.rows[0]["shots"]
-        name = f"{self.dataset}_{self.pair}" if self.pair else self.dataset
-        return f"{name}_{shots}_shot" if self.folder == "cascaded_st" and shots else name
 
 
 def parse_lines(lines: str | None, option: str) -> range | None:
@@ -104,16 +92,15 @@ def parse_lines(lines: str | None, option: str) -> range | None:
 def read_pool(request: Request, name: str, pair: str) -> Parallel:
     """Read the sentence pairs that the examples of one language pair are drawn from."""
     if request.example_file:
-        pool = test_sets.read_jsonl_pairs(request.example_file, ("source", "target"), pair)
-        if not pool.numbers:
+        pool = test_sets.read_direction(request.example_file, pair)
+        if not pool.pairs:
             raise Missing(f"no examples for {pair}: {request.example_file} has no rows of it", "add some")
         return test_sets.take(pool, None, "")
     wanted = parse_lines(request.example_lines, "example_lines")
-    test_split = test_sets.TEST_SPLITS.get(request.test_set)
-    option = "" if request.test_set == "wmt23" else f" with --example_split {test_split}"
     remedy = "name a pool: --example_file (JSONL: src_lang, tgt_lang, source, target)"
-    if test_split:
-        remedy += f", or --example_lines FIRST-LAST of the test split, apart from --test_lines{option}"
+    if request.test_set != "cascade":
+        split = "" if request.test_set == "wmt23" else f" (--example_split {test_sets.TEST_SPLITS[request.test_set]})"
+        remedy += f", or --example_lines FIRST-LAST of the test split{split}, apart from --test_lines"
     if request.test_set == "cascade" or (request.test_set == "wmt23" and not wanted):
         raise Missing(f"no examples for {pair}: {request.test_set} has no dev split", remedy)
     try:
@@ -133,19 +120,19 @@ def check_pool(whole: Parallel, tested: Parallel, pool: Parallel, shots: int) ->
     """Refuse a pool of examples that is too small, or that holds a sentence of the test split on either side.
 
     Lines that are not tested may be shown only where the user cut one file in two (--test_lines, --example_lines).
+    (The original drew its FLORES examples from the test split.)
     """
-    if len(pool.numbers) < shots:
-        raise UserError(f"{len(pool.numbers)} lines to draw {shots} examples from", "name more --example_lines")
-    secret = tested if set(pool.source_places) <= set(whole.source_places) else whole
-    for test_places, test_lines, places, lines in (
-        (secret.source_places, secret.sources, pool.source_places, pool.sources),
-        (secret.target_places, secret.targets, pool.target_places, pool.targets),
-    ):
-        found = {bare(line): place for place, line in zip(test_places, test_lines, strict=True)}
-        for place, line in zip(places, lines, strict=True):
-            if bare(line) in found:
+    if len(pool.pairs) < shots:
+        raise UserError(f"{len(pool.pairs)} lines to draw {shots} examples from", "name more --example_lines")
+    places = {pair.source.place for pair in whole.pairs}
+    of_one_file = all(pair.source.place in places for pair in pool.pairs)
+    secret = tested if of_one_file else whole
+    for side in ("source", "target"):
+        tested_at = {bare(line.text): line.place for line in [getattr(pair, side) for pair in secret.pairs]}
+        for line in [getattr(pair, side) for pair in pool.pairs]:
+            if bare(line.text) in tested_at:
                 raise UserError(
-                    f"{place} is a test sentence ({found[bare(line)]}): {line[:60]!r}",
+                    f"{line.place} is a test sentence ({tested_at[bare(line.text)]}): {line.text[:60]!r}",
                     "examples must not show the test set: name other --example_lines, or another pool",
                 )
 
@@ -153,8 +140,8 @@ def check_pool(whole: Parallel, tested: Parallel, pool: Parallel, shots: int) ->
 def draw_examples(pool: Parallel, request: Request, number: int) -> list[tuple[str, str]]:
     """Draw the examples of one test line: the same lines for every pair, however many lines are tested."""
     key = number if request.examples == "per_sentence" else "fixed"
-    drawn = random.Random(f"{request.seed} {key}").sample(range(len(pool.numbers)), request.shots)
-    return [(pool.sources[i], pool.targets[i]) for i in drawn]
+    drawn = random.Random(f"{request.seed} {key}").sample(pool.pairs, request.shots)
+    return [(pair.source.text, pair.target.text) for pair in drawn]
 
 
 # --- What is built --------------------------------------------------------------------------------
@@ -164,64 +151,72 @@ def facts_of(request: Request, name: str, read: Iterable[Parallel]) -> dict:
     if request.shots:
         facts |= {key: getattr(request, key) for key in ("examples", "example_lines", "seed")}
     if any(not part.files for part in read):  # a dataset of the hub: no files of ours
-        lines = [line for part in read for line in (*part.sources, *part.targets)]
+        sides = [(part.pairs, side) for part in read for side in ("source", "target")]
+        lines = [getattr(pair, side).text for pairs, side in sides for pair in pairs]
         facts["data_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return {**facts, "data": list(dict.fromkeys(file for part in read for file in part.files))}
 
 
-def text_prompts(
-    request: Request, name: str, pair: str, whole: Parallel, shown: list[str] | None = None
-) -> tuple[list[tuple[int, str, str, str]], dict]:
-    """Make the instructions of one language pair: (number, instruction, source, target), and ``facts_of`` them.
+def instruction(request: Request, name: str, langs: tuple[str, str], pair: SentencePair, pool: Parallel | None) -> str:
+    """The instruction of one sentence, or of what ASR made of it."""
+    text = pair.source.text
+    if pair.heard is not None:
+        # A model that went astray may have written units: they are no words to be translated.
+        heard = PLANE_15.sub("", pair.heard)
+        if pool is None and request.style != "spire":
+            return prompts.cascaded_st(langs[1], heard)  # raw, as the original shows it
+        text = " ".join(heard.split())  # one line, as the templates want it
+    if pool is not None:
+        separator = SEPARATORS.get(name if request.test_set == "towereval" else request.test_set, "\n")
+        return prompts.mt_few_shot(*langs, text, draw_examples(pool, request, pair.number), separator)
+    template = prompts.mt_spire if request.style == "spire" else prompts.mt_0_shot
+    return template(*langs, text)
 
-    Args:
-        request: What is built.
-        name: The test set.
-        pair: The language pair.
-        whole: All of the test split.
-        shown: ASR outputs, shown in place of its sources.
-    """
+
+def text_file(request: Request, name: str, pair: str, whole: Parallel) -> PromptFile:
+    """The prompts of one test set and language pair; ``whole`` is all of the test split, or what was heard of it."""
     src, tgt = parse_pair(pair)
     tested = test_sets.take(whole, parse_lines(request.test_lines, "test_lines"), "test_lines")
     if request.style == "original":
-        for place, target in zip(tested.target_places, tested.targets, strict=True):
-            prompts.check_reference(target, place)
-    read = [tested]
+        for sentence in tested.pairs:
+            prompts.check_reference(sentence.target.text, sentence.target.place)
+    read, pool = [tested], None
     if request.shots:
-        read.append(read_pool(request, name, pair))
-        check_pool(whole, *read, request.shots)
-    separator = SEPARATORS.get(name if request.test_set == "towereval" else request.test_set, "\n")
-    made = []
-    for number, source, target in zip(tested.numbers, tested.sources, tested.targets, strict=True):
-        text = source if shown is None else " ".join(shown[number - 1].split())  # one line, as the templates want it
-        if request.shots:
-            examples = draw_examples(read[1], request, number)
-            instruction = prompts.mt_few_shot(src, tgt, text, examples, separator)
-        elif request.style == "spire":
-            instruction = prompts.mt_spire(src, tgt, text)
-        elif shown is not None:
-            instruction = prompts.cascaded_st(tgt, shown[number - 1])  # raw, as the original shows it
-        else:
-            instruction = prompts.mt_0_shot(src, tgt, text)
-        made.append((number, instruction, source, target))
-    return made, facts_of(request, name, read)
+        pool = read_pool(request, name, pair)
+        check_pool(whole, tested, pool, request.shots)
+        read.append(pool)
+    task, folder, stem, counts = "mt", f"{request.shots}_shot", f"{name}_{pair}", {}
+    if request.test_set == "cascade":
+        task = folder = "cascaded_st"
+        stem += f"_{request.shots}_shot" if request.shots else ""
+        counts = asr_counts(tested.pairs)
+    rows = []
+    for sentence in tested.pairs:
+        asked = instruction(request, name, (src, tgt), sentence, pool)
+        row_id = sentence.utterance or f"{name}_{pair}:{sentence.number}"
+        facts = dict(task=task, dataset=name, shots=request.shots, src_lang=src, tgt_lang=tgt)
+        facts["source"] = sentence.source.text
+        rows.append(prompts.prompt_row(request.style, row_id, asked, sentence.target.text, **facts))
+    return PromptFile(folder, stem, rows, facts_of(request, name, read), counts)
+
+
+def asr_counts(pairs: list[SentencePair]) -> dict[str, int]:
+    """How many ASR outputs are empty, and how many hold units."""
+    counts = {"empty_asr_outputs": sum(not pair.heard.strip() for pair in pairs)}
+    with_units = sum(PLANE_15.search(pair.heard) is not None for pair in pairs)
+    if with_units:
+        counts["asr_outputs_without_their_units"] = with_units
+    return counts
 
 
 def translation_files(request: Request) -> list[PromptFile]:
     """The prompts of a text test set, a file a language pair."""
     split = request.split or test_sets.TEST_SPLITS[request.test_set]
     dataset = request.dataset or TEXT_SETS[request.test_set]
-    files = []
-    for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset):
-        src, tgt = parse_pair(pair)
-        whole = test_sets.read_pairs(request.test_set, request.data_root, name, split, pair)
-        made, arguments = text_prompts(request, name, pair, whole)
-        rows = []
-        for number, instruction, source, target in made:
-            facts = dict(task="mt", dataset=name, shots=request.shots, src_lang=src, tgt_lang=tgt, source=source)
-            rows.append(prompts.prompt_row(request.style, f"{name}_{pair}:{number}", instruction, target, **facts))
-        files.append(PromptFile(f"{request.shots}_shot", name, pair, rows, arguments, {}))
-    return files
+    return [
+        text_file(request, name, pair, test_sets.read_pairs(request.test_set, request.data_root, name, split, pair))
+        for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset)
+    ]
 
 
 def speech_files(request: Request) -> list[PromptFile]:
@@ -236,14 +231,14 @@ def speech_files(request: Request) -> list[PromptFile]:
     facts = facts_of(request, name, []) | {"unit_offset": request.unit_offset}
     if not request.translations:
         rows = speech_rows(request.data_root, name, request.style, **settings)
-        return [PromptFile("asr", name, "", rows, {**facts, "data": request.data_root}, {})]
+        return [PromptFile("asr", name, rows, {**facts, "data": request.data_root}, {})]
     file, translations = test_sets.read_translations(request.translations, name)
     arguments = {**facts, "data": [request.data_root, file]}
     files = []
     for tgt in test_sets.speech_targets(request.pairs, file, translations):
-        targets = {key: text for key, (_, text) in translations[tgt].items()}
+        targets = {utterance: line.text for utterance, line in translations[tgt].items()}
         rows = speech_rows(request.data_root, name, request.style, **settings, tgt_lang=tgt, targets=targets)
-        files.append(PromptFile("st", name, f"en-{tgt}", rows, arguments, {}))
+        files.append(PromptFile("st", f"{name}_en-{tgt}", rows, arguments, {}))
     return files
 
 
@@ -251,51 +246,39 @@ def cascade_files(request: Request) -> list[PromptFile]:
     """The prompts that translate ASR outputs, a file a data set and target language."""
     if not request.translations:
         raise UserError("a cascade is scored against translations", "name them with --translations")
-    found = test_sets.find_transcriptions(request.data_root)
-    if request.dataset and len(found) > 1:
-        raise UserError(f"--dataset {request.dataset} would name {len(found)} files", "name one file as --data_root")
+    transcriptions = test_sets.find_transcriptions(request.data_root)
+    if request.dataset and len(transcriptions) > 1:
+        problem = f"--dataset {request.dataset} would name {len(transcriptions)} files"
+        raise UserError(problem, "name one file as --data_root")
     files = []
-    for generations in found:
-        places, asr = zip(*test_sets.read_transcriptions(generations), strict=True)
-        name = request.dataset or asr[0]["dataset"]
+    for generations in transcriptions:
+        asr = test_sets.read_transcriptions(generations)
+        name = request.dataset or asr[0][1]["dataset"]
         try:
             file, translations = test_sets.read_translations(request.translations, name)
         except Missing as error:  # of LibriSpeech, say, which is left out of a folder with others
-            if len(found) == 1:
+            if len(transcriptions) == 1:
                 raise
             print(f"left out: {str(error).splitlines()[0]}")
             continue
         for tgt in test_sets.speech_targets(request.pairs, file, translations):
-            for place, row in zip(places, asr, strict=True):
+            pairs = []
+            for number, (place, row) in enumerate(asr, 1):
                 if row["id"] not in translations[tgt]:
                     raise UserError(f"{place}: no translation of {row['id']!r} into {tgt}", f"add it to {file}")
-            target_places, targets = zip(*(translations[tgt][row["id"]] for row in asr), strict=True)
-            sources, numbers = [row["reference"] for row in asr], list(range(1, len(asr) + 1))
-            whole = Parallel(sources, targets, places, target_places, numbers, [generations, file])
-            # A model that went astray may have written units: they are no words to be translated.
-            shown = [PLANE_15.sub("", row["text"]) for row in asr]
-            made, arguments = text_prompts(request, name, f"en-{tgt}", whole, shown=shown)
-            rows = []
-            for number, instruction, source, target in made:
-                facts = dict(dataset=name, shots=request.shots, src_lang="en", tgt_lang=tgt, source=source)
-                facts = {"task": "cascaded_st", **facts}
-                rows.append(prompts.prompt_row(request.style, asr[number - 1]["id"], instruction, target, **facts))
-            heard = [(asr[number - 1]["text"], shown[number - 1]) for number, *_ in made]
-            counts = {"empty_asr_outputs": sum(not text.strip() for _, text in heard)}
-            if astray := sum(raw != text for raw, text in heard):
-                counts["asr_outputs_without_their_units"] = astray
-            files.append(PromptFile("cascaded_st", name, f"en-{tgt}", rows, arguments, counts))
+                source, target = Line(row["reference"], place), translations[tgt][row["id"]]
+                pairs.append(SentencePair(number, source, target, row["id"], row["text"]))
+            files.append(text_file(request, name, f"en-{tgt}", Parallel(pairs, [generations, file])))
     if not files:
         raise Missing(f"{request.translations} translates none of {request.data_root}'s data sets", "see above")
     return files
 
 
-def plan(request: Request) -> list[PromptFile]:
-    """Read and check all that a request needs; nothing is written yet."""
+def check_request(request: Request) -> None:
+    """Raise UserError if options contradict each other or would do nothing, or the data are not there."""
     if request.shots and request.style == "spire":
         raise UserError(NO_SPIRE_EXAMPLES, "use --style original or chat with --shots 5")
-    pool = {name: getattr(request, f"example_{name}") for name in ("file", "lines", "split")}
-    if not request.shots and any(pool.values()):
+    if not request.shots and (request.example_file or request.example_lines or request.example_split):
         raise UserError("a pool of examples, but --shots 0", "add --shots 5, or leave the examples out")
     if request.example_file and (request.example_lines or request.example_split):
         raise UserError("--example_file is a pool of its own", "leave --example_lines and --example_split out")
@@ -309,68 +292,93 @@ def plan(request: Request) -> list[PromptFile]:
     on_hub = request.test_set == "flores200" and test_sets.is_hub_dataset(request.data_root)
     if request.data_root is not None and not on_hub:
         check_exists(request.data_root, "check --data_root")
-    files = {"units": speech_files, "cascade": cascade_files}.get(request.test_set, translation_files)(request)
-    for name in {file.dataset for file in files}:
+
+
+def prompt_files(request: Request) -> list[PromptFile]:
+    """Read and check all that a request needs, and make its prompts; nothing is written yet."""
+    check_request(request)
+    makers = {"units": speech_files, "cascade": cascade_files}
+    files = makers.get(request.test_set, translation_files)(request)
+    for name in {file.rows[0]["dataset"] for file in files}:
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"{name!r} cannot name a file", "give --dataset of letters, digits, - and _")
     return files
 
 
 # --- Everything at once ---------------------------------------------------------------------------
-def plan_all(data_root: Path, common: dict) -> tuple[list[PromptFile], list[tuple[str, str, str]]]:
-    """Plan whatever is found below ``data_root``; also what is skipped: (test set, shots, reason)."""
-    check_exists(data_root, "check --data_root")
-    towereval = data_root / "towereval"
-    sets = sorted({path.name.rpartition(".")[0] for path in towereval.glob("mt/*.*-*")}) or [None]
-    units = sorted(path for path in data_root.glob("units/*") if path.is_dir()) or [data_root / "units"]
-    requests = [Request(name, data_root / name, **common) for name in ("flores200", "wmt23")]
-    requests += [Request("towereval", towereval, dataset=name, **common) for name in sets]
-    cascade = Request("cascade", data_root / "cascade", translations=data_root / "translations", **common)
-    requests = [replace(request, shots=shots) for request in [*requests, cascade] for shots in (0, 5)]
-    for folder in units:
+def all_requests(data_root: Path, common: dict) -> Iterator[Request]:
+    """What could be built from below ``data_root``, if all of it is there."""
+    towereval, translations, pool = (data_root / name for name in ("towereval", "translations", "examples.jsonl"))
+    texts = [Request(name, data_root / name, **common) for name in ("flores200", "wmt23")]
+    for name in sorted({path.name.rpartition(".")[0] for path in towereval.glob("mt/*.*-*")}) or [None]:
+        texts.append(Request("towereval", towereval, dataset=name, **common))
+    texts.append(Request("cascade", data_root / "cascade", translations=translations, **common))
+    for request in texts:
+        yield request
+        needs_pool = request.test_set in ("wmt23", "cascade")  # the others have a dev split
+        yield replace(request, shots=5, example_file=pool if needs_pool and pool.is_file() else None)
+    for folder in sorted(path for path in data_root.glob("units/*") if path.is_dir()) or [data_root / "units"]:
         request = Request("units", folder, **common)
-        requests += [request, replace(request, translations=data_root / "translations")]
-    files, skipped = [], []
-    for request in requests:
-        label = {"units": f"{request.data_root.name} ({'st' if request.translations else 'asr'})"}
-        label = (label.get(request.test_set, request.dataset or request.test_set), str(request.shots))
-        pool = data_root / "examples.jsonl"
-        if request.shots and pool.is_file() and request.test_set in ("wmt23", "cascade"):
-            request = replace(request, example_file=pool)
+        yield request
+        yield replace(request, translations=translations)
+
+
+def all_prompt_files(data_root: Path, common: dict) -> tuple[list[PromptFile], list[tuple[str, int, str]]]:
+    """The prompts of whatever is found below ``data_root``; also what is skipped: (test set, shots, reason)."""
+    check_exists(data_root, "check --data_root")
+    built: dict[tuple[str, str], PromptFile] = {}  # by folder and stem
+    skipped = []
+    for request in all_requests(data_root, common):
+        label = request.dataset or request.test_set
+        if request.test_set == "units":
+            label = f"{request.data_root.name} ({'st' if request.translations else 'asr'})"
         absent = [path for path in (request.data_root, request.translations) if path and not path.exists()]
-        if absent or (request.shots and request.style == "spire"):
-            skipped.append((*label, f"no {absent[0]}" if absent else NO_SPIRE_EXAMPLES))
-            continue
         try:
-            planned = plan(request)
+            if absent:
+                raise Missing(f"no {absent[0]}")
+            if request.shots and request.style == "spire":
+                raise Missing(NO_SPIRE_EXAMPLES)
+            files = prompt_files(request)
         except Missing as error:
-            skipped.append((*label, str(error).splitlines()[0]))
+            skipped.append((label, request.shots, str(error).splitlines()[0]))
             continue
-        built = {(file.folder, file.stem): file.arguments["test_set"] for file in files}
-        new = [file for file in planned if (file.folder, file.stem) not in built]
-        files += new
-        if len(new) < len(planned):  # TowerEval holds FLORES and WMT23 too
-            others = {built.get((file.folder, file.stem)) for file in planned} - {None}
-            skipped.append((*label, f"{len(planned) - len(new)} pairs are built from {', '.join(sorted(others))}"))
-    return files, skipped
+        others = []  # TowerEval holds FLORES and WMT23 too
+        for file in files:
+            first = built.setdefault((file.folder, file.stem), file)
+            if first is not file:
+                others.append(first.arguments["test_set"])
+        if others:
+            reason = f"{len(others)} pairs are built from {', '.join(sorted(set(others)))}"
+            skipped.append((label, request.shots, reason))
+    return list(built.values()), skipped
 
 
-def table(files: list[PromptFile], skipped: list[tuple[str, str, str]]) -> str:
+def table(files: list[PromptFile], skipped: list[tuple[str, int, str]]) -> str:
     """What was built, a line a data set and number of shots, and what was skipped and why."""
+    from tabulate import tabulate
+
     groups: dict[tuple, list[PromptFile]] = {}
     for file in files:
-        groups.setdefault((file.dataset, file.rows[0]["task"], file.rows[0]["shots"]), []).append(file)
-    lines = [("test set", "task", "shots", "pairs", "prompts", "")]
+        groups.setdefault(tuple(file.rows[0][name] for name in ("dataset", "task", "shots")), []).append(file)
+    lines = []
     for (dataset, task, shots), group in groups.items():
-        prompts = sum(len(file.rows) for file in group)
-        pairs = str(len(group)) if group[0].pair else "-"
-        lines.append((dataset, task, str(shots), pairs, f"{prompts:,}", ""))
+        num_prompts = sum(len(file.rows) for file in group)
+        lines.append((dataset, task, shots, "-" if task == "asr" else len(group), f"{num_prompts:,}"))
     lines += [(label, "-", shots, "-", "-", f"skipped: {reason}") for label, shots, reason in skipped]
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join(
-        "  ".join((*(cell.ljust(width) for cell, width in zip(line[:5], widths, strict=True)), line[5])).rstrip()
-        for line in lines
-    )
+    headers = ("test set", "task", "shots", "pairs", "prompts", "")
+    return tabulate(lines, headers, tablefmt="plain", disable_numparse=True)
+
+
+def write_file(file: PromptFile, output_dir: Path, overwrite: bool) -> None:
+    """Write one prompt file, as a stage of its own."""
+    arguments = {**file.arguments, "overwrite": overwrite}
+    with stage(output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as work:
+        if work.done:
+            return
+        write_jsonl(output_dir / file.folder / f"{file.stem}.jsonl", file.rows)
+        work.counts.update({"prompts": len(file.rows), **file.counts})
+        counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in work.counts.items())
+        print(f"{output_dir / file.folder / file.stem}.jsonl: {counted}")
 
 
 def build_instructions(
@@ -420,28 +428,21 @@ def build_instructions(
     given = {name: value for name, value in locals().items() if name in Request.__annotations__}
     if all:
         common = {name: given[name] for name in ("style", "examples", "unit_offset", "seed")}
-        if data_root is None or given != {**vars(Request(None, data_root)), **common}:
+        usual = Request(test_set=None, data_root=data_root, **common)
+        if data_root is None or any(value != getattr(usual, name) for name, value in given.items()):
             raise UserError(
                 "--all true takes --data_root and nothing that names a test set, its lines or its examples",
                 f"besides --output_dir and --overwrite it takes: {', '.join(f'--{name}' for name in common)}",
             )
-        files, skipped = plan_all(data_root, common)
+        files, skipped = all_prompt_files(data_root, common)
     elif test_set is None:
         raise UserError("no test set", "name one with --test_set, or build all with --all true")
     elif examples == "fixed" and not shots:
         raise UserError("--examples fixed, but --shots 0", "add --shots 5, or leave --examples out")
     else:
-        files, skipped = plan(Request(**given)), []
+        files, skipped = prompt_files(Request(**given)), []
     for file in files:
-        arguments = {**file.arguments, "overwrite": overwrite}
-        with stage(output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as work:
-            if work.done:
-                continue
-            with work.publish(f"{file.stem}.jsonl") as path, open(path, "w", encoding="utf-8") as output:
-                output.writelines(dumps(row) + "\n" for row in file.rows)
-            work.counts.update({"prompts": len(file.rows), **file.counts})
-            counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in work.counts.items())
-            print(f"{output_dir / file.folder / file.stem}.jsonl: {counted}")
+        write_file(file, output_dir, overwrite)
     if all:
         print(table(files, skipped))
 

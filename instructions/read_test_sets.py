@@ -1,17 +1,8 @@
-"""Find and read test sets: sentence pairs, translations of utterances, ASR outputs. Used by build_instructions.py.
-
-Pairs of a test set come from
-  flores200  FLORES-200's own layout, <split>/<code>.<split>, such as devtest/deu_Latn.devtest; or a dataset of the hub
-             (or a folder of that form) with one configuration a language and the columns id and text, as
-             openlanguagedata/flores_plus, or id and sentence, as facebook/flores
-  wmt23      generaltest2023.<pair>.src.<lang> and generaltest2023.<pair>.ref.refA.<lang>; or, without a folder, what
-             sacreBLEU downloads, in whose files runs of white space are one space
-  towereval  mt/<set>.<pair>/test.jsonl and dev.jsonl with src and ref, as TowerEval keeps them in raw_data/
-             (github.com/deep-spin/tower-eval, README)
-"""
+"""Find and read test sets: sentence pairs, translations of utterances, ASR outputs. Used by build_instructions.py."""
 
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +10,7 @@ from towerspeech.command import UserError
 from towerspeech.files import check_exists
 from towerspeech.languages import LANGUAGES, language, parse_pair
 from towerspeech.outside_text import check_outside_text
-from towerspeech.records import iter_jsonl, iter_parallel, read_lines
+from towerspeech.records import check_texts, iter_jsonl, iter_parallel, read_lines
 
 WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
 TEST_SPLITS = {"flores200": "devtest", "wmt23": "test", "towereval": "test"}
@@ -30,26 +21,41 @@ class Missing(UserError):
     """Data that is not there: what is built from whatever is found skips this, and says why."""
 
 
+class Line(NamedTuple):
+    """A text, and where it stands (``file:line``), for messages."""
+
+    text: str
+    place: str
+
+
+class SentencePair(NamedTuple):
+    """A line of a test set and its translation."""
+
+    number: int  # in the test set, from 1
+    source: Line
+    target: Line
+    utterance: str | None = None  # id of the utterance, in a cascade
+    heard: str | None = None  # what ASR made of it, to be translated in place of the source
+
+
 class Parallel(NamedTuple):
-    """Sentence pairs, each side with its place (``file:line``) for messages."""
+    """Parallel text, and what was read."""
 
-    sources: list[str]
-    targets: list[str]
-    source_places: list[str]
-    target_places: list[str]
-    numbers: list[int]  # in the test set, from 1
-    files: list[Path]  # what was read; empty for a dataset of the hub
+    pairs: list[SentencePair]
+    files: list[Path]  # empty for a dataset of the hub
 
 
-def parallel(files: list[Path], names: tuple[str, str], sides: tuple[list[str], list[str]]) -> Parallel:
-    """All lines of two texts, which must be translations of each other by line."""
-    if len(sides[0]) != len(sides[1]):
+def parallel(files: list[Path], names: Sequence[str], texts: Sequence[list[str]]) -> Parallel:
+    """All lines of two texts, which must be translations of each other by line; ``names`` say what they are."""
+    if len(texts[0]) != len(texts[1]):
         raise UserError(
-            f"{names[0]} has {len(sides[0])} lines, {names[1]} {len(sides[1])}", "they must be translations by line"
+            f"{names[0]} has {len(texts[0])} lines, {names[1]} {len(texts[1])}", "they must be translations by line"
         )
-    numbers = list(range(1, len(sides[0]) + 1))
-    places = ([f"{name}:{number}" for number in numbers] for name in names)
-    return Parallel(*sides, *places, numbers, files)
+    pairs = []
+    for number, (source, target) in enumerate(zip(*texts, strict=True), 1):
+        places = [f"{name}:{number}" for name in names]
+        pairs.append(SentencePair(number, Line(source, places[0]), Line(target, places[1])))
+    return Parallel(pairs, files)
 
 
 def take(whole: Parallel, wanted: range | None, option: str) -> Parallel:
@@ -58,22 +64,22 @@ def take(whole: Parallel, wanted: range | None, option: str) -> Parallel:
     Raises:
         UserError: There are fewer, or one of them is empty or spells speech units.
     """
-    chosen = range(len(whole.numbers))
+    pairs = whole.pairs
     if wanted:
-        if wanted[-1] > len(chosen):
-            file = whole.source_places[-1].rpartition(":")[0]
-            raise UserError(f"--{option} ends at line {wanted[-1]}, but {file} has {len(chosen)}", "name fewer")
-        chosen = range(wanted[0] - 1, wanted[-1])
-    part = Parallel(*([column[i] for i in chosen] for column in whole[:-1]), whole.files)
-    for places, lines in ((part.source_places, part.sources), (part.target_places, part.targets)):
-        for place, line in zip(places, lines, strict=True):
-            if not line.strip():
-                raise UserError(f"{place}: the line is empty", "mend the file, or leave the line out")
-            check_outside_text(line, place)
-    return part
+        if wanted[-1] > len(pairs):
+            file = pairs[-1].source.place.rpartition(":")[0]
+            raise UserError(f"--{option} ends at line {wanted[-1]}, but {file} has {len(pairs)}", "name fewer")
+        pairs = pairs[wanted[0] - 1 : wanted[-1]]
+    for line in [*(pair.source for pair in pairs), *(pair.target for pair in pairs)]:
+        if not line.text.strip():
+            raise UserError(f"{line.place}: the line is empty", "mend the file, or leave the line out")
+        check_outside_text(line.text, line.place)
+    return Parallel(pairs, whole.files)
 
 
 # --- FLORES-200 -----------------------------------------------------------------------------------
+# Files such as devtest/deu_Latn.devtest; or a dataset of the hub (or a folder of that form) with one configuration a
+# language and the columns id and text, as openlanguagedata/flores_plus, or id and sentence, as facebook/flores.
 def is_hub_dataset(root: Path) -> bool:
     """Whether a data root is a dataset's name on the hub, or a folder of the form that such a dataset has."""
     if root.is_dir():
@@ -81,15 +87,16 @@ def is_hub_dataset(root: Path) -> bool:
     return not root.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) is not None
 
 
-def hub(root: Path, function, *arguments, **options):
-    """Call a function of the datasets library; whatever goes wrong becomes one message."""
+@functools.cache
+def hub(root: Path, function: str, *arguments, **options):
+    """Call a function of the datasets library, once; whatever goes wrong becomes one message."""
     import datasets
     from huggingface_hub.utils import logging
 
     datasets.disable_progress_bars()
     logging.set_verbosity_error()  # its retries; the message below says it once
     try:
-        return function(str(root), *arguments, **options)
+        return getattr(datasets, function)(str(root), *arguments, **options)
     except Exception as error:  # offline, no such dataset, gated, malformed: of many classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -99,63 +106,36 @@ def hub(root: Path, function, *arguments, **options):
         ) from None
 
 
-@functools.cache
-def hub_configurations(root: Path) -> list[str]:
-    """The configurations of a dataset, one a language."""
-    import datasets
-
-    return hub(root, datasets.get_dataset_config_names)
-
-
 def hub_configuration(root: Path, code: str) -> str | None:
     """The configuration of a FLORES-200 code; None if the dataset lacks the language."""
     names = (code, FLORES_PLUS_CODES.get(code))
-    return next((name for name in names if name in hub_configurations(root)), None)
+    return next((name for name in names if name in hub(root, "get_dataset_config_names")), None)
 
 
-@functools.cache
 def read_hub(root: Path, code: str, split: str) -> tuple[list, list[str]]:
     """Ids and sentences of one language and split."""
-    import datasets
-
     configuration = hub_configuration(root, code)
     if configuration is None:
         raise Missing(f"{root} has no configuration {code}", "check --data_root and --pairs")
-    splits = hub(root, datasets.get_dataset_split_names, configuration)
+    splits = hub(root, "get_dataset_split_names", configuration)
     if split not in splits:
         raise Missing(f"{root} has no split {split} of {code}, but {', '.join(splits)}", "check --split")
-    rows = hub(root, datasets.load_dataset, configuration, split=split)
+    rows = hub(root, "load_dataset", configuration, split=split)
     column = next((name for name in ("text", "sentence") if name in rows.column_names), None)
     if column is None or "id" not in rows.column_names:
         raise UserError(f"{root}: columns {', '.join(rows.column_names)}", "FLORES has id and text (or sentence)")
     return list(rows["id"]), list(rows[column])
 
 
-def flores_files(root: Path, split: str, pair: str) -> list[Path]:
-    """The source and the target file of FLORES-200's own layout."""
-    return [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
-
-
-def read_flores(root: Path, split: str, pair: str) -> Parallel:
-    """Read a split of one pair."""
-    if not is_hub_dataset(root):
-        files = flores_files(root, split, pair)
-        return read_files(files, "check --data_root, --split and --pairs")
+def read_hub_pair(root: Path, split: str, pair: str) -> Parallel:
+    """Read a split of one pair from a dataset of the hub."""
     codes = [language(code).flores for code in parse_pair(pair)]
     (source_ids, sources), (target_ids, targets) = (read_hub(root, code, split) for code in codes)
     if source_ids != target_ids:
         raise UserError(
             f"{root}: {codes[0]} and {codes[1]} differ in ids ({split})", "they must be translations by id"
         )
-    return parallel([], tuple(f"{root} {code} {split}" for code in codes), (sources, targets))
-
-
-def read_files(files: list[Path], remedy: str) -> Parallel:
-    """Read two plain files."""
-    for file in files:
-        if not file.is_file():
-            raise Missing(f"{file} does not exist", remedy)
-    return parallel(files, tuple(map(str, files)), tuple(read_lines(file) for file in files))
+    return parallel([], [f"{root} {code} {split}" for code in codes], [sources, targets])
 
 
 # --- WMT23 ----------------------------------------------------------------------------------------
@@ -177,87 +157,101 @@ def wmt23_files(root: Path | None, pair: str) -> list[Path]:
         ) from None
 
 
-# --- TowerEval ------------------------------------------------------------------------------------
-def towereval_file(root: Path, name: str, split: str, pair: str) -> Path:
-    """Where TowerEval keeps one set's pair."""
-    return root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"
+# --- JSONL ----------------------------------------------------------------------------------------
+def read_direction(path: Path, pair: str) -> Parallel:
+    """Read the sentence pairs of one direction from parallel JSONL, which may hold several."""
+    rows = ((where, row) for where, row in iter_parallel(path) if f"{row['src_lang']}-{row['tgt_lang']}" == pair)
+    return pairs_of_rows(rows, "source", "target", path)
 
 
-def read_jsonl_pairs(path: Path, fields: tuple[str, str], pair: str | None = None) -> Parallel:
-    """Read sentence pairs from two fields; of a file of several directions, those of ``pair``."""
-    sides, places = ([], []), []
-    for where, row in iter_parallel(path) if pair else iter_jsonl(path, fields):
-        for field, side in zip(fields, sides, strict=True):
-            if not isinstance(row[field], str):
-                raise UserError(f"{where}: {field} is {row[field]!r}", "it must be a text")
-            if not pair or pair == f"{row['src_lang']}-{row['tgt_lang']}":
-                side.append(row[field])
-        if len(sides[0]) > len(places):
-            places.append(where)
-    return Parallel(*sides, places, places, list(range(1, len(places) + 1)), [path])
+def pairs_of_rows(rows: Iterable[tuple[str, dict]], source: str, target: str, path: Path) -> Parallel:
+    """Make sentence pairs of two fields of JSONL rows, each with its place."""
+    pairs = []
+    for number, (where, row) in enumerate(rows, 1):
+        pairs.append(SentencePair(number, Line(row[source], where), Line(row[target], where)))
+    return Parallel(pairs, [path])
 
 
 # --- All layouts ----------------------------------------------------------------------------------
+def data_files(test_set: str, root: Path | None, split: str, pair: str, name: str | None = None) -> list[Path]:
+    """The files of a language pair: source and target; TowerEval has one (github.com/deep-spin/tower-eval)."""
+    if test_set == "towereval":
+        return [root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"]
+    if test_set == "wmt23":
+        return wmt23_files(root, pair)
+    return [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
+
+
 def read_pairs(test_set: str, root: Path | None, name: str, split: str, pair: str) -> Parallel:
     """Read a split of one pair of a test set; ``name`` tells TowerEval's sets apart."""
-    if test_set == "flores200":
-        return read_flores(root, split, pair)
-    if test_set == "wmt23":
-        return read_files(wmt23_files(root, pair), "check --data_root and --pairs")
-    path = towereval_file(root, name, split, pair)
-    if not path.is_file():
-        raise Missing(f"{path} does not exist", "check --data_root, --dataset, --split and --pairs")
-    return read_jsonl_pairs(path, ("src", "ref"))
+    if test_set == "flores200" and is_hub_dataset(root):
+        return read_hub_pair(root, split, pair)
+    files = data_files(test_set, root, split, pair, name)
+    for file in files:
+        if not file.is_file():
+            raise Missing(f"{file} does not exist", "check --data_root, --pairs, and --dataset and --split if given")
+    if test_set == "towereval":
+        return pairs_of_rows(iter_jsonl(files[0], texts=("src", "ref")), "src", "ref", files[0])
+    return parallel(files, [str(file) for file in files], [read_lines(file) for file in files])
+
+
+def parse_pairs(pairs: str) -> list[str]:
+    """The pairs of ``de-en,en-zh``, each named once; none of ``all``."""
+    named = [] if pairs == "all" else ["-".join(parse_pair(pair.strip())) for pair in pairs.split(",")]
+    if len(set(named)) < len(named):
+        raise UserError(f"--pairs {pairs} names a pair twice", "name each once")
+    return named
 
 
 def find_pairs(test_set: str, root: Path | None, split: str, pairs: str, name: str | None) -> list[tuple[str, str]]:
     """Parse ``de-en,en-zh`` as (set, pair); ``all`` are those of the ten languages whose data are there."""
-    named = [] if pairs == "all" else ["-".join(parse_pair(pair.strip())) for pair in pairs.split(",")]
-    if len(set(named)) < len(named):
-        raise UserError(f"--pairs {pairs} names a pair twice", "name each once")
+    named = parse_pairs(pairs)
     if test_set == "towereval":
         return find_towereval(root, split, named, name)
     if named:
         return [(name, pair) for pair in named]
+    others = [code for code in LANGUAGES if code != "en"]
+    known = [*(f"{code}-en" for code in others), *(f"en-{code}" for code in others)]
     if test_set == "wmt23":
         known = list(WMT23_PAIRS)
-        found = known if root is None else [p for p in known if all(f.is_file() for f in wmt23_files(root, p))]
-    else:
-        others = [code for code in LANGUAGES if code != "en"]
-        known = [*(f"{code}-en" for code in others), *(f"en-{code}" for code in others)]
-        if is_hub_dataset(root):
-            there = {code for code in LANGUAGES if hub_configuration(root, language(code).flores)}
-            found = [pair for pair in known if there.issuperset(pair.split("-"))]
-        else:
-            found = [pair for pair in known if all(file.is_file() for file in flores_files(root, split, pair))]
-    if not found:
-        files = flores_files(root, split, known[0]) if test_set == "flores200" else wmt23_files(root, known[0])
-        raise Missing(f"no {test_set} files under {root} (such as {files[0]})", "check --data_root and --split")
-    if len(found) < len(known):
-        print(f"no files for: {', '.join(pair for pair in known if pair not in found)}")
-    return [(name, pair) for pair in found]
+    there = [pair for pair in known if has_pair(test_set, root, split, pair)]
+    if not there:
+        example = data_files(test_set, root, split, known[0])[0]
+        raise Missing(f"no {test_set} files under {root} (such as {example})", "check --data_root and --split")
+    if len(there) < len(known):
+        print(f"no files for: {', '.join(pair for pair in known if pair not in there)}")
+    return [(name, pair) for pair in there]
+
+
+def has_pair(test_set: str, root: Path | None, split: str, pair: str) -> bool:
+    """Whether FLORES-200 or WMT23 is there for a language pair."""
+    if root is None:
+        return True  # sacreBLEU has all of WMT23
+    if test_set == "flores200" and is_hub_dataset(root):
+        return all(hub_configuration(root, language(code).flores) for code in parse_pair(pair))
+    return all(file.is_file() for file in data_files(test_set, root, split, pair))
 
 
 def find_towereval(root: Path, split: str, named: list[str], name: str | None) -> list[tuple[str, str]]:
     """TowerEval's sets and pairs: those named, or all that are there."""
-    found = []
+    there = []
     for file in sorted(root.glob(f"mt/*.*-*/{split}.jsonl")):
-        found_name, _, pair = file.parent.name.rpartition(".")
-        if name in (None, found_name) and set(pair.split("-")) <= set(LANGUAGES):
-            found.append((found_name, pair))
-    missing = [pair for pair in named if pair not in {pair for _, pair in found}]
-    if missing or not found:
-        example = towereval_file(root, name or "flores", split, missing[0] if missing else "en-de")
+        set_name, _, pair = file.parent.name.rpartition(".")
+        if name in (None, set_name) and set(pair.split("-")) <= set(LANGUAGES):
+            there.append((set_name, pair))
+    missing = [pair for pair in named if pair not in {pair for _, pair in there}]
+    if missing or not there:
+        (example,) = data_files("towereval", root, split, missing[0] if missing else "en-de", name or "flores")
         raise Missing(
             f"no such files: {example}",
             "--data_root is TowerEval's raw_data folder, which holds mt/; --dataset names a set in it, such as wmt23",
         )
-    return [(found_name, pair) for found_name, pair in found if not named or pair in named]
+    return [(set_name, pair) for set_name, pair in there if not named or pair in named]
 
 
 # --- Translations of utterances, and ASR outputs --------------------------------------------------
-def read_translations(path: Path, name: str) -> tuple[Path, dict[str, dict[str, tuple[str, str]]]]:
-    """Read the translations of a speech test set: {language: {utterance's id: (file:line, text)}}.
+def read_translations(path: Path, name: str) -> tuple[Path, dict[str, dict[str, Line]]]:
+    """Read the translations of a speech test set, and say from which file: {language: {utterance's id: text}}.
 
     Args:
         path: JSONL with id, tgt_lang and target, or a folder with such a file a test set, <name>.jsonl.
@@ -266,29 +260,30 @@ def read_translations(path: Path, name: str) -> tuple[Path, dict[str, dict[str, 
     file = path / f"{name}.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise Missing(f"{file} does not exist", "put the translations of this test set there: id, tgt_lang, target")
-    found: dict[str, dict[str, tuple[str, str]]] = {}
-    for where, row in iter_jsonl(file, ["id", "tgt_lang", "target"]):
-        if not isinstance(row["tgt_lang"], str) or row["tgt_lang"] not in {*LANGUAGES} - {"en"}:
-            known = ", ".join(code for code in LANGUAGES if code != "en")
-            raise UserError(f"{where}: tgt_lang is {row['tgt_lang']!r}", f"it must be one of: {known}")
-        if not isinstance(row["id"], str) or not isinstance(row["target"], str) or not row["target"].strip():
-            raise UserError(f"{where}: id and target must be texts, and not empty", "mend or remove the line")
+    known = [code for code in LANGUAGES if code != "en"]
+    translations: dict[str, dict[str, Line]] = {}
+    for where, row in iter_jsonl(file, texts=("id", "tgt_lang", "target")):
+        if row["tgt_lang"] not in known:
+            raise UserError(f"{where}: tgt_lang is {row['tgt_lang']!r}", f"it must be one of: {', '.join(known)}")
+        check_texts(row, ["target"], where, blank=False)
         check_outside_text(row["target"], where)
-        by_id = found.setdefault(row["tgt_lang"], {})
+        by_id = translations.setdefault(row["tgt_lang"], {})
         if row["id"] in by_id:
-            raise UserError(f"{where}: {row['id']!r} is translated twice (also {by_id[row['id']][0]})", "remove one")
-        by_id[row["id"]] = where, row["target"]
-    return file, found
+            raise UserError(
+                f"{where}: {row['id']!r} is translated twice (also {by_id[row['id']].place})", "remove one"
+            )
+        by_id[row["id"]] = Line(row["target"], where)
+    return file, translations
 
 
 def speech_targets(pairs: str, file: Path, translations: dict[str, dict]) -> list[str]:
     """The languages that English speech is translated into: ``en-de,en-fr``, or all that there are."""
     if pairs == "all":
         return [code for code in LANGUAGES if code in translations]
-    chosen = [parse_pair(pair.strip()) for pair in pairs.split(",")]
-    targets = [tgt for _, tgt in chosen]
-    if any(src != "en" for src, _ in chosen) or len(set(targets)) < len(targets):
-        raise UserError(f"--pairs {pairs}: speech is English, and each pair is named once", "such as en-de,en-fr")
+    directions = [parse_pair(pair) for pair in parse_pairs(pairs)]
+    if any(src != "en" for src, _ in directions):
+        raise UserError(f"--pairs {pairs}: speech is English", "such as en-de,en-fr")
+    targets = [tgt for _, tgt in directions]
     for code in targets:
         if code not in translations:
             raise UserError(
@@ -310,14 +305,12 @@ def find_transcriptions(root: Path) -> list[Path]:
 def read_transcriptions(path: Path) -> list[tuple[str, dict]]:
     """Read ASR generations, each with its ``file:line``; an empty output is one too."""
     rows, seen = [], set()
-    for where, row in iter_jsonl(path, ["id", "text", "reference", "task", "dataset"]):
+    for where, row in iter_jsonl(path, ["task", "dataset"], texts=("id", "text", "reference")):
         if row["task"] != "asr":
             raise UserError(
                 f"{where}: task is {row['task']!r}", "a cascade starts from generations of generate_ASR.py"
             )
-        for field in ("id", "text", "reference"):
-            if not isinstance(row[field], str) or (field != "text" and not row[field].strip()):
-                raise UserError(f"{where}: no {field}, but {row[field]!r:.80}", "decode prompts that have references")
+        check_texts(row, ("id", "reference"), where, blank=False)
         if row["id"] in seen:
             raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
         if rows and row["dataset"] != rows[0][1]["dataset"]:

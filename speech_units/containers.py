@@ -23,6 +23,8 @@ KBITS = {
     (V2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 RATES = (44100, 48000, 32000)
+MPEG_1 = 3  # its code in a frame's header
+RATE_DIVISORS = {MPEG_1: 1, 2: 2, 0: 4}  # of MPEG 1, 2 and 2.5
 
 
 def ends_early(path: Path, container: str, num_samples: int) -> bool:
@@ -47,7 +49,8 @@ def _end_of_data(file: BinaryIO) -> Iterator[int]:
     magic = file.read(4)
     if magic == b".snd":
         start, length = struct.unpack(">II", file.read(8))
-        yield from [] if length in STREAMED[1] else [start + length]
+        if length not in STREAMED[1]:
+            yield start + length
     elif magic == b"NIST":
         header = file.read(1020)
         fields = (b"sample_count", b"sample_n_bytes", b"channel_count")
@@ -128,7 +131,11 @@ def _mp3_ends_early(data: bytes, num_samples: int) -> bool:
     xing = max(head[:64].find(b"Xing"), head[:64].find(b"Info"))
     counted = xing > 0 and int.from_bytes(head[xing + 4 : xing + 8], "big") & 1
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
-    samples_a_frame = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
+    samples_a_frame = 1152
+    if layer == 1:
+        samples_a_frame = 384
+    elif layer == 3 and version != MPEG_1:
+        samples_a_frame = 576
     if num_samples < (frames - UNHEARD_FRAMES) * samples_a_frame:
         return True
     # The header's own frame is among ours, and some programs count it too: one missing frame (24 to 72 ms) may pass.
@@ -138,12 +145,12 @@ def _mp3_ends_early(data: bytes, num_samples: int) -> bool:
 def _mp3_frame(data: bytes, place: int) -> int:
     """Bytes of the MPEG audio frame whose header stands at ``place``; 0 if none does."""
     head = int.from_bytes(data[place : place + 4], "big")
-    version, layer = head >> 19 & 3, 4 - (head >> 17 & 3)  # version 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5
+    version, layer = head >> 19 & 3, 4 - (head >> 17 & 3)
     kbits, rate, padding = head >> 12 & 15, head >> 10 & 3, head >> 9 & 1
-    if head >> 21 != 0x7FF or version == 1 or layer == 4 or kbits in (0, 15) or rate == 3:
+    if head >> 21 != 0x7FF or version not in RATE_DIVISORS or layer == 4 or kbits in (0, 15) or rate == 3:
         return 0
-    bits = 1000 * KBITS[V1 if version == 3 else V2, layer][kbits]
-    rate = RATES[rate] >> (0 if version == 3 else 1 if version == 2 else 2)
+    bits = 1000 * KBITS[V1 if version == MPEG_1 else V2, layer][kbits]
+    rate = RATES[rate] // RATE_DIVISORS[version]
     if layer == 1:
         return (12 * bits // rate + padding) * 4
-    return (72 if layer == 3 and version != 3 else 144) * bits // rate + padding
+    return (72 if layer == 3 and version != MPEG_1 else 144) * bits // rate + padding

@@ -4,21 +4,17 @@ Shared by fit_kmeans.py and label_audio.py, so that audio is labelled with exact
 """
 
 import contextlib
-import functools
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 
 from speech_units.containers import ends_early
 from towerspeech.command import UserError
 from towerspeech.files import check_exists, read_json
-from towerspeech.outside_text import check_outside_text
-from towerspeech.records import iter_jsonl
 
 SAMPLE_RATE = 16000  # Hz
 RATES = range(1000, 768_001)  # Hz; what else a header says is an error of its own
@@ -36,13 +32,6 @@ DELTA_WEIGHT = 0.7  # deltas count less in k-means' distances
 LOG_FLOOR = 1e-10  # power of digital silence
 HUBERT_WINDOW = 400  # samples; features.json of earlier versions does not say it
 
-# Names that mean a part of a recording, in any unit and with anything before: start, t_end, offset_s, startTime.
-UNIT = "time|timestamp|ts|at|offset|s|secs?|seconds?|ms|hms|samples?|frames?|byte"
-SEGMENT = re.compile(
-    f"(.*_)?(t?start|t?beg|begin|onset|offset|stop|t?end|segments?|seg|interval|span|timestamps?|[se]time|t[01]"
-    f"|[tx]m(in|ax))_?({UNIT})?(_({UNIT}))*|(.*_)?chan(nel)?(_id)?|(from|to)(_({UNIT}))?"
-)
-
 
 @dataclass(frozen=True)
 class FeatureConfig:
@@ -55,71 +44,7 @@ class FeatureConfig:
     window_samples: int = WINDOW  # the shortest audio that gives a frame
 
 
-# --- Manifests and audio --------------------------------------------------------------------------
-def read_manifest(
-    manifest: Path, audio_root: Path | None = None, start: int = 0, end: int | None = None
-) -> Iterator[dict]:
-    """Stream the manifest's rows (id, audio, language, text), with "where" = manifest:line added.
-
-    Rows start..end-1, counted from 0, are given; every line is parsed. With ``audio_root`` their audio must exist.
-
-    Raises:
-        UserError: A line is malformed or speaks of a part of its recording, an id occurs twice, an audio file is
-            missing; names manifest:line.
-    """
-    fields = ("id", "audio", "language", "text")
-    ids: set[str] = set()
-    for number, (where, row) in enumerate(iter_jsonl(manifest, fields)):
-        for name in fields:
-            if not isinstance(row[name], str):
-                raise UserError(
-                    f"{where}: field {name!r} is not a string: {row[name]!r:.80}",
-                    "rows need id, audio, language, text",
-                )
-        _check_whole(row, where)
-        check_outside_text(row["text"], where)
-        if row["id"] in ids:
-            first = next(place for place, other in iter_jsonl(manifest) if other["id"] == row["id"])
-            line = re.search(r"\d+$", first)[0]
-            raise UserError(f"{where}: id {row['id']!r} stands in line {line} already", "make ids unique")
-        ids.add(row["id"])
-        if number >= start and (end is None or number < end):
-            if audio_root is not None and not os.path.isfile(Path(audio_root) / row["audio"]):
-                raise UserError(
-                    f"{where}: {Path(audio_root) / row['audio']} does not exist", "check --audio_root and the line"
-                )
-            yield {**row, "where": where}
-
-
-def _check_whole(row: dict, where: str) -> None:
-    """Raise UserError if a row means a part of its recording; an offset of 0 alone means none.
-
-    A duration may be the whole file's: ``read_audio`` compares it.
-    """
-    for name, value in row.items():
-        if not _means_a_part(name) or value is None or value == []:
-            continue
-        if not (
-            name.startswith("offset")
-            and value == 0
-            and not any(re.match("dur|len|num", key) and row[key] is not None for key in row)
-        ):
-            raise UserError(
-                f"{where}: field {name!r} means a part of the recording, but whole files are labelled",
-                "cut the audio into a file an utterance, and leave the field out",
-            )
-
-
-@functools.cache
-def _means_a_part(name: str) -> bool:
-    return bool(SEGMENT.fullmatch(re.sub("(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).lower()))
-
-
-def duration(row: dict) -> float | None:
-    """The seconds that a manifest row says its file lasts, if it does."""
-    return next((row[name] for name in ("duration", "duration_s") if row.get(name) is not None), None)
-
-
+# --- Audio ----------------------------------------------------------------------------------------
 def fingerprint(rows: Iterable[dict], audio_root: Path) -> str:
     """SHA-256 over the rows' audio: path in the manifest, size, and content (of large files three blocks)."""
 
@@ -128,14 +53,14 @@ def fingerprint(rows: Iterable[dict], audio_root: Path) -> str:
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                found = hashlib.sha256(f"{row['audio']}\0{size}\0".encode())
+                content = hashlib.sha256(f"{row['audio']}\0{size}\0".encode())
                 if size <= WHOLE:
-                    found.update(file.read())
-                    return found.digest()
-                for place in (0, (size - BLOCK) // 2, size - BLOCK):
-                    file.seek(place)
-                    found.update(file.read(BLOCK))
-                return found.digest()
+                    content.update(file.read())
+                else:
+                    for place in (0, (size - BLOCK) // 2, size - BLOCK):
+                        file.seek(place)
+                        content.update(file.read(BLOCK))
+                return content.digest()
         except OSError as error:
             raise UserError(
                 f"{row['where']}: {path} cannot be read ({error.strerror})", "check --audio_root and the line"
@@ -165,9 +90,8 @@ def read_audio(path: Path, where: str, min_samples: int = 1, said_s: float | Non
             samples = file.read(dtype="float32", always_2d=True)
     except Exception as error:  # soundfile's own, and what its arguments, numpy and the system raise
         refuse(f"is not readable audio ({str(error) or 'it is damaged or ends early'})")
-    if ends_early(path, container, len(samples)) or (
-        len(samples) < announced and container != "MP3"
-    ):  # an MP3 may announce an estimate
+    fewer = len(samples) < announced and container != "MP3"  # which may announce an estimate
+    if fewer or ends_early(path, container, len(samples)):
         refuse("ends early: less of it can be read than its header or its frames announce, or its end is missing")
     if rate not in RATES:
         refuse(f"has {rate} samples a second, but {RATES[0]:,} to {RATES[-1]:,} are possible")
@@ -317,9 +241,10 @@ def extractor(config: FeatureConfig, device: str) -> Callable:
     """The function that turns samples at 16 kHz, (n,), into features, float32 (frames, dim)."""
     if config.features == "mfcc":
         return mfcc
-    if (found := hubert_config(config.hubert, config.layer)) != config:
+    model = hubert_config(config.hubert, config.layer)
+    if model != config:
         raise UserError(
-            f"HuBERT {config.hubert!r} gives a frame every {found.hop_samples} samples from {found.window_samples} on,"
+            f"HuBERT {config.hubert!r} gives a frame every {model.hop_samples} samples from {model.window_samples} on,"
             f" but the k-means was fitted to {config.hop_samples} and {config.window_samples}",
             "fit the k-means anew with speech_units/fit_kmeans.py",
         )
@@ -350,27 +275,22 @@ def load_kmeans(folder: Path):
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    for name in ("kmeans.safetensors", "features.json"):
-        check_exists(Path(folder) / name, "run speech_units/fit_kmeans.py")
-    found = read_json(
-        Path(folder) / "features.json", "run speech_units/fit_kmeans.py", ("features", "hubert", "layer")
-    )
+    made_by = "run speech_units/fit_kmeans.py"
+    check_exists(Path(folder) / "kmeans.safetensors", made_by)
+    saved = read_json(Path(folder) / "features.json", made_by, ("features", "hubert", "layer"))
     try:
-        if found["features"] == "mfcc":
+        if saved["features"] == "mfcc":
             config = FeatureConfig("mfcc")
         else:
-            found.setdefault("window_samples", HUBERT_WINDOW)
-            config = FeatureConfig(
-                found["features"], found["hubert"], found["layer"], found["hop_samples"], found["window_samples"]
-            )
+            saved.setdefault("window_samples", HUBERT_WINDOW)
+            config = FeatureConfig(**{field.name: saved[field.name] for field in fields(FeatureConfig)})
         centroids = load_file(Path(folder) / "kmeans.safetensors")["centroids"]
     except (ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} is no k-means folder: {error!r}", "run speech_units/fit_kmeans.py") from None
-    wanted = features_json(config, *centroids.shape)
-    for name, value in wanted.items():
-        if found.get(name) != value:
+        raise UserError(f"{folder} is no k-means folder: {error!r}", made_by) from None
+    for name, value in features_json(config, *centroids.shape).items():
+        if saved.get(name) != value:
             raise UserError(
-                f"{folder}/features.json: {name} is {found.get(name)!r}, this version computes {value!r}",
+                f"{folder}/features.json: {name} is {saved.get(name)!r}, this version computes {value!r}",
                 "fit the k-means anew with speech_units/fit_kmeans.py",
             )
     return centroids, config

@@ -9,22 +9,21 @@ the centroids belong to; label_audio.py computes the same).
 
 import os
 import random
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from speech_units.features import (
     FeatureConfig,
-    duration,
     extractor,
     features_json,
     fingerprint,
     hubert_config,
     read_audio,
-    read_manifest,
 )
 from towerspeech.command import UserError, run
 from towerspeech.files import write_json
+from towerspeech.manifests import duration, read_manifest
+from towerspeech.sampling import reservoir
 from towerspeech.stage import stage
 from towerspeech.units import check_num_units
 
@@ -32,19 +31,6 @@ BATCH_SIZE = 10_000  # frames of a k-means step; the default of HuBERT's own rec
 EPOCHS = 20  # passes over the frames, at most
 MIN_STEPS = 100
 COMPARED = 10_000  # files that decide whether the audio is still the same
-
-
-def sample_rows(rows: Iterable[dict], size: int, seed: int) -> list[dict]:
-    """Draw up to ``size`` rows at random and in random order; memory is bounded by ``size`` (reservoir sampling)."""
-    rng = random.Random(seed)
-    kept: list[dict] = []
-    for number, row in enumerate(rows):
-        if number < size:
-            kept.append(row)
-        elif (place := rng.randrange(number + 1)) < size:
-            kept[place] = row
-    rng.shuffle(kept)
-    return kept
 
 
 def sample_frames(rows: list[dict], audio_root: Path, config: FeatureConfig, device: str, max_frames: int):
@@ -57,19 +43,71 @@ def sample_frames(rows: list[dict], audio_root: Path, config: FeatureConfig, dev
     with tqdm(total=max_frames, desc="features", unit="frame") as progress:
         for row in rows:
             samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
-            found = extract(samples)
+            spoken = extract(samples)[: max_frames - filled]
             if frames is None:
-                frames = np.empty((max_frames, found.shape[1]), dtype=np.float32)  # touched, and so used, as it fills
-            found = found[: max_frames - filled]
-            frames[filled : filled + len(found)] = found
-            filled, used = filled + len(found), used + 1
-            progress.update(len(found))
+                frames = np.empty((max_frames, spoken.shape[1]), dtype=np.float32)  # touched, and so used, as it fills
+            frames[filled : filled + len(spoken)] = spoken
+            filled, used = filled + len(spoken), used + 1
+            progress.update(len(spoken))
             if filled == max_frames:
                 break
     return frames[:filled], used
 
 
-def cluster(frames, num_units: int, seed: int):
+class Fit(NamedTuple):
+    """One fit of k-means."""
+
+    centroids: Any  # (num_units, dim) float32
+    distance: float  # mean squared
+    used: int  # centroids that are nearest to a frame
+    distinct: int  # centroids that differ
+
+
+def fit_once(frames, num_units: int, seed: int, **settings) -> Fit:
+    """Fit scikit-learn's mini-batch k-means to frames, (frames, dim)."""
+    import numpy as np
+    from sklearn.cluster import MiniBatchKMeans
+
+    steps_an_epoch = max(1, len(frames) // BATCH_SIZE)
+    model = MiniBatchKMeans(
+        n_clusters=num_units,
+        batch_size=BATCH_SIZE,
+        max_iter=max(EPOCHS, -(-MIN_STEPS // steps_an_epoch)),
+        max_no_improvement=100,
+        init_size=3 * max(BATCH_SIZE, num_units),
+        n_init=1,
+        random_state=seed,
+        **settings,
+    )
+    model.fit(frames)
+    centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
+    used, distinct = len(np.unique(model.predict(frames))), len(np.unique(centroids, axis=0))
+    return Fit(centroids, float(-(model.score(frames) / len(frames))), used, distinct)
+
+
+def differing_start(frames, num_units: int, seed: int):
+    """Choose centroids to begin with among frames that differ: (num_units, dim).
+
+    Raises:
+        UserError: There are fewer distinct frames than units.
+    """
+    import numpy as np
+    from sklearn.cluster import kmeans_plusplus
+
+    keys = [hash((frame + 0.0).tobytes()) for frame in frames]  # 0.0 and -0.0 are the same
+    _, rows, counts = np.unique(keys, return_index=True, return_counts=True)
+    if len(rows) < num_units:
+        raise UserError(
+            f"there are only {len(rows):,} distinct frames for {num_units:,} units",
+            "lower --num_units, or add audio (digital silence is the same in every frame)",
+        )
+    order = rows.argsort()  # np.unique sorts by hash, which is another one in every process
+    order = np.random.default_rng(seed).permutation(order)[: 3 * max(BATCH_SIZE, num_units)]
+    weights = counts[order].astype(frames.dtype)
+    return kmeans_plusplus(frames[rows[order]], num_units, sample_weight=weights, random_state=seed)[0]
+
+
+def cluster(frames, num_units: int, seed: int) -> Fit:
     """Mini-batch k-means (k-means++ start).
 
     Centroids that hardly any frame is nearest to are begun anew at random frames, which helps in speech; where many
@@ -77,58 +115,25 @@ def cluster(frames, num_units: int, seed: int):
     by no frame, k-means is fitted a second time, begun at frames that differ and without that; the better fit is kept.
     On one thread: then the same frames give the same bytes on any number of cores.
 
-    Returns:
-        Centroids float32 (num_units, dim), the mean squared distance, and the number of centroids that are nearest
-        to a frame.
-
     Raises:
         UserError: There are fewer distinct frames than units, or centroids are the same.
     """
-    import numpy as np
-    from sklearn.cluster import MiniBatchKMeans, kmeans_plusplus
     from threadpoolctl import threadpool_limits
 
-    steps_an_epoch = max(1, len(frames) // BATCH_SIZE)
-    init_size = max(3 * BATCH_SIZE, 3 * num_units)
-
-    def fit(**settings):
-        model = MiniBatchKMeans(
-            n_clusters=num_units,
-            batch_size=BATCH_SIZE,
-            max_iter=max(EPOCHS, -(-MIN_STEPS // steps_an_epoch)),
-            max_no_improvement=100,
-            init_size=init_size,
-            n_init=1,
-            random_state=seed,
-            **settings,
-        )
-        model.fit(frames)
-        centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
-        used, distinct = len(np.unique(model.predict(frames))), len(np.unique(centroids, axis=0))
-        return min(used, distinct), model.score(frames) / len(frames), distinct, centroids
+    def quality(fit: Fit) -> tuple[int, float]:
+        return min(fit.used, fit.distinct), -fit.distance
 
     with threadpool_limits(1):
-        best = fit()
-        if best[0] < num_units:
-            keys = [hash((frame + 0.0).tobytes()) for frame in frames]  # 0.0 and -0.0 are the same
-            _, rows, counts = np.unique(keys, return_index=True, return_counts=True)
-            if len(rows) < num_units:
-                raise UserError(
-                    f"there are only {len(rows):,} distinct frames for {num_units:,} units",
-                    "lower --num_units, or add audio (digital silence is the same in every frame)",
-                )
-            order = rows.argsort()  # np.unique sorts by hash, which is another one in every process
-            order = np.random.default_rng(seed).permutation(order)[:init_size]
-            start, _ = kmeans_plusplus(
-                frames[rows[order]], num_units, sample_weight=counts[order].astype(frames.dtype), random_state=seed
-            )
-            best = max(best, fit(init=start, reassignment_ratio=0), key=lambda found: found[:2])
-    used, score, distinct, centroids = best
-    if distinct < num_units:
+        best = fit_once(frames, num_units, seed)
+        if min(best.used, best.distinct) < num_units:
+            start = differing_start(frames, num_units, seed)
+            best = max(best, fit_once(frames, num_units, seed, init=start, reassignment_ratio=0), key=quality)
+    if best.distinct < num_units:
         raise UserError(
-            f"only {distinct:,} of {num_units:,} centroids are distinct", "lower --num_units or add audio that differs"
+            f"only {best.distinct:,} of {num_units:,} centroids are distinct",
+            "lower --num_units or add audio that differs",
         )
-    return centroids, float(-score), used
+    return best
 
 
 def fit_kmeans(
@@ -165,7 +170,9 @@ def fit_kmeans(
         raise UserError(f"--max_frames {max_frames} is less than --num_units {num_units}", "raise --max_frames")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy; features of one utterance are small
         os.environ.setdefault(variable, "1")
-    rows = sample_rows(read_manifest(manifest, audio_root), max_frames, seed)
+    rng = random.Random(seed)
+    rows, _ = reservoir(read_manifest(manifest, audio_root), max_frames, rng)
+    rng.shuffle(rows)
     arguments["audio"] = fingerprint(rows[:COMPARED], audio_root)  # the same files elsewhere are the same input
     with stage(output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as work:
         if work.done:
@@ -177,16 +184,16 @@ def fit_kmeans(
                 f"{manifest} has {len(frames):,} frames for {num_units:,} units", "lower --num_units or add audio"
             )
         print(f"{len(frames):,} frames of {used:,} utterances, {frames.shape[1]} numbers each", flush=True)
-        centroids, distance, used_units = cluster(frames, num_units, seed)
+        fit = cluster(frames, num_units, seed)
 
         from safetensors.numpy import save_file
 
         with work.publish("kmeans.safetensors") as path:
-            save_file({"centroids": centroids}, path)
-        write_json(output_dir / "features.json", features_json(config, *centroids.shape))
-        work.counts.update(frames=len(frames), utterances=used, mean_squared_distance=round(distance, 4))
-        work.counts.update(distinct_units=num_units, used_units=used_units)
-        print(f"{num_units:,} distinct units, {used_units:,} of them used; mean squared distance {distance:.4g}")
+            save_file({"centroids": fit.centroids}, path)
+        write_json(output_dir / "features.json", features_json(config, *fit.centroids.shape))
+        work.counts.update(frames=len(frames), utterances=used, mean_squared_distance=round(fit.distance, 4))
+        work.counts.update(distinct_units=num_units, used_units=fit.used)
+        print(f"{num_units:,} distinct units, {fit.used:,} of them used; mean squared distance {fit.distance:.4g}")
     print(output_dir)
 
 

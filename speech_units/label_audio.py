@@ -12,7 +12,7 @@ shard is finished, or begun anew, by itself: array tasks with --shard N fill one
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,16 +20,15 @@ from pathlib import Path
 from speech_units.features import (
     SAMPLE_RATE,
     FeatureConfig,
-    duration,
     extractor,
     fingerprint,
     load_kmeans,
     read_audio,
-    read_manifest,
 )
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists
-from towerspeech.stage import stage
+from towerspeech.manifests import duration, read_manifest
+from towerspeech.stage import Stage, stage
 from towerspeech.units import collapse
 from towerspeech.units_parquet import shard_name, write_units
 
@@ -43,10 +42,10 @@ def nearest(frames, centroids) -> list[int]:
     |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for all c.
     """
     norms = (centroids**2).sum(axis=1)
-    found: list[int] = []
+    ids: list[int] = []
     for start in range(0, len(frames), FRAMES_AT_ONCE):
-        found += (norms - 2 * frames[start : start + FRAMES_AT_ONCE] @ centroids.T).argmin(axis=1).tolist()
-    return found
+        ids += (norms - 2 * frames[start : start + FRAMES_AT_ONCE] @ centroids.T).argmin(axis=1).tolist()
+    return ids
 
 
 def shard_bounds(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
@@ -103,6 +102,23 @@ def labeller(kmeans: Path, audio_root: Path, device: str, num_workers: int) -> I
         yield lambda rows: pool.imap(_work, rows, chunksize=8)
 
 
+def write_shard(work: Stage, name: str, labelled: Iterable[dict | UserError], num_rows: int) -> None:
+    """Write one shard of units rows, and say how much speech it holds."""
+    from tqdm import tqdm
+
+    rows = []
+    for row in tqdm(labelled, total=num_rows, desc=name, unit="utt"):
+        if isinstance(row, UserError):
+            raise row
+        rows.append(row)
+    with work.publish(f"{name}.parquet") as path:
+        write_units(path, rows)
+    num_units, seconds = sum(len(row["units"]) for row in rows), sum(row["duration_s"] for row in rows)
+    work.counts.update(utterances=len(rows), units=num_units, seconds_of_audio=round(seconds, 2))
+    rate = f", {num_units / seconds:.1f} units a second" if rows else ""
+    print(f"{name}: {len(rows):,} utterances, {num_units:,} units, {seconds / 3600:.2f} h{rate}", flush=True)
+
+
 def label_audio(
     manifest: Path,
     audio_root: Path,
@@ -135,8 +151,6 @@ def label_audio(
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
     check_exists(kmeans, "run speech_units/fit_kmeans.py")
-    from tqdm import tqdm
-
     num_rows = sum(1 for _ in read_manifest(manifest))
     with contextlib.ExitStack() as stack:
         label_rows = None
@@ -155,21 +169,7 @@ def label_audio(
                         for _ in read_manifest(manifest, audio_root):
                             pass
                     label_rows = stack.enter_context(labeller(kmeans, audio_root, device, num_workers))
-                rows = []
-                found = label_rows(spoken)
-                for row in tqdm(found, total=end - start, desc=name, unit="utt"):
-                    if isinstance(row, UserError):
-                        raise row
-                    rows.append(row)
-                with work.publish(f"{name}.parquet") as path:
-                    write_units(path, rows)
-                num_units, seconds = sum(len(row["units"]) for row in rows), sum(row["duration_s"] for row in rows)
-                work.counts.update(utterances=len(rows), units=num_units, seconds_of_audio=round(seconds, 2))
-                print(
-                    f"{name}: {len(rows):,} utterances, {num_units:,} units, {seconds / 3600:.2f} h"
-                    + (f", {num_units / seconds:.1f} units a second" if rows else ""),
-                    flush=True,
-                )
+                write_shard(work, name, label_rows(spoken), len(spoken))
     print(output_dir)
 
 

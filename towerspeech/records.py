@@ -1,10 +1,10 @@
-"""JSONL, the original's JSON lists and sharded units Parquet, in and out; bad rows are named by file and line."""
+"""JSONL and the original's JSON lists: parallel text, chats, prompts; bad rows are named by file and line."""
 
 import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from towerspeech.command import UserError
@@ -17,29 +17,45 @@ from towerspeech.prompts import check_reference
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is half a character, or half of a pair
 
 
-def iter_jsonl(path: Path, required: Iterable[str] = ()) -> Iterator[tuple[str, dict]]:
+def iter_jsonl(path: Path, required: Sequence[str] = (), texts: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """Stream the rows of a JSONL file, each with its ``file:line``. Blank lines are passed over.
 
     Args:
         path: The file, in UTF-8, with or without a BOM. A JSON list, as the original TowerSpeech's prompt files are,
             is read whole.
         required: Fields that every row must have.
+        texts: Fields that every row must have, as strings.
 
     Raises:
-        UserError: The file is missing, empty or malformed, or a row lacks a field; names file and line.
+        UserError: The file is missing, empty or malformed, a row lacks a field, or has something else where a text is
+            wanted; names file and line.
     """
-    path = _file(path)
+    path, fields = _file(path), [*required, *texts]
     number_of_rows = 0
     for where, row in _json_rows(path):
         if not isinstance(row, dict):
             raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
-        missing = [name for name in required if name not in row]
-        if missing:
-            raise UserError(f"{where}: field {missing[0]!r} is missing", f"every row needs: {', '.join(required)}")
+        for name in fields:
+            if name not in row:
+                raise UserError(f"{where}: field {name!r} is missing", f"every row needs: {', '.join(fields)}")
+        check_texts(row, texts, where)
         yield where, row
         number_of_rows += 1
     if not number_of_rows:
         raise UserError(f"{path} holds no rows", "check the path, or run the stage that makes it")
+
+
+def check_texts(row: dict, fields: Iterable[str], where: str, blank: bool = True) -> None:
+    """Raise UserError unless these fields of a row are strings; with ``blank=False``, of more than white space."""
+    for name in fields:
+        value = row.get(name)
+        if value is None:
+            raise UserError(f"{where}: it has no {name}, but a text is wanted", "write the text, or remove the row")
+        if not isinstance(value, str):
+            problem = f"{where}: its {name} is a {type(value).__name__}, but a text is wanted: {value!r:.80}"
+            raise UserError(problem, "write the text itself, or remove the row")
+        if not blank and not value.strip():
+            raise UserError(f"{where}: its {name} is blank", "write the text, or remove the row")
 
 
 def _file(path: Path) -> Path:
@@ -87,29 +103,26 @@ def _loads(data: bytes, path: str, number: int):
         raise UserError(f"{where}: not JSON that can be read ({error})", "mend or remove the line") from None
 
 
-def read_jsonl(path: Path, required: Iterable[str] = ()) -> list[dict]:
+def read_jsonl(path: Path, required: Sequence[str] = ()) -> list[dict]:
     """All rows of ``iter_jsonl``."""
     return [row for _, row in iter_jsonl(path, required)]
 
 
+# --- Parallel text --------------------------------------------------------------------------------
 PARALLEL_FIELDS = ("src_lang", "tgt_lang", "source", "target")
 
 
-def iter_parallel(path: Path, required: Iterable[str] = PARALLEL_FIELDS) -> Iterator[tuple[str, dict]]:
+def iter_parallel(path: Path, required: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """Stream sentence pairs from JSONL, each with its ``file:line``.
 
     Args:
         path: The file.
-        required: Fields that every row must have, ``PARALLEL_FIELDS`` among them.
+        required: Fields that every row must have besides ``PARALLEL_FIELDS``.
 
     Raises:
         UserError: A row lacks a field, its languages are not two of the ten, or a side is no text or spells units.
     """
-    for where, row in iter_jsonl(path, required):
-        for field in PARALLEL_FIELDS:
-            if not isinstance(row[field], str):
-                problem = f"{where}: {field} is {row[field]!r:.80}, but it must be text"
-                raise UserError(problem, "mend or remove the line")
+    for where, row in iter_jsonl(path, required, texts=PARALLEL_FIELDS):
         for field in ("src_lang", "tgt_lang"):
             if row[field] not in LANGUAGES:
                 problem = f"{where}: unknown language {row[field]!r} as {field}"
@@ -121,6 +134,7 @@ def iter_parallel(path: Path, required: Iterable[str] = PARALLEL_FIELDS) -> Iter
         yield where, row
 
 
+# --- Chats ----------------------------------------------------------------------------------------
 ROLES = ("system", "user", "assistant")
 
 
@@ -137,16 +151,12 @@ def check_messages(messages, where: str) -> None:
         if not isinstance(turn, dict):
             raise UserError(f"{place} is {turn!r:.80}, but an object with role and content is wanted", "mend the row")
         if turn.get("role") not in ROLES:
-            found = f"its role is {turn['role']!r:.80}" if "role" in turn else "it has no role"
-            raise UserError(f"{place}: {found}", f"use one of {', '.join(ROLES)}")
-        content = turn.get("content")
-        if not isinstance(content, str):
-            found = f"its content is a {type(content).__name__}" if content is not None else "it has no content"
-            raise UserError(f"{place}: {found}, but a text is wanted", "write the text itself, not a list of parts")
-        if not content.strip():
-            raise UserError(f"{place}: its content is blank", "remove the row, or write the text")
+            problem = f"its role is {turn['role']!r:.80}" if "role" in turn else "it has no role"
+            raise UserError(f"{place}: {problem}", f"use one of {', '.join(ROLES)}")
+        check_texts(turn, ["content"], place, blank=False)
 
 
+# --- Rows and lines, out and in -------------------------------------------------------------------
 def dumps(row: dict) -> str:
     """One JSONL line, without its newline."""
     return json.dumps(row, ensure_ascii=False)
@@ -171,9 +181,7 @@ def read_lines(path: Path) -> list[str]:
     return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-# --- Units Parquet --------------------------------------------------------------------------------
-
-
+# --- Prompts --------------------------------------------------------------------------------------
 METADATA = ("task", "dataset", "shots", "src_lang", "tgt_lang", "source")
 
 
@@ -181,13 +189,24 @@ def facts_of_name(path: Path) -> dict:
     """What a prompt file's name and folder say of its rows, as the original's do: 5_shot/flores_de-en.json."""
     codes = "|".join(LANGUAGES)
     facts = {"dataset": path.stem}
-    if found := re.fullmatch(rf"([\w-]+?)_({codes})-({codes})(_(\d+)_shot)?", path.stem):
-        facts = {"task": "mt", "dataset": found[1], "src_lang": found[2], "tgt_lang": found[3]}
-    elif found := re.fullmatch(rf"AST_({codes})", path.stem):  # the original's cascade of FLEURS
-        facts = {"task": "cascaded_st", "dataset": "AST", "src_lang": "en", "tgt_lang": found[1]}
+    if name := re.fullmatch(rf"([\w-]+?)_({codes})-({codes})(_(\d+)_shot)?", path.stem):
+        facts = {"task": "mt", "dataset": name[1], "src_lang": name[2], "tgt_lang": name[3]}
+    elif name := re.fullmatch(rf"AST_({codes})", path.stem):  # the original's cascade of FLEURS
+        facts = {"task": "cascaded_st", "dataset": "AST", "src_lang": "en", "tgt_lang": name[1]}
     if shots := re.match(r"(\d+)_shot$", path.resolve().parent.name):
         facts["shots"] = int(shots[1])
     return facts
+
+
+def check_prompt(row: dict, where: str) -> None:
+    """Raise UserError unless a row asks something, has texts as id and reference, and can equal its reference."""
+    if "messages" in row:
+        check_messages(row["messages"], where)
+    elif not isinstance(row.get("instruction"), str) or not row["instruction"]:
+        raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
+    check_texts({"output": "", **row}, ("id", "output"), where)
+    if "messages" not in row:
+        check_reference(row.get("output", ""), where)
 
 
 def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list[dict]]:
@@ -214,18 +233,9 @@ def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list
         for number, (where, row) in enumerate(iter_jsonl(path)):
             row = {**known, **{key: value for key, value in row.items() if value is not None}}
             row.setdefault("id", f"{path.stem}-{number}")
-            if "messages" in row:
-                check_messages(row["messages"], where)
-            elif not isinstance(row.get("instruction"), str) or not row["instruction"]:
-                raise UserError(f"{where}: neither instruction nor messages", "run instructions/build_instructions.py")
-            if not isinstance(row["id"], str):
-                raise UserError(f"{where}: id is {row['id']!r}", "ids must be texts")
+            check_prompt(row, where)
             if row["id"] in seen:
                 raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
-            if not isinstance(row.get("output", ""), str):
-                raise UserError(f"{where}: output is {row['output']!r}", "it must be a text")
-            if "messages" not in row:
-                check_reference(row.get("output", ""), where)
             seen.add(row["id"])
             rows.append({**row, "where": where})
         missing = [key for key in METADATA if key != "source" and any(key not in row for row in rows)]

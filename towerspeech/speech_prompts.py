@@ -29,7 +29,7 @@ def speech_rows(
         folder: Units Parquet.
         dataset: Name of the test set.
         style: original, chat or spire (speech has one template, so the last two are the same).
-        offset: Of the unit characters.
+        offset: Code point of unit 0.
         num_units: If given, every id must lie below it.
         wanted: Row numbers, from 1; default: all.
         tgt_lang: Language to write.

@@ -36,20 +36,19 @@ def unit_shards(folder: Path) -> list[Path]:
     Raises:
         UserError: There are none, or some of the ``-of-N`` are not there (yet).
     """
-    made_by = "run speech_units/label_audio.py"
-    check_exists(Path(folder), made_by)
-    shards = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("units-*-of-*.parquet"))
-    if not shards:
-        raise UserError(f"{folder} holds no units-*-of-*.parquet", made_by)
+    check_exists(Path(folder), REMAKE)
     if Path(folder).is_file():
-        return shards
+        return [Path(folder)]
+    shards = sorted(Path(folder).glob("units-*-of-*.parquet"))
+    if not shards:
+        raise UserError(f"{folder} holds no units-*-of-*.parquet", REMAKE)
     totals = {int(re.search(r"-of-(\d+)\.parquet$", shard.name)[1]) for shard in shards}
-    wanted = {f"{shard_name(i, max(totals))}.parquet" for i in range(max(totals))}
-    if len(totals) > 1 or wanted != {shard.name for shard in shards}:
+    wanted = [f"{shard_name(i, max(totals))}.parquet" for i in range(max(totals))]
+    if wanted != [shard.name for shard in shards]:
+        sizes = f", of sets of different sizes {sorted(totals)}" if len(totals) > 1 else ""
         raise UserError(
-            f"{folder} holds {len(shards)} of {max(totals)} shards"
-            + (f", of sets of different sizes {sorted(totals)}" if len(totals) > 1 else ""),
-            f"{made_by} for the missing shards, and keep one set a folder",
+            f"{folder} holds {len(shards)} of {max(totals)} shards{sizes}",
+            f"{REMAKE} for the missing shards, and keep one set a folder",
         )
     return shards
 
@@ -59,15 +58,15 @@ def check_one_kmeans(paths: Iterable[Path]) -> None:
 
     Their ids would mean different sounds. It is known of what label_audio.py wrote, not of .km files.
     """
-    found = {}
+    folders = {}  # by the hash of their k-means
     for path in paths:
         infos = path.glob(f"*{RUN_INFO}") if path.is_dir() else [path.with_suffix(f".{RUN_INFO}")]
         for info in sorted(info for info in infos if info.is_file()):
             labelled = read_json(info, "label the audio anew").get("inputs", {}).get("kmeans")
             if labelled:
-                found.setdefault(labelled[0], path)
-    if len(found) > 1:
-        one, other = list(found.values())[:2]
+                folders.setdefault(labelled[0], path)
+    if len(folders) > 1:
+        one, other, *_ = folders.values()
         raise UserError(
             f"{one} and {other} were labelled with different k-means: their unit ids mean different sounds",
             "label all corpora with the same one (speech_units/label_audio.py)",

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from instruction_tuning.build_sft_data import build_sft_data as build
-from instruction_tuning.build_sft_data import sample
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.command import UserError
@@ -82,17 +81,6 @@ def test_rows_without_transcript_are_counted(tmp_path, make_units):
     assert (counts["utterances_without_transcript"], counts["utterances_without_units"]) == (2, 1)
 
 
-def test_sample_is_uniform():
-    import random
-
-    counts = Counter()
-    for seed in range(3000):
-        kept, seen = sample(range(6), 2, random.Random(seed))
-        assert seen == 6 and len(set(kept)) == 2
-        counts.update(kept)
-    assert all(900 < counts[i] < 1100 for i in range(6))  # 1000 each expected, standard deviation 26
-
-
 def test_refusals(tmp_path, make_units):
     units, parallel = make_units(tmp_path / "units", 10), write_parallel(tmp_path / "a.jsonl", 5)
 
@@ -114,7 +102,7 @@ def test_refusals(tmp_path, make_units):
     refused("utterance utt0000 is in 'de'", units=[german], num_asr=1)
     good = {"id": 0, "src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
     for change, message in (
-        ({"target": " "}, "bad.jsonl:2: target"),
+        ({"target": " "}, "bad.jsonl:2: its target is blank"),
         ({"tgt_lang": "xx"}, "bad.jsonl:2: unknown language 'xx'"),
         ({"tgt_lang": "en"}, "bad.jsonl:2: src_lang and tgt_lang"),
     ):

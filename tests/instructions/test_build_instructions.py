@@ -189,7 +189,7 @@ def test_examples_of_a_file(tmp_path):
     with pytest.raises(UserError, match=r"pool\.jsonl:7 is a test sentence \(.*deu_Latn\.devtest:3\)"):
         build_instructions(tmp_path / "new", pairs="de-en", **arguments)
     records.write_jsonl(pool, [{**row, "target": None} for row in rows])
-    with pytest.raises(UserError, match=r"pool\.jsonl:1: target is None"):
+    with pytest.raises(UserError, match=r"pool\.jsonl:1: it has no target, but"):
         build_instructions(tmp_path / "new", pairs="de-en", **arguments)
 
 
@@ -451,8 +451,8 @@ def test_direct_speech_translation(tmp_path):
         ),
         ({"id": "u02", "tgt_lang": "ja", "target": "x"}, r"t\.jsonl:3: tgt_lang is 'ja'\n.*es, fr"),
         ({"id": "u02", "tgt_lang": "en", "target": "x"}, r"t\.jsonl:3: tgt_lang is 'en'"),
-        ({"id": "u02", "tgt_lang": "de", "target": " "}, r"t\.jsonl:3: id and target must be texts, and not empty"),
-        ({"id": 2, "tgt_lang": "de", "target": "x"}, r"t\.jsonl:3: id and target must be texts"),
+        ({"id": "u02", "tgt_lang": "de", "target": " "}, r"t\.jsonl:3: its target is blank"),
+        ({"id": 2, "tgt_lang": "de", "target": "x"}, r"t\.jsonl:3: its id is a int, but a text is wanted: 2"),
         ({"id": "u02", "target": "x"}, r"t\.jsonl:3: field 'tgt_lang' is missing"),
         (None, r"row 3 \(id u02\): no translation into German"),
     ],
@@ -474,7 +474,7 @@ def test_bad_translations(tmp_path, line, message):
     [
         ("en-fr", r"holds no translations into French \(fr\)\n.*it has: de, ko"),
         ("de-en", "speech is English"),
-        ("en-de,en-de", "each pair is named once"),
+        ("en-de,en-de", "names a pair twice"),
         ("en-xx", "unknown language 'xx'"),
     ],
 )
@@ -591,10 +591,10 @@ def test_5_shot_cascades_and_their_pool(tmp_path):
         ({"task": "mt"}, r"fleurs\.jsonl:2: task is 'mt'"),
         ({"id": "u0"}, r"fleurs\.jsonl:2: id 'u0' repeats"),
         ({"id": "u9"}, r"fleurs\.jsonl:2: no translation of 'u9' into de"),
-        ({"reference": None}, r"fleurs\.jsonl:2: no reference, but None"),
-        ({"reference": " "}, r"fleurs\.jsonl:2: no reference, but ' '"),
-        ({"text": 3}, r"fleurs\.jsonl:2: no text, but 3"),
-        ({"id": ["u0"]}, r"fleurs\.jsonl:2: no id, but \['u0'\]"),
+        ({"reference": None}, r"fleurs\.jsonl:2: it has no reference, but a text is wanted"),
+        ({"reference": " "}, r"fleurs\.jsonl:2: its reference is blank"),
+        ({"text": 3}, r"fleurs\.jsonl:2: its text is a int, but a text is wanted: 3"),
+        ({"id": ["u0"]}, r"fleurs\.jsonl:2: its id is a list, but a text is wanted: \['u0'\]"),
         ({"dataset": "other"}, r"fleurs\.jsonl:2: data sets 'fleurs' and 'other'"),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_hub_dataset_is_known_by_its_content(tmp_path, capsys):
     build_instructions(out, "flores200", root, pairs="de-en")
     build_instructions(out, "flores200", root, pairs="de-en")
     assert "already done" in capsys.readouterr().out
-    script.read_hub.cache_clear()
+    script.hub.cache_clear()
     write_hub(root, "sentence", codes)
     build_instructions(out, "flores200", root, pairs="de-en")
     assert "already done" in capsys.readouterr().out  # the same text
@@ -248,7 +248,7 @@ def test_towereval(tmp_path):
     ("row", "message"),
     [
         ({"src": "x"}, r"test\.jsonl:10: field 'ref' is missing"),
-        ({"src": "x", "ref": ["y"]}, r"test\.jsonl:10: ref is \['y'\]"),
+        ({"src": "x", "ref": ["y"]}, r"test\.jsonl:10: its ref is a list, but a text is wanted: \['y'\]"),
         ({"src": " ", "ref": "y"}, r"test\.jsonl:10: the line is empty"),
         ([], r"test\.jsonl:10: an object is wanted"),
     ],

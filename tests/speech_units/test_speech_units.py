@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 import struct
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import soundfile
 from speech_units import containers, features, fit_kmeans, label_audio
 from towerspeech.command import UserError
 from towerspeech.files import hash_file
+from towerspeech.manifests import read_manifest
 from towerspeech.units_parquet import read_units
 
 ROOT = Path(__file__).parents[2]
@@ -262,23 +263,13 @@ def test_hubert_units_end_to_end(corpus, hubert, tmp_path):
 
 
 # --- k-means --------------------------------------------------------------------------------------
-def test_reservoir_is_fair_bounded_and_seeded():
-    hits = np.zeros(50)
-    for seed in range(2000):
-        drawn = fit_kmeans.sample_rows(({"n": n} for n in range(50)), 5, seed)
-        assert len(drawn) == 5
-        hits[[row["n"] for row in drawn]] += 1
-    assert abs(hits / 2000 - 0.1).max() < 0.035  # five standard deviations
-    assert fit_kmeans.sample_rows(iter([{"n": 1}]), 5, 0) == [{"n": 1}]
-
-
 def test_kmeans_finds_what_full_kmeans_finds():
     from sklearn.cluster import KMeans
 
     rng = np.random.default_rng(0)
     centres = rng.normal(0, 10, (6, 4))
     frames = (centres[rng.integers(0, 6, 3000)] + rng.normal(0, 0.3, (3000, 4))).astype(np.float32)
-    found, distance, used = fit_kmeans.cluster(frames, 6, seed=0)
+    found, distance, used, _ = fit_kmeans.cluster(frames, 6, seed=0)
     full = KMeans(6, n_init=10, random_state=0).fit(frames)
     assert found.dtype == np.float32 and used == 6
     assert distance == pytest.approx(full.inertia_ / 3000, rel=0.02)
@@ -308,7 +299,7 @@ def silent_frames():
 def test_no_dead_units_in_silence(silent_frames):
     from sklearn.cluster import KMeans
 
-    centroids, distance, used = fit_kmeans.cluster(silent_frames, 400, seed=0)
+    centroids, distance, used, _ = fit_kmeans.cluster(silent_frames, 400, seed=0)
     to_each = ((silent_frames[:, None].astype("f8") - centroids.astype("f8")) ** 2).sum(axis=2)
     assert len({tuple(centroid) for centroid in centroids.tolist()}) == 400
     assert used == len(set(to_each.argmin(axis=1).tolist())) == 400
@@ -324,7 +315,7 @@ def test_as_many_units_as_distinct_frames_and_no_more(silent_frames):
         fit_kmeans.cluster(silent_frames, num_distinct + 1, seed=0)
     frames = np.repeat(np.eye(6, dtype="f4"), [1, 2, 3, 4, 5, 600], axis=0)
     frames[0] *= -1  # -0.0, which is 0.0
-    centroids, distance, used = fit_kmeans.cluster(frames, 6, seed=0)
+    centroids, distance, used, _ = fit_kmeans.cluster(frames, 6, seed=0)
     assert distance < 1e-6 and used == 6
     with pytest.raises(UserError, match="only 1 distinct frames for 2 units"):
         fit_kmeans.cluster(np.array([[0.0], [-0.0], [0.0]], "f4"), 2, seed=0)
@@ -344,7 +335,7 @@ def test_an_ordinary_fit_is_scikit_learns_own():
     wanted = MiniBatchKMeans(
         20, batch_size=10000, max_iter=100, max_no_improvement=100, init_size=30000, n_init=1, random_state=7
     ).fit(frames)
-    found, distance, used = fit_kmeans.cluster(frames, 20, seed=7)
+    found, distance, used, _ = fit_kmeans.cluster(frames, 20, seed=7)
     np.testing.assert_array_equal(found, wanted.cluster_centers_)
     assert used == 20
 
@@ -447,7 +438,8 @@ def row(i: int = 0, **changes) -> dict:
         ([row(0), row(4, audio="cut.wav")], r"bad.jsonl:2: .*cut.wav ends early"),
         ([row(0), row(4, audio="noise.raw")], r"bad.jsonl:2: .*noise.raw is not readable audio"),
         ([row(0), "", row(4, start=1.5)], r"bad.jsonl:3: field 'start' means a part"),
-        ([row(0), row(4, text=None)], r"bad.jsonl:2: field 'text' is not a string: None"),
+        ([row(0), row(4, text=None)], r"bad.jsonl:2: it has no text, but a text is wanted"),
+        ([row(0), row(4, language=["en"])], r"bad.jsonl:2: its language is a list, but a text is wanted: \['en'\]"),
         ([row(0), row(4, text="\ud83d")], r"bad.jsonl:2: half a character"),
         ([row(0), row(4, text="icon \U000f0005")], r"bad.jsonl:2: character 6 of the text is U\+F0005"),
         (["", " "], r"bad.jsonl holds no rows"),
@@ -476,10 +468,10 @@ def test_bad_rows_are_named(corpus, kmeans, tmp_path, rows, message, script):
 def test_bom_and_blank_lines_in_a_manifest(corpus, tmp_path):
     lines = (corpus / "train.jsonl").read_bytes().splitlines()
     (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))
-    rows = list(features.read_manifest(tmp_path / "m.jsonl", corpus, 2, 4))
+    rows = list(islice(read_manifest(tmp_path / "m.jsonl", corpus, 2), 2))
     assert [(row["id"], row["where"][-2:]) for row in rows] == [("u2", ":5"), ("u3", ":7")]
     with pytest.raises(UserError, match="is a folder"):
-        list(features.read_manifest(tmp_path))
+        list(read_manifest(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -497,7 +489,7 @@ def test_bom_and_blank_lines_in_a_manifest(corpus, tmp_path):
 def test_segments_are_refused(tmp_path, fields):
     write_manifest(tmp_path / "m.jsonl", [row(0), row(1, **fields)])
     with pytest.raises(UserError, match=f"m.jsonl:2: field '{next(iter(fields))}' means a part of the recording"):
-        list(features.read_manifest(tmp_path / "m.jsonl"))
+        list(read_manifest(tmp_path / "m.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -511,7 +503,7 @@ def test_segments_are_refused(tmp_path, fields):
 )  # fmt: skip
 def test_fields_of_whole_files_are_not(tmp_path, fields):
     write_manifest(tmp_path / "m.jsonl", [row(1, **fields)])
-    (found,) = features.read_manifest(tmp_path / "m.jsonl")
+    (found,) = read_manifest(tmp_path / "m.jsonl")
     assert found == row(1, **fields) | {"where": f"{tmp_path}/m.jsonl:1"}
 
 

@@ -475,7 +475,7 @@ def test_facts_are_the_rows_own_else_given_else_the_names(tmp_path, capsys):
     ("row", "message"),
     [
         ({"instruction": "a", "output": "b\nc"}, "the reference has several lines"),
-        ({"instruction": "a", "output": 3}, "output is 3"),
+        ({"instruction": "a", "output": 3}, "its output is a int, but a text is wanted: 3"),
         ({"messages": [{"content": "a"}]}, "message 1: it has no role"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1: it has no content, but a text is wanted"),
         (

@@ -119,10 +119,10 @@ PAIR = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
     [
         ({"tgt_lang": "xx"}, r"a\.jsonl:3001: unknown language 'xx' as tgt_lang"),
         ({"src_lang": "DE"}, r"a\.jsonl:3001: unknown language 'DE' as src_lang"),
-        ({"src_lang": ["en"]}, r"a\.jsonl:3001: src_lang is \['en'\], but it must be text"),
+        ({"src_lang": ["en"]}, r"a\.jsonl:3001: its src_lang is a list, but a text is wanted: \['en'\]"),
         ({"tgt_lang": "en"}, r"a\.jsonl:3001: src_lang and tgt_lang are both 'en'"),
-        ({"source": None}, r"a\.jsonl:3001: source is None, but"),
-        ({"target": 3}, r"a\.jsonl:3001: target is 3, but"),
+        ({"source": None}, r"a\.jsonl:3001: it has no source, but a text"),
+        ({"target": 3}, r"a\.jsonl:3001: its target is a int, but a text is wanted: 3"),
         ({"target": "an icon \U000f0005"}, r"a\.jsonl:3001, target: character 9 of the text is U\+F0005"),
         ({"source": "\U000fffff"}, r"a\.jsonl:3001, source: character 1 of the text is U\+FFFFF"),
     ],
