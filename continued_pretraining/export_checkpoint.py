@@ -36,7 +36,7 @@ def export_checkpoint(
     made_by = "name a checkpoint-<step> folder of continued_pretraining/train.py"
     info = read_json(checkpoint / RUN_INFO, made_by, ["step", "tokens", "plan"])
     read_json(model / "config.json", "name the model folder that training began with")
-    with stage(output_dir, arguments, inputs=["checkpoint", "model"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["checkpoint", "model"]) as work:
         if work.done:
             return
         if info["plan"]["inputs"]["model"] != [hash_path(model)]:

@@ -400,13 +400,8 @@ def train(settings: Settings) -> None:
         read_mixture(settings)  # before a finished run is replaced
     processes.join(device)
     with contextlib.ExitStack() as stack:
-
-        def begin():
-            return stack.enter_context(
-                stage(settings.output_dir, vars(settings), inputs=["model", "mixture"], ignore=SPEED)
-            )
-
-        work = processes.on_first(begin)
+        begin = stage(__file__, settings.output_dir, vars(settings), inputs=["model", "mixture"], ignore=SPEED)
+        work = processes.on_first(lambda: stack.enter_context(begin))
         if not processes.agree(work and work.done):
             Run(settings, processes, device, mesh, work).go()
     processes.leave()

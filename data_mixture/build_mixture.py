@@ -366,7 +366,7 @@ def build_mixture(
         "overwrite": overwrite,
     }
     # Tokens do not depend on budgets: if one is too large, what was tokenized stays.
-    with stage(output_dir, arguments, inputs=["tokenizer", "paths"], late=["budgets", "seed"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["tokenizer", "paths"], late=["budgets", "seed"]) as work:
         if work.done:
             return
         from transformers import AutoTokenizer

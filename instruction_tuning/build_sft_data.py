@@ -139,7 +139,7 @@ def build_sft_data(
                 f"--{name} is {'missing' if number else 'given'}, but {number} of its examples are wanted",
                 f"give both --{name} and its number, or neither",
             )
-    with stage(output_dir, arguments, inputs=["units", "parallel"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["units", "parallel"]) as work:
         if work.done:
             return
         rng = random.Random(seed)

@@ -205,11 +205,8 @@ def train(
     if overwrite or not processes.agree((output_dir / RUN_INFO).is_file()):  # else the stage's answer is enough
         prepared = prepare(model, data, output_dir, sft, seed, show=first)
     with contextlib.ExitStack() as stack:
-
-        def begin():
-            return stack.enter_context(stage(output_dir, arguments, inputs=["model", "data"]))
-
-        work = processes.on_first(begin)
+        begin = stage(__file__, output_dir, arguments, inputs=["model", "data"])
+        work = processes.on_first(lambda: stack.enter_context(begin))
         if not processes.agree(work and work.done):
             tune_and_save(model, prepared, output_dir, processes, work)
     if first:  # only now is the model known to be whole

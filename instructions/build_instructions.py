@@ -372,7 +372,7 @@ def table(files: list[PromptFile], skipped: list[tuple[str, int, str]]) -> str:
 def write_file(file: PromptFile, output_dir: Path, overwrite: bool) -> None:
     """Write one prompt file, as a stage of its own."""
     arguments = {**file.arguments, "overwrite": overwrite}
-    with stage(output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as work:
+    with stage(__file__, output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as work:
         if work.done:
             return
         write_jsonl(output_dir / file.folder / f"{file.stem}.jsonl", file.rows)

@@ -303,7 +303,7 @@ def compare(
             language(key[3])
         except UserError as error:
             raise UserError(f"{sets_a[key].outputs.file}: {error}") from None
-    with stage(output_dir, arguments, inputs=["system_a", "system_b", "references"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["system_a", "system_b", "references"]) as work:
         if work.done:
             print((output_dir / "comparison.md").read_text(encoding="utf-8"), end="")
             return

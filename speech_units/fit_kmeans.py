@@ -174,7 +174,7 @@ def fit_kmeans(
     rows, _ = reservoir(read_manifest(manifest, audio_root), max_frames, rng)
     rng.shuffle(rows)
     arguments["audio"] = fingerprint(rows[:COMPARED], audio_root)  # the same files elsewhere are the same input
-    with stage(output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as work:
         if work.done:
             return
         config = hubert_config(hubert, layer) if features == "hubert" else FeatureConfig("mfcc")

@@ -160,7 +160,7 @@ def label_audio(
             name, (start, end) = shard_name(index, num_shards), shard_bounds(num_rows, index, num_shards)
             spoken = list(islice(left, end - start))
             arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
-            with stage(output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
+            with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
                 if work.done:
                     continue
                 if label_rows is None:  # the first shard that is not done yet

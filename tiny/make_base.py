@@ -125,7 +125,7 @@ def make_base(
     arguments = dict(locals())
     if hidden_size % head_dim:
         raise UserError(f"--hidden_size {hidden_size} is no multiple of --head_dim {head_dim}", "change one of them")
-    with stage(output_dir, arguments, inputs=["mono"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["mono"]) as work:
         if work.done:
             return
         rows = read_jsonl(mono, required=["language", "text"])

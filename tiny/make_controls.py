@@ -49,13 +49,13 @@ def make_controls(
     """
     rows = list(read_units(test))
     arguments = {"test": test, "seed": seed, "overwrite": overwrite}
-    with stage(shuffled_dir, arguments, inputs=["test"]) as work:
+    with stage(__file__, shuffled_dir, arguments, inputs=["test"]) as work:
         if not work.done:
             with work.publish(f"{shard_name(0, 1)}.parquet") as path:
                 write_units(path, shuffled(rows, seed))
             print(f"{len(rows):,} utterances with shuffled units: {shuffled_dir}")
     arguments = {"train": train, "test": test, "overwrite": overwrite}
-    with stage(nearest_dir, arguments, inputs=["train", "test"]) as work:
+    with stage(__file__, nearest_dir, arguments, inputs=["train", "test"]) as work:
         if not work.done:
             known = list(read_units(train))
             facts = {"task": "asr", "dataset": test.name, "shots": 0, "src_lang": "en", "tgt_lang": "en"}

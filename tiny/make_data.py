@@ -274,7 +274,7 @@ def make_data(
         raise UserError(f"no template is called {min(unknown)!r}", f"name some of: {', '.join(grammar.TEMPLATES)}")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
-    with stage(output_dir, arguments, ignore=["num_workers"]) as work:
+    with stage(__file__, output_dir, arguments, ignore=["num_workers"]) as work:
         if work.done:
             return
         espeak()  # missing: said before any work

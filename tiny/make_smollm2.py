@@ -42,7 +42,7 @@ def make_smollm2(output_dir: Path, overwrite: bool = False) -> None:
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = {**locals(), "gguf": find_gguf()}
-    with stage(output_dir, arguments, inputs=["gguf"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["gguf"]) as work:
         if work.done:
             return
         import torch

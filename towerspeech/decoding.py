@@ -163,7 +163,7 @@ def decode(
         read_json(checkpoint / "config.json", MODEL_FOLDER, CONFIG_FIELDS)
     for checkpoint, name in zip(checkpoints, names, strict=True):
         asked = {**arguments, **asdict(decoding), "checkpoint": checkpoint}
-        with stage(output_dir / name, asked, inputs=["checkpoint", *inputs], ignore=SPEED) as work:
+        with stage(__file__, output_dir / name, asked, inputs=["checkpoint", *inputs], ignore=SPEED) as work:
             if not work.done:
                 Generation(checkpoint.resolve(), load(checkpoint), decoding, work).run()
 

@@ -1,7 +1,7 @@
 """What makes a script a stage: one writer, done-or-resume, atomic outputs, run_info.json last, clear errors.
 
 def fit(manifest: Path, output_dir: Path, overwrite: bool = False) -> None:
-    with stage(output_dir, locals(), inputs=["manifest"]) as work:
+    with stage(__file__, output_dir, locals(), inputs=["manifest"]) as work:
         if work.done:
             return
         with work.publish("kmeans.safetensors") as path:
@@ -104,6 +104,7 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(
+    script: str,
     output_dir: Path,
     arguments: dict,
     inputs: Sequence[str] = (),
@@ -118,6 +119,7 @@ def stage(
     seconds, and the outputs' hashes.
 
     Args:
+        script: The calling file, ``__file__``; its folder and name tell whose output it is.
         output_dir: The folder to write; made if missing.
         arguments: The script's arguments (``locals()``).
         inputs: Names of those arguments that are paths (or lists of them), compared by content.
@@ -138,7 +140,7 @@ def stage(
             if path.resolve() == output_dir.resolve():
                 raise UserError(f"--output_dir is also --{name}: {path}", "name another --output_dir")
     request = {
-        "stage": _caller(),
+        "stage": "/".join(Path(script).parts[-2:]),
         "arguments": {
             name: _plain(value)
             for name, value in arguments.items()
@@ -171,14 +173,6 @@ def stage(
             },
         )
         _note(work).unlink()
-
-
-def _caller() -> str:
-    """Name of the script that called ``stage``, as folder/script.py."""
-    frame = sys._getframe()
-    while frame.f_code.co_filename in (__file__, contextlib.__file__):
-        frame = frame.f_back
-    return "/".join(Path(frame.f_code.co_filename).parts[-2:])
 
 
 def _paths(value) -> list[Path]:

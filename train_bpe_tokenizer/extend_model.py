@@ -403,7 +403,7 @@ def extend_model(
     arguments = dict(locals())
     if pad_to_multiple_of < 1:
         raise UserError(f"--pad_to_multiple_of {pad_to_multiple_of} is not positive", "use 64, or 1 for no padding")
-    with stage(output_dir, arguments, inputs=["model", "tokenizer"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["model", "tokenizer"]) as work:
         if work.done:
             return
         metadata = read_metadata(tokenizer)

@@ -298,7 +298,7 @@ def merge_tokenizer(
     chat_tokens = CHAT_TOKENS if chat else ()
     files = base_files(base)
     arguments = {"base": files, "units_bpe": units_bpe, "special_tokens": specials, "chat": chat}
-    with stage(output_dir, {**arguments, "overwrite": overwrite}, inputs=["base", "units_bpe"]) as work:
+    with stage(__file__, output_dir, {**arguments, "overwrite": overwrite}, inputs=["base", "units_bpe"]) as work:
         if work.done:
             return
         if (base / METADATA).is_file():

@@ -311,7 +311,7 @@ def train_bpe(
     arguments = dict(locals())
     check_sizes(num_units, vocab_size, max_units, held_out)
     check_one_kmeans(units)
-    with stage(output_dir, arguments, inputs=["units"]) as work:
+    with stage(__file__, output_dir, arguments, inputs=["units"]) as work:
         if work.done:
             return
         texts, apart, seen = draw(read_corpus(units, num_units, collapse), max_units, held_out, seed)

@@ -22,7 +22,7 @@ SLOW = textwrap.dedent("""
 
     def slow(source: Path, output_dir: Path, parts: int = 20, workers: int = 1, names: list[Path] | None = None,
              overwrite: bool = False) -> None:
-        with stage(output_dir, locals(), inputs=["source"], ignore=["workers"]) as work:
+        with stage(__file__, output_dir, locals(), inputs=["source"], ignore=["workers"]) as work:
             if work.done:
                 return
             for i in range(parts):
@@ -60,7 +60,9 @@ def slow(tmp_path):
 
 def write(output_dir: Path, content="x", inputs=(), part="", **arguments) -> str:
     """A stage that writes one file; returns what it found."""
-    with stage(output_dir, {"output_dir": output_dir, **arguments}, inputs=inputs, part=part) as work:
+    with stage(
+        "towerspeech/test_stage.py", output_dir, {"output_dir": output_dir, **arguments}, inputs=inputs, part=part
+    ) as work:
         if work.done:
             return "done"
         name = f"{part}.txt" if part else "a.txt"

@@ -137,7 +137,7 @@ WRITERS = [write_safetensors, write_parquet, write_plot, write_torch_checkpoint,
 def test_no_space_left_whichever_library_finds_out(disk, writer):
     fill(disk, 1 << 16)
     told = pytest.raises(UserError, match="no space left for .*disk/out/a: .*\n  -> make room")
-    with told as caught, stage(disk / "out", {}) as work, work.publish("a") as path:
+    with told as caught, stage(__file__, disk / "out", {}) as work, work.publish("a") as path:
         writer(path)
     assert len(str(caught.value).splitlines()) == 2
     assert sorted(path.name for path in (disk / "out").rglob("*")) == [".folder.lock", ".unfinished.json"]

@@ -120,7 +120,7 @@ def test_arguments_that_change_no_output_are_settings(tmp_path):
     """And those that decide the last steps alone may change until these are done."""
 
     def attempt(finish: bool, **arguments) -> bool:
-        with stage(tmp_path / "out", arguments, ignore=["workers"], late=["steps"]) as work:
+        with stage(__file__, tmp_path / "out", arguments, ignore=["workers"], late=["steps"]) as work:
             if not work.done:
                 (tmp_path / "out/a.txt").write_text("a")
                 if not finish:
@@ -142,7 +142,7 @@ def test_arguments_that_change_no_output_are_settings(tmp_path):
 
 def test_outputs_are_all_files_but_logs_checkpoints_and_notes(tmp_path):
     out = tmp_path / "out"
-    with stage(out, {}) as work:
+    with stage(__file__, out, {}) as work:
         for name in ("b.txt", "sub/c.txt", "checkpoint-5/d.txt", "sub/checkpoint-5/e.txt", "f.log", "sub/.g", ".h"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("a")
@@ -153,7 +153,7 @@ def test_outputs_are_all_files_but_logs_checkpoints_and_notes(tmp_path):
 
 
 def test_who_is_asked_to_stop_is_asked_once(tmp_path):
-    with stage(tmp_path / "out", {}) as work:
+    with stage(__file__, tmp_path / "out", {}) as work:
         assert not work.asked_to_stop()
         (tmp_path / "out/.stop").touch()
         assert work.asked_to_stop() and not work.asked_to_stop()
@@ -161,7 +161,7 @@ def test_who_is_asked_to_stop_is_asked_once(tmp_path):
 
 def test_a_failure_leaves_no_run_info_and_can_be_resumed(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), stage(out, {}) as work, work.publish("a.txt") as path:
+    with pytest.raises(ZeroDivisionError), stage(__file__, out, {}) as work, work.publish("a.txt") as path:
         path.write_text("half")
         _ = 1 / 0
     assert [path.name for path in out.glob("[!.]*")] == []
@@ -184,7 +184,7 @@ def test_parts_share_a_folder(tmp_path, capsys):
 
 def test_a_part_leaves_alone_what_another_is_writing(tmp_path):
     out = tmp_path / "out"
-    with stage(out, {}, part="de-en") as work, work.publish("de-en.txt") as path:
+    with stage(__file__, out, {}, part="de-en") as work, work.publish("de-en.txt") as path:
         path.write_text("whole")
         (out / ".de-en.note").write_text("progress")
         for overwrite in (False, True):
@@ -266,7 +266,7 @@ REPLACE = textwrap.dedent("""
 
 
     def write(output_dir: Path, seed: int, overwrite: bool) -> None:
-        with stage(output_dir, locals()) as job:
+        with stage(__file__, output_dir, locals()) as job:
             if job.done:
                 return
             for name in ("checkpoint-1", "weights"):  # outputs are kept track of, but not what is in checkpoint-*
@@ -391,7 +391,7 @@ def test_the_lock_names_the_slurm_job(tmp_path, monkeypatch):
 
 
 def test_a_stage_publishes_files_from_a_folder(tmp_path):
-    with stage(tmp_path / "out", {}) as work, work.publish() as folder:
+    with stage(__file__, tmp_path / "out", {}) as work, work.publish() as folder:
         for name in "ab":
             (folder / name).write_text(name)
     assert sorted(info(tmp_path / "out")["outputs"]) == ["a", "b"]
