@@ -22,8 +22,7 @@ from typing import Literal
 from results.randomisation import compare_texts
 from towerspeech.command import UserError, run
 from towerspeech.generations import FACTS, Outputs, read_folder, read_line_files
-from towerspeech.languages import language
-from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, TASKS
+from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, signatures
 from towerspeech.results_table import METRICS, one_line, safe
 from towerspeech.stage import stage
 
@@ -70,15 +69,6 @@ def read_system(folders: list[Path], option: str, shots: int | None) -> dict[tup
     return sets
 
 
-def read_pair_of_files(
-    system_a: list[Path], system_b: list[Path], references: Path, target_lang: str, task: str
-) -> list[dict[tuple, Outputs]]:
-    """Two systems' line files, as ``read_system`` gives its test sets."""
-    facts = dict.fromkeys(FACTS, "") | {"task": task, "dataset": references.name, "tgt_lang": target_lang}
-    key = (task, references.name, "", target_lang, "")
-    return [{key: read_line_files(path, references, None, facts)} for path in (*system_a, *system_b)]
-
-
 def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
     """Both systems' outputs and the references, segment by segment in the order of ``a``.
 
@@ -109,10 +99,8 @@ def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
 def check_pair(a: Outputs, b: Outputs) -> None:
     """Raise UserError unless two systems' outputs for a test set can be compared."""
     align(a, b)
-    if a.facts["task"] not in TASKS:
-        raise UserError(f"{a.file}: unknown task {a.facts['task']!r}", f"known are: {', '.join(TASKS)}")
     try:
-        language(a.facts["tgt_lang"])
+        signatures(a.facts["task"], a.facts["tgt_lang"])
     except UserError as error:
         raise UserError(f"{a.file}: {error}") from None
 
@@ -120,22 +108,20 @@ def check_pair(a: Outputs, b: Outputs) -> None:
 # --- Tests ----------------------------------------------------------------------------------------
 def compare_sets(a: Outputs, b: Outputs) -> list[dict]:
     """All rows of one test set, with ``COLUMNS``."""
-    hypotheses_a, hypotheses_b, references = align(a, b)
-    facts = {name: a.facts[name] for name in ("task", "dataset", "src_lang", "tgt_lang")}
-    facts |= {"shots_a": a.facts["shots"], "shots_b": b.facts["shots"]}
+    *hypotheses, references = align(a, b)
+    facts = {name: a.facts[name] for name in COLUMNS[:4]} | {"shots_a": a.facts["shots"], "shots_b": b.facts["shots"]}
+    rows = []
     try:
-        compared = compare_texts(facts["task"], hypotheses_a, hypotheses_b, references, facts["tgt_lang"])
+        compared = compare_texts(facts["task"], *hypotheses, references, facts["tgt_lang"])
     except UserError as error:
         raise UserError(f"{a.file}: {error}") from None
-    rows = []
-    for metric, (score_a, score_b, p, differing, signature) in compared.items():
-        better = ""
-        if p < LEVEL:
-            better = "A" if (score_a < score_b) == METRICS[metric].lower_is_better else "B"
-        scores = {"metric": metric, "score_a": score_a, "score_b": score_b, "difference": score_b - score_a, "p": p}
-        verdict = {"significant": "yes" if better else "no", "better": better, "n": len(references)}
-        verdict["note"] = f"only {differing} segments differ" if differing <= TOO_FEW else ""
-        rows.append(facts | scores | verdict | {"signature": signature})
+    for metric, (score_a, score_b, p, num_differing, signature) in compared.items():
+        b_is_better = (score_b < score_a) == METRICS[metric].lower_is_better
+        better = "" if p >= LEVEL else "B" if b_is_better else "A"
+        note = f"only {num_differing} segments differ" if num_differing <= TOO_FEW else ""
+        row = {"metric": metric, "score_a": score_a, "score_b": score_b, "difference": score_b - score_a, "p": p}
+        row |= {"significant": "yes" if better else "no", "better": better, "n": len(references), "note": note}
+        rows.append(facts | row | {"signature": signature})
     return rows
 
 
@@ -158,26 +144,21 @@ def shown(rows):
     """
     import pandas
 
-    lines = []
-    for row in rows.to_dict("records"):
-        metric = METRICS[row["metric"]]
-        digits = metric.digits + 1
-        sets = (row[name] for name in ("task", "dataset", "src_lang", "tgt_lang", "shots_a", "shots_b"))
-        mark = "*" if row["significant"] == "yes" else ""
-        lines.append(
-            {
-                "test set": test_set_name(*sets),
-                "metric": metric.heading,
-                "A": f"{row['score_a'] * metric.factor:.{digits}f}",
-                "B": f"{row['score_b'] * metric.factor:.{digits}f}",
-                "B - A": f"{row['difference'] * metric.factor:+.{digits}f}{mark}",
-                "p": f"{row['p']:.4f}",
-                "better": row["better"] or "-",
-                "n": f"{row['n']:,}",
-                "note": row["note"],
-            }
-        )
-    return pandas.DataFrame(lines)
+    metrics = [METRICS[name] for name in rows["metric"]]
+    numbers = rows[["score_a", "score_b", "difference"]].mul([metric.factor for metric in metrics], axis=0)
+    return pandas.DataFrame(
+        {
+            "test set": [test_set_name(*row) for row in rows[list(COLUMNS[:6])].itertuples(index=False)],
+            "metric": [metric.heading for metric in metrics],
+            "A": numbers["score_a"].map("{:.2f}".format),
+            "B": numbers["score_b"].map("{:.2f}".format),
+            "B - A": numbers["difference"].map("{:+.2f}".format) + rows["significant"].map({"yes": "*", "no": " "}),
+            "p": rows["p"].map("{:.4f}".format),
+            "better": rows["better"].replace("", "-"),
+            "n": rows["n"].map("{:,}".format),
+            "note": rows["note"],
+        }
+    )
 
 
 def as_text(table, style: str) -> str:
@@ -220,7 +201,9 @@ def compare(
     if references:
         if len(system_a) + len(system_b) > 2 or shots_a is not None:
             raise UserError("line files: one a system, and no --shots", "call this once for each test set")
-        sets_a, sets_b = read_pair_of_files(system_a, system_b, references, target_lang, task)
+        facts = dict.fromkeys(FACTS, "") | {"task": task, "dataset": references.name, "tgt_lang": target_lang}
+        key = (task, references.name, "", target_lang, "")
+        sets_a, sets_b = ({key: read_line_files(path, references, None, facts)} for path in (*system_a, *system_b))
     else:
         sets_a = read_system(system_a, "--system_a", shots_a)
         sets_b = read_system(system_b, "--system_b", shots_b)

@@ -27,7 +27,7 @@ from towerspeech.generations import Outputs
 from towerspeech.metrics import ERROR_RATES, GET_SPBLEU, SACREBLEU_METRICS, TRANSLATION_TASKS, Score
 
 SEGMENTS_A_PROCESS = 2000  # a process takes as long to start as so many take to score
-Work = tuple[int, Outputs, list[str], Path | None]  # a test set and its number, the rows to compute, spBLEU's model
+Work = tuple[int, Outputs, list[str], Path | None]  # a test set's number, its outputs, its rows, spBLEU's model
 
 
 def wanted_rows(

@@ -26,7 +26,7 @@ from results.scores_csv import COMET_METRICS, choose_metrics, opened, read_test_
 from towerspeech.command import UserError, space_needed
 from towerspeech.files import check_exists, hash_file
 from towerspeech.generations import Outputs
-from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, TRANSLATION_TASKS, Score, mean_interval
+from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, TRANSLATION_TASKS, Score, with_interval
 
 FLAGS = {"comet22": "--comet_model", "cometkiwi22": "--cometkiwi_model"}
 
@@ -92,7 +92,8 @@ def predict(model, metric: str, outputs: Outputs, signature: str) -> Score:
     answer = model.predict(samples, gpus=int(torch.cuda.is_available()), progress_bar=sys.stderr.isatty())
     if not all(map(math.isfinite, answer.scores)):
         raise UserError(f"{outputs.file}: {metric} gives scores that are no numbers", "check the model")
-    return Score(metric, answer.system_score, *mean_interval(answer.scores), len(samples), signature)
+    _, low, high = with_interval(answer.scores, [1] * len(samples))
+    return Score(metric, answer.system_score, low, high, len(samples), signature)
 
 
 def score_comet(arguments: dict) -> None:

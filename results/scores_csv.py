@@ -96,16 +96,10 @@ class ScoresCsv:
         import pandas
 
         self.path = path
-        empty = pandas.DataFrame(columns=list(COLUMNS), dtype=str)
-        self.table = read_results(path) if path.is_file() else empty
+        self.table = read_results(path) if path.is_file() else pandas.DataFrame(columns=list(COLUMNS), dtype=str)
 
     def missing(self, outputs: Outputs, signed: dict[str, str]) -> list[str]:
-        """Those of the wanted rows that are not there, for these very outputs, computed in the same way.
-
-        Args:
-            outputs: The test set.
-            signed: The wanted rows and their signatures.
-        """
+        """Those of the wanted rows (with their signatures) that are not there, for these very outputs."""
         same = self._of_test_set(outputs) & (self.table["generations_sha256"] == outputs.sha256)
         there = self.table[same].set_index("metric")["signature"].to_dict()
         return [metric for metric, signature in signed.items() if there.get(metric) != signature]
@@ -118,14 +112,8 @@ class ScoresCsv:
         """
         import pandas
 
-        shared = {**outputs.facts, "generations_sha256": outputs.sha256}
-        new = pandas.DataFrame(
-            [
-                shared | {name: "" if value is None else str(value) for name, value in score._asdict().items()}
-                for score in scores
-            ],
-            dtype=str,
-        )
+        new = pandas.DataFrame(scores, dtype=object).map(lambda value: "" if value is None else str(value))
+        new = new.assign(**outputs.facts, generations_sha256=outputs.sha256).astype(str)
         of_test_set = self._of_test_set(outputs)
         of_others = of_test_set & (self.table["generations_sha256"] != outputs.sha256)
         replaced = of_others | (of_test_set & self.table["metric"].isin(new["metric"]))
@@ -140,10 +128,7 @@ class ScoresCsv:
 
     def _of_test_set(self, outputs: Outputs):
         """Which rows are of a system's test set: a pandas.Series of bools."""
-        import pandas
-
-        facts = pandas.Series({name: outputs.facts[name] for name in TEST_SET})
-        return self.table[list(TEST_SET)].eq(facts).all(axis=1)
+        return (self.table[list(TEST_SET)] == [outputs.facts[name] for name in TEST_SET]).all(axis=1)
 
 
 @contextlib.contextmanager

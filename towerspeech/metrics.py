@@ -26,6 +26,7 @@ TRANSLATION_TASKS = ("mt", "st", "cascaded_st")
 TASKS = (*TRANSLATION_TASKS, "asr")
 SACREBLEU_METRICS = ("bleu", "chrf2", "chrf2++", "spbleu")
 ERROR_RATES = {"wer": "word", "cer": "char"}
+PARTS = ("", "_substitutions", "_deletions", "_insertions")  # of an error rate's rows
 RUNAWAY = (2, 5)  # an output of more words (characters where CER leads) than 2 x the reference's + 5 is a runaway
 # What https://tinyurl.com/flores200sacrebleuspm gives, spBLEU's SentencePiece model. sacreBLEU checks no sum; this is
 # the one that the hub states for sentencepiece.bpe.model of facebook/nllb-200-distilled-600M, which is the same file.
@@ -68,7 +69,9 @@ def score(
     Raises:
         UserError: No segments, unequal lengths, or an unknown task or language.
     """
-    check_lengths(hypotheses, references)
+    if len(hypotheses) != len(references) or not references:
+        problem = f"{len(hypotheses)} hypotheses for {len(references)} references"
+        raise UserError(problem, "generate again, from the same test set, one output for each reference")
     signed = signatures(task, target_lang, spbleu_model=spbleu_model)
     wanted = [row for row in signed if rows is None or row in rows]
     computed = {"empty": (sum(not text.strip() for text in hypotheses), None, None)}
@@ -117,7 +120,7 @@ def signatures(
         end = f"bs:{BOOTSTRAP_SAMPLES}|seed:{SEED}|version:{made_by}"
         for name in normalizers(target_lang):
             for unit in units:
-                for part in ("", "_substitutions", "_deletions", "_insertions"):
+                for part in PARTS:
                     signed[f"{unit}_{name}{part}"] = f"level:{ERROR_RATES[unit]}|norm:whisper-{name}|{end}"
             signed[f"empty_references_{name}"] = f"count|norm:whisper-{name}|version:{made_by}"
             if lead in units:
@@ -139,33 +142,25 @@ def headline(target_lang: str) -> str:
     return f"{'cer' if target_lang in CER_LEADS else 'wer'}_{normalizers(target_lang)[-1]}"
 
 
-def check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
-    """Raise UserError unless there is one hypothesis for each reference, and one at least."""
-    if len(hypotheses) != len(references):
-        raise UserError(
-            f"{len(hypotheses)} hypotheses for {len(references)} references", "generate again, from the same test set"
-        )
-    if not references:
-        raise UserError("0 hypotheses for 0 references: nothing to score", "check the files")
-
-
 # --- Intervals -------------------------------------------------------------------------------------
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def _draws(n: int):
-    """How often each of n segments is in each of sacreBLEU's resamples: (samples, n), float64."""
+    """The segments that are in each of sacreBLEU's resamples: (samples, n), integers."""
     import numpy as np
 
-    drawn = np.random.default_rng(SEED).choice(n, size=(BOOTSTRAP_SAMPLES, n), replace=True)
-    return np.stack([np.bincount(indices, minlength=n) for indices in drawn]).astype(np.float64)
+    return np.random.default_rng(SEED).choice(n, size=(BOOTSTRAP_SAMPLES, n), replace=True)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """A percentile interval of the mean of segments' scores, over resampled segments."""
+def with_interval(values: Sequence[float], lengths: Sequence[float]) -> tuple[float, float, float]:
+    """The sum of segments' values by the sum of their lengths, and its percentile interval over resampled segments."""
     import numpy as np
 
-    means = _draws(len(values)) @ np.asarray(values, dtype=np.float64) / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    values, lengths = np.asarray(values), np.asarray(lengths)
+    drawn = _draws(len(values))
+    # A draw of empty references alone has no rate; with one word as its length it stays finite.
+    samples = values[drawn].sum(axis=1) / np.maximum(lengths[drawn].sum(axis=1), 1)
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(values.sum() / lengths.sum()), float(low), float(high)
 
 
 # --- Translation ----------------------------------------------------------------------------------
@@ -271,29 +266,11 @@ def _transcription(
         if not any(row == runaway or row.startswith(f"{unit}_{name}") for row in wanted):
             continue
         counts = edits(hypotheses, references, characters=unit == "cer")
-        rates = _rates_with_intervals(counts)
-        for part, value in zip(("", "_substitutions", "_deletions", "_insertions"), rates, strict=True):
-            computed[f"{unit}_{name}{part}"] = value
+        errors = [counts[:, :3].sum(axis=1), *counts[:, :3].T]
+        for part, values in zip(PARTS, errors, strict=True):
+            computed[f"{unit}_{name}{part}"] = with_interval(values, counts[:, 3])
         if runaway:
             factor, extra = RUNAWAY
             output_lengths = counts[:, 3] - counts[:, 1] + counts[:, 2]
             computed[runaway] = (int((output_lengths > factor * counts[:, 3] + extra).sum()), None, None)
     return computed
-
-
-def _rates_with_intervals(counts) -> list[tuple[float, float, float]]:
-    """Error rate, and its substitutions, deletions and insertions, each with a percentile interval.
-
-    Args:
-        counts: As ``edits`` gives them, (segments, 4). Segments are drawn anew, with their counts.
-    """
-    import numpy as np
-
-    errors = np.column_stack([counts[:, :3].sum(axis=1), counts[:, :3]])  # (segments, 4)
-    lengths = counts[:, 3]
-    draws = _draws(len(lengths))
-    # A draw of empty references alone has no rate; with one word as its length it stays finite.
-    samples = draws @ errors / np.maximum(draws @ lengths, 1)[:, None]
-    lows, highs = np.percentile(samples, [2.5, 97.5], axis=0)
-    rates = errors.sum(axis=0) / lengths.sum()
-    return [(float(rate), float(low), float(high)) for rate, low, high in zip(rates, lows, highs, strict=True)]

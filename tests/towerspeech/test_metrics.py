@@ -280,7 +280,8 @@ def test_interval_of_a_mean_is_that_of_a_plain_bootstrap():
     values = np.random.default_rng(4).normal(size=50).tolist()
     generator = np.random.default_rng(12345)
     means = [np.mean([values[i] for i in generator.integers(50, size=50)]) for _ in range(1000)]
-    assert metrics.mean_interval(values) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=1e-12)
+    interval = tuple(np.percentile(means, [2.5, 97.5]))
+    assert metrics.with_interval(values, [1] * 50) == pytest.approx((np.mean(values), *interval), abs=1e-12)
 
 
 def test_empty_references_count_as_insertions():
