@@ -69,6 +69,31 @@ def read_system(folders: list[Path], option: str, shots: int | None) -> dict[tup
     return sets
 
 
+def read_systems(
+    system_a: list[Path],
+    system_b: list[Path],
+    shots: tuple[int | None, int | None],
+    references: Path | None,
+    target_lang: str | None,
+    task: str,
+) -> list[dict[tuple, Outputs]]:
+    """Both systems' test sets, from folders of generations or from line files; arguments as in ``compare``."""
+    if bool(references) != bool(target_lang):
+        raise UserError("--references and --target_lang belong together", "give both for line files, else neither")
+    if (shots[0] is None) != (shots[1] is None):
+        raise UserError("--shots_a and --shots_b belong together", "give both, such as --shots_a 0 --shots_b 5")
+    if not references:
+        if any(path.is_file() for path in (*system_a, *system_b)):
+            problem = "line files need --references and --target_lang"
+            raise UserError(problem, "give both, or name folders of generations")
+        return [read_system(system_a, "--system_a", shots[0]), read_system(system_b, "--system_b", shots[1])]
+    if len(system_a) + len(system_b) > 2 or shots[0] is not None:
+        raise UserError("line files: one a system, and no --shots", "call this once for each test set")
+    facts = dict.fromkeys(FACTS, "") | {"task": task, "dataset": references.name, "tgt_lang": target_lang}
+    key = (task, references.name, "", target_lang, "")
+    return [{key: read_line_files(path, references, None, facts)} for path in (*system_a, *system_b)]
+
+
 def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
     """Both systems' outputs and the references, segment by segment in the order of ``a``.
 
@@ -79,8 +104,9 @@ def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
         return a.hypotheses, b.hypotheses, a.references
     remedy = "generate both from the same test set"
     for one, other in ((a, b), (b, a)):
-        for name in sorted(set(one.ids) - set(other.ids))[:1]:
-            raise UserError(f"{other.file} lacks id {name!r}, which {one.file} has", remedy)
+        missing = set(one.ids) - set(other.ids)
+        if missing:
+            raise UserError(f"{other.file} lacks id {min(missing)!r}, which {one.file} has", remedy)
     place = {name: i for i, name in enumerate(b.ids)}
     order = [place[name] for name in a.ids]
     texts = [("reference", a.references, b.references)]
@@ -192,21 +218,7 @@ def compare(
         overwrite: Replace another comparison.
     """
     arguments = dict(locals())
-    if bool(references) != bool(target_lang):
-        raise UserError("--references and --target_lang belong together", "give both for line files, else neither")
-    if (shots_a is None) != (shots_b is None):
-        raise UserError("--shots_a and --shots_b belong together", "give both, such as --shots_a 0 --shots_b 5")
-    if not references and any(path.is_file() for path in (*system_a, *system_b)):
-        raise UserError("line files need --references and --target_lang", "give both, or name folders of generations")
-    if references:
-        if len(system_a) + len(system_b) > 2 or shots_a is not None:
-            raise UserError("line files: one a system, and no --shots", "call this once for each test set")
-        facts = dict.fromkeys(FACTS, "") | {"task": task, "dataset": references.name, "tgt_lang": target_lang}
-        key = (task, references.name, "", target_lang, "")
-        sets_a, sets_b = ({key: read_line_files(path, references, None, facts)} for path in (*system_a, *system_b))
-    else:
-        sets_a = read_system(system_a, "--system_a", shots_a)
-        sets_b = read_system(system_b, "--system_b", shots_b)
+    sets_a, sets_b = read_systems(system_a, system_b, (shots_a, shots_b), references, target_lang, task)
     shared = sorted(sets_a.keys() & sets_b.keys())
     if not shared:
         raise UserError(
@@ -237,8 +249,8 @@ def compare(
                 notes.append(f"Only in {letter}, not compared: {', '.join(alone)}.")
         notes.append(NOTE)
         table = shown(rows)
-        signatures = "\n".join(f"- `{name}`" for name in (rows["metric"] + "|" + rows["signature"]).unique())
-        parts = [as_text(safe(table), "pipe"), "  \n".join(systems), *notes, "Signatures:", signatures]
+        signed = "\n".join(f"- `{name}`" for name in (rows["metric"] + "|" + rows["signature"]).unique())
+        parts = [as_text(safe(table), "pipe"), "  \n".join(systems), *notes, "Signatures:", signed]
         with work.publish("comparison.md") as path:
             path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         marked = int((rows["significant"] == "yes").sum())

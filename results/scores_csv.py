@@ -63,8 +63,8 @@ def read_checkpoints(
                 problem = f"{outputs.file} and {sets[key][1].file} hold the same test set"
                 raise UserError(problem, "score them into two --output_dir")
             sets[key] = output_dir / f"{checkpoint}.csv", outputs._replace(facts=facts)
-    for name in sorted(unanswered):
-        raise UserError(f"--prompts has {name}, of which there are no generations", "check --prompts")
+    if unanswered:
+        raise UserError(f"--prompts has {min(unanswered)}, of which there are no generations", "check --prompts")
     return list(sets.values())
 
 
