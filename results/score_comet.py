@@ -24,11 +24,11 @@ from pathlib import Path
 
 from results.scores_csv import COMET_METRICS, choose_metrics, opened, read_test_sets
 from towerspeech.command import UserError, space_needed
-from towerspeech.files import check_exists, hash_file
+from towerspeech.files import hash_file
 from towerspeech.generations import Outputs
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, TRANSLATION_TASKS, Score, with_interval
 
-FLAGS = {"comet22": "--comet_model", "cometkiwi22": "--cometkiwi_model"}
+MODELS = {"comet22": "comet_model", "cometkiwi22": "cometkiwi_model"}  # the arguments that name them
 
 
 def find_checkpoint(model: str, flag: str) -> tuple[Path, str]:
@@ -41,7 +41,7 @@ def find_checkpoint(model: str, flag: str) -> tuple[Path, str]:
                 raise UserError(f"{model} is no COMET checkpoint: there is no {needed}", f"check {flag}")
         return checkpoint, f"model:{checkpoint.parents[1].name}|sha256:{hash_file(checkpoint)[:16]}"
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-        check_exists(Path(model), f"check {flag}")
+        raise UserError(f"{model} does not exist", f"check {flag}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -64,7 +64,7 @@ def load(metric: str, checkpoint: Path):
     """Load a model; UserError unless it can be this metric's."""
     from comet import load_from_checkpoint
 
-    flag = FLAGS[metric]
+    flag = f"--{MODELS[metric]}"
     try:
         model = load_from_checkpoint(str(checkpoint))
     except Exception as error:  # of the file, or of the hub: the encoder's tokenizer is not in the checkpoint
@@ -107,7 +107,7 @@ def score_comet(arguments: dict) -> None:
             print(f"no {', '.join(metrics)} for {outputs.file}: it has no sources", flush=True)
     if not sets:
         raise UserError(f"{', '.join(metrics)} read translations and their sources, and there are none")
-    models = {name: find_checkpoint(arguments[FLAGS[name].strip("-")], FLAGS[name]) for name in metrics}
+    models = {metric: find_checkpoint(arguments[MODELS[metric]], f"--{MODELS[metric]}") for metric in metrics}
     with opened(sets) as tables:
         for metric, (checkpoint, name) in models.items():
             version = f"bs:{BOOTSTRAP_SAMPLES}|seed:{SEED}|version:unbabel-comet-{metadata.version('unbabel-comet')}"
@@ -118,7 +118,8 @@ def score_comet(arguments: dict) -> None:
                 if not tables[path].missing(outputs, {metric: signature}):
                     print(f"already scored: {outputs.file} ({metric})", flush=True)
                     continue
-                model = model or load(metric, checkpoint)
+                if model is None:
+                    model = load(metric, checkpoint)
                 tables[path].add(outputs, [predict(model, metric, outputs, signature)])
 
 

@@ -40,7 +40,7 @@ GET_SPBLEU = (
 class Score(NamedTuple):
     metric: str
     score: float
-    ci_low: float | None  # None for counts
+    ci_low: float | None  # None for counts, and where sacreBLEU gives no interval
     ci_high: float | None
     n: int  # segments
     signature: str
@@ -211,10 +211,11 @@ def _spbleu_tokenizer(model: Path | None):
 def _translation(metric, hypotheses: Sequence[str], references: Sequence[str]) -> tuple:
     """Score and interval, as sacreBLEU gives them: the interval is around the mean of its resamples."""
     os.environ["SACREBLEU_SEED"] = str(SEED)
+    texts = list(hypotheses), [list(references)]
     try:
-        result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
+        result = metric.corpus_score(*texts, n_bootstrap=BOOTSTRAP_SAMPLES)
     except TypeError:  # sacreBLEU 2.6.0 cannot average chrF's float32 with the plain 0.0 of a resample without matches
-        return float(metric.corpus_score(list(hypotheses), [list(references)]).score), None, None
+        return float(metric.corpus_score(*texts).score), None, None
     return float(result.score), float(result._mean - result._ci), float(result._mean + result._ci)
 
 

@@ -21,7 +21,6 @@ from towerspeech.records import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 COMET_PYTHON = ROOT / ".venv-comet/bin/python"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 needs_comet = pytest.mark.skipif(
     not COMET_PYTHON.exists() and not os.environ.get("CI"), reason="no .venv-comet: bash install.sh comet"
 )
@@ -106,12 +105,16 @@ def run_there(function, *arguments) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
 def call(expected_status: int = 0, **arguments) -> str:
     """Run score_comet.py in COMET's environment; returns what it prints."""
     command = [str(COMET_PYTHON), str(ROOT / "results/score_comet.py")]
     for name, value in arguments.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == expected_status, done.stderr
     assert "Traceback" not in done.stderr and (done.stderr == "") == (expected_status == 0), done.stderr
     return done.stdout + done.stderr
@@ -274,16 +277,16 @@ def test_killed_and_run_again(tmp_path, models):
     folder = write_generations(tmp_path / "sft", files)
     command = [str(COMET_PYTHON), str(ROOT / "results/score_comet.py"), "--generations", str(folder), "--model", "m"]
     command += ["--metrics", "comet22", "--comet_model", models["comet_model"], "--output_dir"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL, env=environment())
     path = tmp_path / "killed/sft.csv"
-    process = subprocess.Popen([*command, str(path.parent)], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    process = subprocess.Popen([*command, str(path.parent)], stdout=subprocess.DEVNULL, env=environment())
     while not path.is_file() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len(read(path)) < 8
     again = subprocess.run(
-        [*command, str(path.parent)], check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*command, str(path.parent)], check=True, stdout=subprocess.PIPE, text=True, env=environment()
     )
     assert again.stdout.count("already scored") >= 1
     assert path.read_bytes() == (tmp_path / "whole/sft.csv").read_bytes()
