@@ -16,179 +16,138 @@ difference by a paired approximate randomisation test, which marks one in twenty
 few segments there are (sacreBLEU's --paired-bs marks one in nine of many segments, and nearly all of one segment).
 """
 
-import csv
-import itertools
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from results.score import FACTS, Outputs, finished_files, read_generations, read_line_files
+from results.randomisation import compare_texts
 from towerspeech.command import UserError, run
-from towerspeech.languages import language
-from towerspeech.metrics import BOOTSTRAP_SAMPLES, ERROR_RATES, NORMALIZERS, SEED, TASKS, markdown_table, one_line
-from towerspeech.records import read_jsonl
+from towerspeech.generations import FACTS, Outputs, read_folder, read_line_files
+from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, signatures
+from towerspeech.results_table import METRICS, one_line, safe
 from towerspeech.stage import stage
 
 LEVEL = 0.05
 TOO_FEW = 5  # where so many segments differ, the smallest p is 2 / 2^5
-# metric: its heading, and the factor to the numbers shown
-SHOWN = {"bleu": ("BLEU", 1), "chrf2": ("chrF2", 1), "chrf2++": ("chrF2++", 1)}
-SHOWN |= {f"{unit}_{name}": (f"{unit.upper()} {name}", 100) for unit in ERROR_RATES for name in NORMALIZERS}
 NOTE = (
     f"`*`: p < {LEVEL}, two-sided, by paired approximate randomisation: the share of {BOOTSTRAP_SAMPLES} random swaps"
     f" of the systems' outputs, segment by segment (seed {SEED}; where 9 segments or fewer differ, of all swaps that"
     " there are), after which the systems differ at least as much. It marks about one in twenty pairs of equally good"
     f" systems by chance. Where {TOO_FEW} segments or fewer differ, p cannot come below {LEVEL}, and the row says so."
-    " WER and CER in percent, the lower the better. Each p is of one test set and one metric, not corrected for the"
-    f" number of rows. For a claim over k test sets, ask for p < {LEVEL} / k (Bonferroni)."
+    " WER and CER in percent, under Whisper's English normalizer unless it says basic, the lower the better. Each p is"
+    " of one test set and one metric, not corrected for the number of rows. For a claim over k test sets, ask for"
+    f" p < {LEVEL} / k (Bonferroni)."
 )
 
 
-class Side(NamedTuple):
-    """One system's outputs for one test set."""
-
-    outputs: Outputs
-    ids: list[str] | None  # None for line files: the line is the id
-
-
-class Comparison(NamedTuple):
-    """A row of comparison.csv."""
-
-    task: str
-    dataset: str
-    src_lang: str
-    tgt_lang: str
-    shots_a: str
-    shots_b: str
-    metric: str
-    score_a: float
-    score_b: float
-    difference: float  # b - a
-    p: float
-    significant: str  # yes or no
-    better: str  # A, B, or empty where the difference is not significant
-    n: int  # segments
-    note: str  # why nothing can be significant
-    signature: str
+COLUMNS = (
+    *("task", "dataset", "src_lang", "tgt_lang", "shots_a", "shots_b", "metric"),
+    *("score_a", "score_b", "difference", "p", "significant", "better", "n", "note", "signature"),
+)  # of comparison.csv; the difference is b - a, better is A, B or empty, note says why nothing can be significant
 
 
 # --- Reading and pairing --------------------------------------------------------------------------
-def read_system(folders: list[Path], option: str, shots: int | None) -> dict[tuple, Side]:
+def read_system(folders: list[Path], option: str, shots: int | None) -> dict[tuple, Outputs]:
     """A system's test sets, by (task, dataset, source, target, shots); shots are left out where the user chose them.
 
     Raises:
         UserError: Unfinished or changed generations, a malformed row, or a test set in two files.
     """
-    found: dict[tuple, Side] = {}
-    for path, sha256 in (item for folder in folders for item in finished_files(folder).items()):
-        outputs = read_generations(path, sha256, "", "", "", None)
+    sets: dict[tuple, Outputs] = {}
+    for outputs in (outputs for folder in folders for outputs in read_folder(folder)):
         facts = outputs.facts
         if shots is not None and facts["shots"] != str(shots):
             continue
-        side = Side(outputs, [row["id"] for row in read_jsonl(path)])
-        key = (facts["task"], facts["dataset"], facts["src_lang"], facts["tgt_lang"])
-        other = found.setdefault((*key, facts["shots"] if shots is None else ""), side)
-        if other is not side:
-            raise UserError(f"{path} and {other.outputs.file} hold the same test set", f"name one of them in {option}")
-    if not found:
+        told_shots = facts["shots"] if shots is None else ""
+        key = (facts["task"], facts["dataset"], facts["src_lang"], facts["tgt_lang"], told_shots)
+        if key in sets:
+            problem = f"{outputs.file} and {sets[key].file} hold the same test set"
+            raise UserError(problem, f"name one of them in {option}")
+        sets[key] = outputs
+    if not sets:
         wanted = "" if shots is None else f" with {shots} shots"
         raise UserError(f"no test sets{wanted} in {option} {' '.join(map(str, folders))}", "name other folders")
-    return found
+    return sets
 
 
-def align(a: Side, b: Side) -> tuple[list[str], list[str], list[str]]:
+def read_systems(
+    system_a: list[Path],
+    system_b: list[Path],
+    shots: tuple[int | None, int | None],
+    references: Path | None,
+    target_lang: str | None,
+    task: str,
+) -> list[dict[tuple, Outputs]]:
+    """Both systems' test sets, from folders of generations or from line files; arguments as in ``compare``."""
+    if bool(references) != bool(target_lang):
+        raise UserError("--references and --target_lang belong together", "give both for line files, else neither")
+    if (shots[0] is None) != (shots[1] is None):
+        raise UserError("--shots_a and --shots_b belong together", "give both, such as --shots_a 0 --shots_b 5")
+    if not references:
+        if any(path.is_file() for path in (*system_a, *system_b)):
+            problem = "line files need --references and --target_lang"
+            raise UserError(problem, "give both, or name folders of generations")
+        return [read_system(system_a, "--system_a", shots[0]), read_system(system_b, "--system_b", shots[1])]
+    if len(system_a) + len(system_b) > 2 or shots[0] is not None:
+        raise UserError("line files: one a system, and no --shots", "call this once for each test set")
+    facts = dict.fromkeys(FACTS, "") | {"task": task, "dataset": references.name, "tgt_lang": target_lang}
+    key = (task, references.name, "", target_lang, "")
+    return [{key: read_line_files(path, references, None, facts)} for path in (*system_a, *system_b)]
+
+
+def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
     """Both systems' outputs and the references, segment by segment in the order of ``a``.
 
     Raises:
         UserError: A segment of one only, or with another reference or source; names file and id.
     """
     if a.ids is None:
-        return a.outputs.hypotheses, b.outputs.hypotheses, a.outputs.references
-    place = {name: i for i, name in enumerate(b.ids)}
+        return a.hypotheses, b.hypotheses, a.references
     remedy = "generate both from the same test set"
     for one, other in ((a, b), (b, a)):
-        for name in sorted(set(one.ids) - set(other.ids))[:1]:
-            raise UserError(f"{other.outputs.file} lacks id {name!r}, which {one.outputs.file} has", remedy)
+        missing = set(one.ids) - set(other.ids)
+        if missing:
+            raise UserError(f"{other.file} lacks id {min(missing)!r}, which {one.file} has", remedy)
+    place = {name: i for i, name in enumerate(b.ids)}
     order = [place[name] for name in a.ids]
-    for what, of_a, of_b in (
-        ("reference", a.outputs.references, b.outputs.references),
-        ("source", a.outputs.sources, b.outputs.sources),
-    ):
-        # What is spoken, or what another system heard, may be written in other units or words; a text may not.
-        if what == "source" and (a.outputs.facts["task"] != "mt" or None in (of_a, of_b)):
-            continue
+    texts = [("reference", a.references, b.references)]
+    # What is spoken, or what another system heard, may be written in other units or words; a text may not.
+    if a.facts["task"] == "mt" and a.sources is not None and b.sources is not None:
+        texts.append(("source", a.sources, b.sources))
+    for what, of_a, of_b in texts:
         for name, i, text in zip(a.ids, order, of_a, strict=True):
             if text != of_b[i]:
                 raise UserError(
-                    f"{b.outputs.file}: id {name!r} has the {what} {str(of_b[i])[:60]!r},"
-                    f" but {str(text)[:60]!r} in {a.outputs.file}",
-                    remedy,
+                    f"{b.file}: id {name!r} has the {what} {of_b[i][:60]!r}, but {text[:60]!r} in {a.file}", remedy
                 )
-    return a.outputs.hypotheses, [b.outputs.hypotheses[i] for i in order], a.outputs.references
+    return a.hypotheses, [b.hypotheses[i] for i in order], a.references
+
+
+def check_pair(a: Outputs, b: Outputs) -> None:
+    """Raise UserError unless two systems' outputs for a test set can be compared."""
+    align(a, b)
+    try:
+        signatures(a.facts["task"], a.facts["tgt_lang"])
+    except UserError as error:
+        raise UserError(f"{a.file}: {error}") from None
 
 
 # --- Tests ----------------------------------------------------------------------------------------
-def compare_texts(task: str, a: list[str], b: list[str], references: list[str], target_lang: str) -> dict[str, tuple]:
-    """metric -> (score of a, score of b, p, segments that differ, signature)."""
-    import numpy as np
-
-    from towerspeech import metrics
-
-    found = {}
-    for metric, signature in metrics.signatures(task, target_lang, ("bleu", "chrf2", "chrf2++", *ERROR_RATES)).items():
-        if metric not in SHOWN:
-            continue
-        counts = np.stack([metrics.segment_counts(metric, texts, references, target_lang) for texts in (a, b)])
-        if metric not in metrics.SACREBLEU_METRICS and not counts[0, :, -1].any():
-            raise UserError(
-                f"{metric}: all {len(references)} references are normalised to nothing", "check their text"
-            )
-        scores = metrics.corpus_scores(metric, counts.sum(axis=1))
-        differing = (counts[0] != counts[1]).any(axis=1)  # (segments,)
-        num_differing = int(differing.sum())
-        # Swapped[i, j]: whether try i gives a's output of segment j to b, and b's to a. The first swaps none.
-        if 2**num_differing <= BOOTSTRAP_SAMPLES:
-            swapped = np.zeros((2**num_differing, len(differing)))
-            swapped[:, differing] = list(itertools.product((0, 1), repeat=num_differing))
-        else:
-            swapped = np.random.default_rng(SEED).integers(2, size=(BOOTSTRAP_SAMPLES, len(differing)), dtype=bool)
-            swapped = np.vstack([np.zeros(len(differing)), swapped])  # drawn as sacreBLEU's --paired-ar draws
-        one, other = (
-            metrics.corpus_scores(metric, swapped @ x + (1 - swapped) @ y) for x, y in (counts[::-1], counts)
-        )
-        as_far = np.abs(other - one) >= abs(scores[1] - scores[0]) - 1e-9  # ties but for rounding are ties
-        signature = signature.replace("|bs:", "|ar:")
-        found[metric] = (*map(float, scores), float(as_far.mean()), num_differing, signature)
-    return found
-
-
-def compare_sets(a: Side, b: Side) -> list[Comparison]:
-    """All rows of one test set."""
-    facts = a.outputs.facts
-    hypotheses_a, hypotheses_b, references = align(a, b)
-    try:
-        found = compare_texts(facts["task"], hypotheses_a, hypotheses_b, references, facts["tgt_lang"])
-    except UserError as error:
-        raise UserError(f"{a.outputs.file}: {error}") from None
+def compare_sets(a: Outputs, b: Outputs) -> list[dict]:
+    """All rows of one test set, with ``COLUMNS``."""
+    *hypotheses, references = align(a, b)
+    facts = {name: a.facts[name] for name in COLUMNS[:4]} | {"shots_a": a.facts["shots"], "shots_b": b.facts["shots"]}
     rows = []
-    for metric, (score_a, score_b, p, differing, signature) in found.items():
-        lower = facts["task"] == "asr"  # is better
-        better = "" if p >= LEVEL else "A" if (score_a < score_b) == lower else "B"
-        rows.append(
-            Comparison(
-                *(facts[name] for name in ("task", "dataset", "src_lang", "tgt_lang", "shots")),
-                b.outputs.facts["shots"],
-                metric,
-                score_a,
-                score_b,
-                score_b - score_a,
-                p,
-                "yes" if better else "no",
-                better,
-                len(references),
-                f"only {differing} segments differ" if differing <= TOO_FEW else "",
-                signature,
-            )
-        )
+    try:
+        compared = compare_texts(facts["task"], *hypotheses, references, facts["tgt_lang"])
+    except UserError as error:
+        raise UserError(f"{a.file}: {error}") from None
+    for metric, (score_a, score_b, p, num_differing, signature) in compared.items():
+        b_is_better = (score_b < score_a) == METRICS[metric].lower_is_better
+        better = "" if p >= LEVEL else "B" if b_is_better else "A"
+        note = f"only {num_differing} segments differ" if num_differing <= TOO_FEW else ""
+        row = {"metric": metric, "score_a": score_a, "score_b": score_b, "difference": score_b - score_a, "p": p}
+        row |= {"significant": "yes" if better else "no", "better": better, "n": len(references), "note": note}
+        rows.append(facts | row | {"signature": signature})
     return rows
 
 
@@ -203,49 +162,35 @@ def test_set_name(task: str, dataset: str, src_lang: str, tgt_lang: str, *shots:
     return one_line(f"{kind}{dataset} {pair}{f' {told}-shot' if told else ''}")
 
 
-def cells(rows: list[Comparison]) -> list[list[str]]:
-    """The table as shown, its heading first."""
-    lines = [["test set", "metric", "A", "B", "B - A", "p", "better", "n", "note"]]
-    for row in rows:
-        name, factor = SHOWN[row.metric]
-        mark = "*" if row.significant == "yes" else ""
-        lines.append(
-            [
-                test_set_name(*row[:6]),
-                name,
-                *(f"{score * factor:.2f}" for score in (row.score_a, row.score_b)),
-                f"{row.difference * factor:+.2f}{mark or ' '}",
-                f"{row.p:.4f}",
-                row.better or "-",
-                f"{row.n:,}",
-                row.note,
-            ]
-        )
-    return lines
+def shown(rows):
+    """The table as shown: a pandas.DataFrame of text.
 
+    Args:
+        rows: A pandas.DataFrame with ``COLUMNS``.
+    """
+    import pandas
 
-def as_text(lines: list[list[str]]) -> str:
-    """The table for the terminal."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [
-        "  ".join(c.rjust(w) if 1 < i < 8 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:]])
-
-
-def as_markdown(lines: list[list[str]], notes: list[str], signatures: list[str]) -> str:
-    """The table in Markdown, what its letters mean, and how its numbers were computed."""
-    aligned = ["---", "---", "---:", "---:", "---:", "---:", "---", "---:", "---"]
-    return "\n".join(
-        [
-            markdown_table([lines[0], aligned, *lines[1:]]).rstrip("\n"),
-            *(part for note in notes for part in ("", note)),
-            *("", "Signatures:", ""),
-            *(f"- `{signature}`" for signature in signatures),
-            "",
-        ]
+    metrics = [METRICS[name] for name in rows["metric"]]
+    numbers = rows[["score_a", "score_b", "difference"]].mul([metric.factor for metric in metrics], axis=0)
+    return pandas.DataFrame(
+        {
+            "test set": [test_set_name(*row) for row in rows[list(COLUMNS[:6])].itertuples(index=False)],
+            "metric": [metric.heading for metric in metrics],
+            "A": numbers["score_a"].map("{:.2f}".format),
+            "B": numbers["score_b"].map("{:.2f}".format),
+            "B - A": numbers["difference"].map("{:+.2f}".format) + rows["significant"].map({"yes": "*", "no": " "}),
+            "p": rows["p"].map("{:.4f}".format),
+            "better": rows["better"].replace("", "-"),
+            "n": rows["n"].map("{:,}".format),
+            "note": rows["note"],
+        }
     )
+
+
+def as_text(table, style: str) -> str:
+    """A table for the terminal (style ``simple``) or in Markdown (``pipe``)."""
+    aligned = ["left", "left", *["right"] * 4, "left", "right", "left"]
+    return table.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=aligned)
 
 
 def compare(
@@ -273,21 +218,7 @@ def compare(
         overwrite: Replace another comparison.
     """
     arguments = dict(locals())
-    if bool(references) != bool(target_lang):
-        raise UserError("--references and --target_lang belong together", "give both for line files, else neither")
-    if (shots_a is None) != (shots_b is None):
-        raise UserError("--shots_a and --shots_b belong together", "give both, such as --shots_a 0 --shots_b 5")
-    if not references and any(path.is_file() for path in (*system_a, *system_b)):
-        raise UserError("line files need --references and --target_lang", "give both, or name folders of generations")
-    if references:
-        if len(system_a) + len(system_b) > 2 or shots_a is not None:
-            raise UserError("line files: one a system, and no --shots", "call this once for each test set")
-        facts = dict.fromkeys(FACTS, "") | {"task": task, "dataset": references.name, "tgt_lang": target_lang}
-        sides = [Side(read_line_files(path, references, None, facts), None) for path in (*system_a, *system_b)]
-        sets_a, sets_b = ({(task, references.name, "", target_lang, ""): side} for side in sides)
-    else:
-        sets_a = read_system(system_a, "--system_a", shots_a)
-        sets_b = read_system(system_b, "--system_b", shots_b)
+    sets_a, sets_b = read_systems(system_a, system_b, (shots_a, shots_b), references, target_lang, task)
     shared = sorted(sets_a.keys() & sets_b.keys())
     if not shared:
         raise UserError(
@@ -296,39 +227,35 @@ def compare(
             "name systems with a test set in common",
         )
     for key in shared:  # all are checked before one is tested
-        align(sets_a[key], sets_b[key])
-        if key[0] not in TASKS:
-            raise UserError(f"{sets_a[key].outputs.file}: unknown task {key[0]!r}", f"known are: {', '.join(TASKS)}")
-        try:
-            language(key[3])
-        except UserError as error:
-            raise UserError(f"{sets_a[key].outputs.file}: {error}") from None
+        check_pair(sets_a[key], sets_b[key])
     with stage(__file__, output_dir, arguments, inputs=["system_a", "system_b", "references"]) as work:
         if work.done:
             print((output_dir / "comparison.md").read_text(encoding="utf-8"), end="")
             return
+        import pandas
+
         rows = []
         for number, key in enumerate(shared, 1):
             print(f"{number}/{len(shared)}: {test_set_name(*key)}", flush=True)
             rows += compare_sets(sets_a[key], sets_b[key])
-        named = [f"{letter}: {' + '.join(map(str, paths))}" for letter, paths in (("A", system_a), ("B", system_b))]
-        notes = ["  \n".join(named)]
+        rows = pandas.DataFrame(rows, columns=list(COLUMNS))
+        with work.publish("comparison.csv") as path:
+            rows.to_csv(path, index=False, lineterminator="\n")
+        systems = [f"{letter}: {' + '.join(map(str, paths))}" for letter, paths in (("A", system_a), ("B", system_b))]
+        notes = []
         for letter, mine, others in (("A", sets_a, sets_b), ("B", sets_b, sets_a)):
             alone = [test_set_name(*key) for key in sorted(mine.keys() - others.keys())]
             if alone:
                 notes.append(f"Only in {letter}, not compared: {', '.join(alone)}.")
         notes.append(NOTE)
-        lines = cells(rows)
-        signatures = list(dict.fromkeys(f"{row.metric}|{row.signature}" for row in rows))
-        with work.publish("comparison.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Comparison._fields)
-            writer.writerows(rows)
+        table = shown(rows)
+        signed = "\n".join(f"- `{name}`" for name in (rows["metric"] + "|" + rows["signature"]).unique())
+        parts = [as_text(safe(table), "pipe"), "  \n".join(systems), *notes, "Signatures:", signed]
         with work.publish("comparison.md") as path:
-            path.write_text(as_markdown(lines, notes, signatures), encoding="utf-8")
-        marked = sum(row.significant == "yes" for row in rows)
+            path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        marked = int((rows["significant"] == "yes").sum())
         work.counts |= {"test_sets": len(shared), "rows": len(rows), "significant": marked}
-        print("\n".join(["", as_text(lines), "", *named, *notes[1:]]))
+        print("\n".join(["", as_text(table, "simple"), "", *systems, *notes]))
     print(f"{marked} of {len(rows)} differences are significant; written: {output_dir}/comparison.md, comparison.csv")
 
 

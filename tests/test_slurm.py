@@ -121,10 +121,11 @@ def by_bash(tmp_path):
     lists and numbers.
     """
     shutil.copytree(REPO / "sbatch", tmp_path / "sbatch")
-    (tmp_path / "bin").mkdir()
-    for command in ("python", "torchrun", "srun", "scontrol"):
-        (tmp_path / "bin" / command).write_text("""#!/bin/bash\nprintf '%s\\0' "$@" "" >>calls\n""")
-        (tmp_path / "bin" / command).chmod(0o755)
+    for command in ("python", "torchrun", "srun", "scontrol", "../.venv-comet/bin/python"):
+        path = tmp_path / "bin" / command
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("""#!/bin/bash\nprintf '%s\\0' "$@" "" >>calls\n""")
+        path.chmod(0o755)
 
     def run(name: str, **given: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
         file = REPO / f"sbatch/{name}.sbatch"

@@ -10,22 +10,22 @@ from pathlib import Path
 
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists
+from towerspeech.results_table import METRICS, read_results
 
 OPERATORS = {"below": lambda a, b: a < b, "above": lambda a, b: a > b}
 
 
 def read_scores(results: Path) -> dict[tuple, float]:
-    """(checkpoint, test, metric) -> score; a test is asr, asr_shuffled, or such as de-en_0-shot. WER in percent."""
-    from towerspeech.metrics import read_results
-
+    """(checkpoint, test, metric) -> score; a test is asr, asr_shuffled, or such as de-en_0-shot; scores as shown."""
     scores = {}
     for path in sorted(results.glob("*.csv")):
-        for row in read_results(path):
+        for row in read_results(path).to_dict("records"):
+            if row["metric"] not in METRICS:
+                continue
             test = f"{row['src_lang']}-{row['tgt_lang']}_{row['shots']}-shot"
             if row["task"] == "asr":
                 test = "asr_shuffled" if row["dataset"].endswith("_shuffled") else "asr"
-            factor = 100 if row["metric"].startswith("wer") else 1
-            scores[row["checkpoint"], test, row["metric"]] = float(row["score"]) * factor
+            scores[row["checkpoint"], test, row["metric"]] = float(row["score"]) * METRICS[row["metric"]].factor
     return scores
 
 

@@ -3,21 +3,19 @@
 BLEU, spBLEU, chrF2 and chrF2++ are sacreBLEU's, WER and CER jiwer's alignments of text that went through Whisper's
 normalizers: Basic for every language (it keeps umlauts and the syllables of Hangul), and for English the English one
 too, which makes plain letters of umlauts and takes syllables apart. Both are named: one sentence can score 0.64 under
-one and 0.0 under the other. sacreBLEU's scores lie in 0..100, COMET's (results/score.py) mostly in 0..1; WER and CER
-are shares of the reference's words or characters (0.25, not 25), and can exceed 1.
+one and 0.0 under the other. sacreBLEU's scores lie in 0..100; WER and CER are shares of the reference's words or
+characters (0.25, not 25), and can exceed 1.
 """
 
-import csv
-import io
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from towerspeech.command import UserError
-from towerspeech.files import check_exists, hash_file, publish
+from towerspeech.files import check_exists, hash_file
 from towerspeech.languages import language
 
 BOOTSTRAP_SAMPLES = 1000
@@ -28,6 +26,7 @@ TRANSLATION_TASKS = ("mt", "st", "cascaded_st")
 TASKS = (*TRANSLATION_TASKS, "asr")
 SACREBLEU_METRICS = ("bleu", "chrf2", "chrf2++", "spbleu")
 ERROR_RATES = {"wer": "word", "cer": "char"}
+PARTS = ("", "_substitutions", "_deletions", "_insertions")  # of an error rate's rows
 RUNAWAY = (2, 5)  # an output of more words (characters where CER leads) than 2 x the reference's + 5 is a runaway
 # What https://tinyurl.com/flores200sacrebleuspm gives, spBLEU's SentencePiece model. sacreBLEU checks no sum; this is
 # the one that the hub states for sentencepiece.bpe.model of facebook/nllb-200-distilled-600M, which is the same file.
@@ -37,17 +36,11 @@ GET_SPBLEU = (
     "or name the file with --spbleu_model"
 )
 
-COLUMNS = (
-    *("model", "mixture", "checkpoint", "task", "dataset", "shots", "src_lang", "tgt_lang"),
-    *("metric", "score", "ci_low", "ci_high", "n", "signature", "generations_sha256"),
-)
-TEST_SET = COLUMNS[:8]  # these name a system and a test set; with the metric, a row
-
 
 class Score(NamedTuple):
     metric: str
     score: float
-    ci_low: float | None  # None for counts
+    ci_low: float | None  # None for counts, and where sacreBLEU gives no interval
     ci_high: float | None
     n: int  # segments
     signature: str
@@ -76,26 +69,23 @@ def score(
     Raises:
         UserError: No segments, unequal lengths, or an unknown task or language.
     """
-    check_lengths(hypotheses, references)
+    if len(hypotheses) != len(references) or not references:
+        problem = f"{len(hypotheses)} hypotheses for {len(references)} references"
+        raise UserError(problem, "generate again, from the same test set, one output for each reference")
     signed = signatures(task, target_lang, spbleu_model=spbleu_model)
     wanted = [row for row in signed if rows is None or row in rows]
-    n = len(references)
-    if task == "asr":
-        lead = headline(target_lang)[:3]
-        units = [
-            unit
-            for unit in ERROR_RATES
-            if any(row.startswith((unit, "runaway_" if unit == lead else unit)) for row in wanted)
-        ]
-        found = {}
-        for name in normalizers(target_lang):
-            found |= _transcription(hypotheses, references, name, units, lead)
-    else:
-        found = _translation(hypotheses, references, target_lang, wanted, spbleu_model)
-    found["empty"] = (sum(not text.strip() for text in hypotheses), None, None)
+    computed = {"empty": (sum(not text.strip() for text in hypotheses), None, None)}
     if finish_reasons is not None:
-        found["truncated"] = (sum(reason == "length" for reason in finish_reasons), None, None)
-    return [Score(metric, *found[metric], n, signed[metric]) for metric in wanted if metric in found]
+        computed["truncated"] = (sum(reason == "length" for reason in finish_reasons), None, None)
+    if task == "asr":
+        for name in normalizers(target_lang):
+            computed |= _transcription(hypotheses, references, name, target_lang, wanted)
+    else:
+        for name in SACREBLEU_METRICS:
+            if name in wanted:
+                metric = sacrebleu_metric(name, target_lang, spbleu_model)
+                computed[name] = _translation(metric, hypotheses, references)
+    return [Score(row, *computed[row], len(references), signed[row]) for row in wanted if row in computed]
 
 
 def signatures(
@@ -120,7 +110,7 @@ def signatures(
     if task != "asr":
         for name in SACREBLEU_METRICS:
             if name in metrics:
-                metric = _sacrebleu(name, target_lang, spbleu_file(spbleu_model) if name == "spbleu" else None)
+                metric = sacrebleu_metric(name, target_lang, spbleu_model)
                 metric.num_refs, metric.n_bootstrap, metric.seed = 1, BOOTSTRAP_SAMPLES, str(SEED)
                 signed[name] = str(metric.get_signature())
     elif units := [unit for unit in ERROR_RATES if unit in metrics]:
@@ -130,7 +120,7 @@ def signatures(
         end = f"bs:{BOOTSTRAP_SAMPLES}|seed:{SEED}|version:{made_by}"
         for name in normalizers(target_lang):
             for unit in units:
-                for part in ("", "_substitutions", "_deletions", "_insertions"):
+                for part in PARTS:
                     signed[f"{unit}_{name}{part}"] = f"level:{ERROR_RATES[unit]}|norm:whisper-{name}|{end}"
             signed[f"empty_references_{name}"] = f"count|norm:whisper-{name}|version:{made_by}"
             if lead in units:
@@ -152,71 +142,25 @@ def headline(target_lang: str) -> str:
     return f"{'cer' if target_lang in CER_LEADS else 'wer'}_{normalizers(target_lang)[-1]}"
 
 
-def check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
-    """Raise UserError unless there is one hypothesis for each reference, and one at least."""
-    if len(hypotheses) != len(references):
-        raise UserError(
-            f"{len(hypotheses)} hypotheses for {len(references)} references", "generate again, from the same test set"
-        )
-    if not references:
-        raise UserError("0 hypotheses for 0 references: nothing to score", "check the files")
-
-
 # --- Intervals -------------------------------------------------------------------------------------
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def _draws(n: int):
-    """How often each of n segments is in each of sacreBLEU's resamples: (samples, n), float64."""
+    """The segments that are in each of sacreBLEU's resamples: (samples, n), integers."""
     import numpy as np
 
-    drawn = np.random.default_rng(SEED).choice(n, size=(BOOTSTRAP_SAMPLES, n), replace=True)
-    return np.stack([np.bincount(indices, minlength=n) for indices in drawn]).astype(np.float64)
+    return np.random.default_rng(SEED).choice(n, size=(BOOTSTRAP_SAMPLES, n), replace=True)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """A percentile interval of the mean of segments' scores, over resampled segments."""
+def with_interval(values: Sequence[float], lengths: Sequence[float]) -> tuple[float, float, float]:
+    """The sum of segments' values by the sum of their lengths, and its percentile interval over resampled segments."""
     import numpy as np
 
-    means = _draws(len(values)) @ np.asarray(values, dtype=np.float64) / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-# --- One metric's counts, for comparisons -----------------------------------------------------------
-def segment_counts(metric: str, hypotheses: Sequence[str], references: Sequence[str], target_lang: str):
-    """What one metric counts in each segment; ``corpus_scores`` takes its sums.
-
-    Args:
-        metric: bleu, chrf2, chrf2++, or an error rate: wer_basic, cer_basic, wer_english, cer_english.
-        hypotheses: Raw outputs, one a segment.
-        references: One a segment.
-        target_lang: As in ``score``.
-
-    Returns:
-        (segments, counts), float64.
-    """
-    import numpy as np
-
-    unit, _, name = metric.partition("_")
-    if unit in ERROR_RATES:
-        normalize = normalizer(name)
-        normal = ([normalize(text) for text in texts] for texts in (hypotheses, references))
-        return edits(*normal, characters=unit == "cer").astype(np.float64)
-    found = _sacrebleu(metric, target_lang)._extract_corpus_statistics(list(hypotheses), [list(references)])
-    return np.array(found, dtype=np.float64)
-
-
-def corpus_scores(metric: str, totals):
-    """The scores of corpora, (corpora,), as ``score`` gives them.
-
-    Args:
-        metric: As in ``segment_counts``.
-        totals: (corpora, counts), float64: sums of the segments' counts.
-    """
-    import numpy as np
-
-    if metric.partition("_")[0] in ERROR_RATES:
-        return totals[:, :3].sum(axis=1) / np.maximum(totals[:, 3], 1)
-    return _chrfs(totals) if metric.startswith("chrf") else _bleus(totals)
+    values, lengths = np.asarray(values), np.asarray(lengths)
+    drawn = _draws(len(values))
+    # A draw of empty references alone has no rate; with one word as its length it stays finite.
+    samples = values[drawn].sum(axis=1) / np.maximum(lengths[drawn].sum(axis=1), 1)
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(values.sum() / lengths.sum()), float(low), float(high)
 
 
 # --- Translation ----------------------------------------------------------------------------------
@@ -232,7 +176,7 @@ def spbleu_file(spbleu_model: Path | None) -> Path | None:
 
 
 @cache  # mecab's dictionary and SentencePiece models take long to load
-def _sacrebleu(name: str, target_lang: str, spbleu: Path | None = None):
+def sacrebleu_metric(name: str, target_lang: str, spbleu_model: Path | None = None):
     """One of sacreBLEU's metrics. ``force`` silences a warning about tokenized text; it changes no score."""
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -240,7 +184,7 @@ def _sacrebleu(name: str, target_lang: str, spbleu: Path | None = None):
         return BLEU(tokenize=language(target_lang).bleu_tokenizer, force=True)
     if name == "spbleu":
         metric = BLEU(tokenize="none", force=True)
-        metric.tokenizer = _spbleu_tokenizer(spbleu)
+        metric.tokenizer = _spbleu_tokenizer(spbleu_file(spbleu_model))
         metric.tokenizer_signature = metric.tokenizer.signature()
         return metric
     return CHRF(word_order=2 if name == "chrf2++" else 0)
@@ -264,78 +208,15 @@ def _spbleu_tokenizer(model: Path | None):
     return tokenizer
 
 
-def _translation(
-    hypotheses: Sequence[str],
-    references: Sequence[str],
-    target_lang: str,
-    names: Collection[str],
-    spbleu_model: Path | None,
-) -> dict[str, tuple]:
-    """The scores and intervals that sacreBLEU's ``corpus_score`` gives, sooner.
-
-    Its statistics of a segment are counted once for chrF2 and chrF2++ (the former's come first among the latter's),
-    and all resamples are scored at once.
-    """
-    found = {}
-    statistics = {}
-    for name in sorted(set(names) & set(SACREBLEU_METRICS), reverse=True):  # chrf2++ before chrf2
-        metric = _sacrebleu(name, target_lang, spbleu_file(spbleu_model) if name == "spbleu" else None)
-        if name == "chrf2" and "chrf2++" in statistics:
-            statistics[name] = [segment[: 3 * metric.order] for segment in statistics["chrf2++"]]
-        else:
-            statistics[name] = metric._extract_corpus_statistics(list(hypotheses), [list(references)])
-        score = float(metric._aggregate_and_compute(statistics[name]).score)
-        found[name] = (score, *_sacrebleu_interval(statistics[name], _chrfs if "chrf" in name else _bleus))
-    return found
-
-
-def _sacrebleu_interval(statistics: list[list[int]], score_all: Callable) -> tuple[float, float]:
-    """sacreBLEU's interval: around the mean of its resamples, which is not exactly the score."""
-    import numpy as np
-
-    totals = _draws(len(statistics)) @ np.array(statistics, dtype=np.float64)
-    scores = np.sort(score_all(totals.astype(np.float32)))  # sacreBLEU resamples in float32, and so must we
-    cut = BOOTSTRAP_SAMPLES // 40
-    half_width = 0.5 * (scores[-1 - cut] - scores[cut])
-    mean = scores.dtype.type(scores.mean(dtype=np.float64))
-    return float(mean - half_width), float(mean + half_width)
-
-
-def _bleus(totals):
-    """BLEU of many corpora, as sacreBLEU's ``compute_bleu`` with exponential smoothing.
-
-    Args:
-        totals: (corpora, 10): lengths of output and reference, matches and counts of 1- to 4-grams.
-    """
-    import numpy as np
-
-    length, reference = totals[:, :2].astype(np.float64).T
-    correct, total = totals[:, 2:6], totals[:, 6:]
-    halvings = (2.0 ** np.cumsum(correct == 0, axis=1)).astype(totals.dtype)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        precisions = np.where(correct > 0, 100 * correct / total, 100 / (halvings * total))
-        logs = np.where(total > 0, np.log(precisions.astype(np.float64)), -9999999999)
-        brevity = np.where(length < reference, np.exp(1 - reference / length), 1)
-    return np.where(correct.any(axis=1), brevity * np.exp(logs.sum(axis=1) / 4), 0)
-
-
-def _chrfs(totals):
-    """chrF of many corpora, as sacreBLEU's ``_compute_f_score`` with beta 2.
-
-    Args:
-        totals: (corpora, 3 x orders): n-grams in output, in reference, and matches, order by order.
-    """
-    import numpy as np
-
-    precision, recall, orders = np.zeros((3, len(totals)), dtype=totals.dtype)
-    for output, reference, match in totals.T.reshape(-1, 3, len(totals)):
-        counts = (output > 0) & (reference > 0)
-        precision += np.divide(match, output, where=counts, out=np.zeros_like(match))
-        recall += np.divide(match, reference, where=counts, out=np.zeros_like(match))
-        orders += counts
-    precision, recall = precision / np.maximum(orders, 1), recall / np.maximum(orders, 1)
-    weighted = 4 * precision + recall
-    return 100 * np.divide(5 * precision * recall, weighted, where=weighted > 0, out=np.zeros_like(weighted))
+def _translation(metric, hypotheses: Sequence[str], references: Sequence[str]) -> tuple:
+    """Score and interval, as sacreBLEU gives them: the interval is around the mean of its resamples."""
+    os.environ["SACREBLEU_SEED"] = str(SEED)
+    texts = list(hypotheses), [list(references)]
+    try:
+        result = metric.corpus_score(*texts, n_bootstrap=BOOTSTRAP_SAMPLES)
+    except TypeError:  # sacreBLEU 2.6.0 cannot average chrF's float32 with the plain 0.0 of a resample without matches
+        return float(metric.corpus_score(*texts).score), None, None
+    return float(result.score), float(result._mean - result._ci), float(result._mean + result._ci)
 
 
 # --- Transcription --------------------------------------------------------------------------------
@@ -361,111 +242,36 @@ def edits(hypotheses: Sequence[str], references: Sequence[str], characters: bool
     import jiwer
     import numpy as np
 
-    split = jiwer.transformations.cer_default if characters else jiwer.transformations.wer_default
     process = jiwer.process_characters if characters else jiwer.process_words
-    counts = np.zeros((len(references), 4), dtype=np.int64)
-    filled = [i for i, reference in enumerate(references) if reference]
-    for i, reference in enumerate(references):
-        if not reference:
-            counts[i, 2] = len(hypotheses[i]) if characters else len(hypotheses[i].split())
-    if filled:
-        aligned = process([references[i] for i in filled], [hypotheses[i] for i in filled], split, split)
-        columns = {"substitute": 0, "delete": 1, "insert": 2}
-        for i, chunks, reference in zip(filled, aligned.alignments, aligned.references, strict=True):
-            counts[i, 3] = len(reference)
-            for chunk in chunks:
-                if chunk.type in columns:
-                    length = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-                    counts[i, columns[chunk.type]] += length
-    return counts
+    counts = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        aligned = process(reference, hypothesis)
+        length = aligned.hits + aligned.substitutions + aligned.deletions
+        counts.append((aligned.substitutions, aligned.deletions, aligned.insertions, length))
+    return np.array(counts, dtype=np.int64)
 
 
 def _transcription(
-    hypotheses: Sequence[str], references: Sequence[str], name: str, units: Sequence[str], lead: str
+    hypotheses: Sequence[str], references: Sequence[str], name: str, target_lang: str, wanted: Sequence[str]
 ) -> dict[str, tuple]:
+    """Rows under one normalizer: rates with intervals, and counts; the error rates only if rows of them are wanted."""
     normalize = normalizer(name)
     hypotheses, references = [normalize(text) for text in hypotheses], [normalize(text) for text in references]
-    found = {}
-    for unit in units:
+    if not any(references):
+        problem = f"all {len(references)} references are empty under Whisper's {name} normalizer"
+        raise UserError(problem, "check the test set's text")
+    computed = {f"empty_references_{name}": (sum(not text for text in references), None, None)}
+    lead = headline(target_lang)[:3]
+    for unit in ERROR_RATES:
+        runaway = f"runaway_{name}" if unit == lead else None
+        if not any(row == runaway or row.startswith(f"{unit}_{name}") for row in wanted):
+            continue
         counts = edits(hypotheses, references, characters=unit == "cer")
-        if not counts[:, 3].sum():
-            raise UserError(
-                f"all {len(references)} references are empty under Whisper's {name} normalizer",
-                "check the test set's text",
-            )
-        rates = _rates_with_intervals(counts)
-        for part, value in zip(("", "_substitutions", "_deletions", "_insertions"), rates, strict=True):
-            found[f"{unit}_{name}{part}"] = value
-        if unit == lead:
+        errors = [counts[:, :3].sum(axis=1), *counts[:, :3].T]
+        for part, values in zip(PARTS, errors, strict=True):
+            computed[f"{unit}_{name}{part}"] = with_interval(values, counts[:, 3])
+        if runaway:
             factor, extra = RUNAWAY
             output_lengths = counts[:, 3] - counts[:, 1] + counts[:, 2]
-            found[f"runaway_{name}"] = (int((output_lengths > factor * counts[:, 3] + extra).sum()), None, None)
-    found[f"empty_references_{name}"] = (sum(not text for text in references), None, None)
-    return found
-
-
-def _rates_with_intervals(counts) -> list[tuple[float, float, float]]:
-    """Error rate, and its substitutions, deletions and insertions, each with a percentile interval.
-
-    Args:
-        counts: As ``edits`` gives them, (segments, 4). Segments are drawn anew, with their counts.
-    """
-    import numpy as np
-
-    errors = np.column_stack([counts[:, :3].sum(axis=1), counts[:, :3]])  # (segments, 4)
-    lengths = counts[:, 3]
-    draws = _draws(len(lengths))
-    # A draw of empty references alone has no rate; with one word as its length it stays finite.
-    samples = draws @ errors / np.maximum(draws @ lengths, 1)[:, None]
-    lows, highs = np.percentile(samples, [2.5, 97.5], axis=0)
-    rates = errors.sum(axis=0) / lengths.sum()
-    return [(float(rate), float(low), float(high)) for rate, low, high in zip(rates, lows, highs, strict=True)]
-
-
-# --- The results CSV, in long form -----------------------------------------------------------------
-def read_results(path: Path) -> list[dict[str, str]]:
-    """Read a results CSV.
-
-    Raises:
-        UserError: It is no text, has other columns, or a row of another length; names file and line.
-    """
-    lines = read_csv(path)
-    if not lines or tuple(lines[0][1]) != COLUMNS:
-        raise UserError(f"{path}:1: no results CSV: its columns must be {','.join(COLUMNS)}", "name another file")
-    for number, row in lines:
-        if len(row) != len(COLUMNS):
-            raise UserError(f"{path}:{number}: {len(row)} values, wanted {len(COLUMNS)}", "score anew")
-    return [dict(zip(COLUMNS, row, strict=True)) for _, row in lines[1:]]
-
-
-def read_csv(path: Path, delimiter: str = ",") -> list[tuple[int, list[str]]]:
-    """The rows of a CSV, each with the number of its last line: without a BOM, and without blank lines.
-
-    Raises:
-        UserError: It is no CSV in UTF-8.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: no CSV in UTF-8 ({error})", "mend it, or move it away") from None
-
-
-def write_results(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write a results CSV atomically."""
-    with publish(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def one_line(name: object) -> str:
-    """A name as it stands in tables and CSVs: without line breaks, and without blanks around it."""
-    return " ".join(str(name).split())
-
-
-def markdown_table(lines: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown, whatever its cells hold; the second line says how columns are aligned."""
-    cells = ([re.sub(r"([\\|])", r"\\\1", one_line(cell)) for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+            computed[runaway] = (int((output_lengths > factor * counts[:, 3] + extra).sum()), None, None)
+    return computed

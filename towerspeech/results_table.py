@@ -100,9 +100,16 @@ def one_line(name: object) -> str:
     return " ".join(str(name).split())
 
 
+def safe(table):
+    """A pandas.DataFrame of text whose cells, whatever they hold, stay cells in Markdown."""
+
+    def escape(cell: object) -> str:
+        return re.sub(r"([\\|])", r"\\\1", one_line(cell))
+
+    return table.map(escape).rename(columns=escape)
+
+
 def markdown(table, numbers: int) -> str:
     """A pandas.DataFrame of text in Markdown, whatever its cells hold; the last ``numbers`` columns to the right."""
-    safe = table.map(lambda cell: re.sub(r"([\\|])", r"\\\1", one_line(cell)))
-    safe.columns = [re.sub(r"([\\|])", r"\\\1", one_line(name)) for name in table.columns]
-    align = ["left"] * (safe.shape[1] - numbers) + ["right"] * numbers
-    return safe.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
+    align = ["left"] * (table.shape[1] - numbers) + ["right"] * numbers
+    return safe(table).to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"

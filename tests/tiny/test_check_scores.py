@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pandas
 import pytest
 
 from tiny.check_scores import check_scores, problems
 from towerspeech.command import UserError
-from towerspeech.metrics import COLUMNS, write_results
+from towerspeech.results_table import COLUMNS, write_results
 
 
 def write(folder: Path, checkpoint: str, wer: float, bleu: float) -> None:
@@ -14,7 +15,8 @@ def write(folder: Path, checkpoint: str, wer: float, bleu: float) -> None:
     speech = {**facts, "task": "asr", "dataset": "test", "metric": "wer_english", "score": str(wer)}
     pair = {"task": "mt", "dataset": "tiny", "shots": "0", "src_lang": "de", "tgt_lang": "en"}
     folder.mkdir(exist_ok=True)
-    write_results(folder / f"{checkpoint}.csv", [speech, {**facts, **pair, "metric": "bleu", "score": str(bleu)}])
+    rows = [speech, {**facts, **pair, "metric": "bleu", "score": str(bleu)}]
+    write_results(folder / f"{checkpoint}.csv", pandas.DataFrame(rows))
 
 
 def test_limits(tmp_path):
@@ -51,7 +53,7 @@ def test_shuffled_speech_is_a_test_of_its_own(tmp_path):
     facts = {**dict.fromkeys(COLUMNS, ""), "model": "tiny", "checkpoint": "sft", "task": "asr", "metric": "wer_basic"}
     rows = [{**facts, "dataset": name, "score": score} for name, score in (("test", "0.1"), ("test_shuffled", "1.2"))]
     (tmp_path / "r").mkdir()
-    write_results(tmp_path / "r/sft.csv", rows)
+    write_results(tmp_path / "r/sft.csv", pandas.DataFrame(rows))
     limits = tmp_path / "limits.yaml"
     limits.write_text("limits:\n- [sft, asr, wer_basic, below, 11]\n- [sft, asr_shuffled, wer_basic, above, 119]\n")
     assert problems(tmp_path / "r", limits) == []

@@ -9,8 +9,6 @@ import jiwer
 import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
-from sacrebleu.metrics.chrf import CHRFScore
-from sacrebleu.significance import _bootstrap_resample
 from sacrebleu.tokenizers import tokenizer_spm
 
 from towerspeech import metrics
@@ -105,13 +103,7 @@ def sacrebleus(target_lang: str) -> dict:
 
 def check_against_sacrebleu(found: metrics.Score, metric, hypotheses: list[str], references: list[str]) -> None:
     """Score, interval and signature are sacreBLEU's own, computed by itself."""
-    try:
-        result = metric.corpus_score(hypotheses, [references], n_bootstrap=1000)
-    except TypeError:  # sacreBLEU 2.6.0 cannot average chrF's float32 with the plain 0.0 of a resample without matches
-        result = metric.corpus_score(hypotheses, [references])
-        statistics = metric._extract_corpus_statistics(hypotheses, [references])
-        resamples = _bootstrap_resample(statistics, metric, 1000)[1]
-        result.estimate_ci([CHRFScore(np.float32(resample.score), 0, 0, 0) for resample in resamples])
+    result = metric.corpus_score(hypotheses, [references], n_bootstrap=1000)
     interval = result._mean - result._ci, result._mean + result._ci
     assert found[1:4] == pytest.approx((result.score, *map(float, interval)), abs=1e-9, rel=0)
     assert found.signature == str(metric.get_signature())
@@ -129,12 +121,22 @@ CORPORA = {
 }
 
 
+# sacreBLEU 2.6.0 cannot average chrF's float32 with the plain 0.0 of a resample without matches: no interval then.
+WITHOUT_INTERVAL = {("no 4-grams", "chrf"), ("blank", "chrf")}
+
+
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_translation_scores_and_intervals_are_sacrebleus(corpus):
     hypotheses, references = CORPORA[corpus]()
     found = scores("mt", hypotheses, references, "en")
     for name, metric in sacrebleus("en").items():
-        check_against_sacrebleu(found[name], metric, hypotheses, references)
+        if (corpus, name[:4]) in WITHOUT_INTERVAL:
+            with pytest.raises(TypeError):
+                metric.corpus_score(hypotheses, [references], n_bootstrap=1000)
+            assert found[name][1:4] == (metric.corpus_score(hypotheses, [references]).score, None, None)
+            assert found[name].signature == str(metric.get_signature())
+        else:
+            check_against_sacrebleu(found[name], metric, hypotheses, references)
         alone = scores("mt", hypotheses, references, "en", rows=[name])
         assert alone == {name: found[name]}
 
@@ -278,7 +280,8 @@ def test_interval_of_a_mean_is_that_of_a_plain_bootstrap():
     values = np.random.default_rng(4).normal(size=50).tolist()
     generator = np.random.default_rng(12345)
     means = [np.mean([values[i] for i in generator.integers(50, size=50)]) for _ in range(1000)]
-    assert metrics.mean_interval(values) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=1e-12)
+    interval = tuple(np.percentile(means, [2.5, 97.5]))
+    assert metrics.with_interval(values, [1] * 50) == pytest.approx((np.mean(values), *interval), abs=1e-12)
 
 
 def test_empty_references_count_as_insertions():
@@ -316,15 +319,6 @@ def test_all_outputs_empty():
 def test_bad_input(args, message):
     with pytest.raises(UserError, match=message.replace("'", ".")):
         metrics.score(*args)
-
-
-def test_results_csv_of_another_kind_is_named(tmp_path):
-    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(UserError, match=r"a\.csv:1: no results CSV"):
-        metrics.read_results(tmp_path / "a.csv")
-    (tmp_path / "b.csv").write_text(",".join(metrics.COLUMNS) + "\na,b\n")
-    with pytest.raises(UserError, match=r"b\.csv:2: 2 values, wanted 15"):
-        metrics.read_results(tmp_path / "b.csv")
 
 
 def test_english_normalisation_is_for_english_alone():

@@ -1,9 +1,10 @@
-"""COMET through score.py against COMET called directly: tiny random models of the real ones' classes, made here."""
+"""score_comet.py against COMET called directly: tiny random models of the real ones' classes, made here."""
 
 import csv
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 
 from results.score import score
-from towerspeech.command import UserError
 from towerspeech.files import hash_file
 from towerspeech.records import write_jsonl
 
@@ -105,10 +105,25 @@ def run_there(function, *arguments) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def call(expected_status: int = 0, **arguments) -> str:
+    """Run score_comet.py in COMET's environment; returns what it prints."""
+    command = [str(COMET_PYTHON), str(ROOT / "results/score_comet.py")]
+    for name, value in arguments.items():
+        command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == expected_status, done.stderr
+    assert "Traceback" not in done.stderr and (done.stderr == "") == (expected_status == 0), done.stderr
+    return done.stdout + done.stderr
+
+
 # --- Test sets --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """score.py's arguments that name the models: one a folder, one a file."""
+    """score_comet.py's arguments that name the models: one a folder, one a file."""
     folder = tmp_path_factory.mktemp("comet")
     run_there(make_models, folder)
     return {
@@ -175,7 +190,7 @@ COLUMNS = {
 
 @pytest.mark.slow
 @needs_comet
-def test_scores_are_those_of_comet_called_directly(tmp_path, models, capfd):
+def test_scores_are_those_of_comet_called_directly(tmp_path, models):
     sets = [make_rows("mt", "flores", 40, 1), make_rows("st", "fleurs", 23, 2), make_rows("mt", "flores", 40, 3)]
     silent = [{**row, "source": None} for row in make_rows("mt", "silent", 3, 4)]
     base = {"0_shot/flores_de-en.jsonl": sets[0], "st/fleurs.jsonl": sets[1]}
@@ -184,15 +199,13 @@ def test_scores_are_those_of_comet_called_directly(tmp_path, models, capfd):
         write_generations(tmp_path / "base", base),
         write_generations(tmp_path / "checkpoint-300", {"0_shot/flores_de-en.jsonl": sets[2]}),
     ]
-    arguments = {"generations": folders, "model": "m", "output_dir": tmp_path / "out", **models}
+    arguments = {"generations": folders, "model": "m", "output_dir": tmp_path / "out"}
     score(**arguments)
+    arguments |= models
     before = [read(tmp_path / f"out/{name}.csv") for name in ("base", "300")]
-    capfd.readouterr()
-    score(**arguments, metrics=["comet22", "cometkiwi22"])
-    printed = capfd.readouterr()
-    assert printed.out.count("COMET-22") == printed.out.count("CometKiwi-22") == 3
-    assert "no comet22, cometkiwi22 for" in printed.out and "silent.jsonl: it has no sources" in printed.out
-    assert printed.err == ""
+    printed = call(**arguments, metrics=["comet22", "cometkiwi22"])
+    assert printed.count(" COMET ") == printed.count(" Kiwi ") == 3
+    assert "no comet22, cometkiwi22 for" in printed and "silent.jsonl: it has no sources" in printed
 
     after = [read(tmp_path / f"out/{name}.csv") for name in ("base", "300")]
     assert all(row in new for old, new in zip(before, after, strict=True) for row in old)  # nothing else is touched
@@ -220,14 +233,12 @@ def test_scores_are_those_of_comet_called_directly(tmp_path, models, capfd):
 
     paths = [tmp_path / f"out/{name}.csv" for name in ("base", "300")]
     whole = [path.read_bytes() for path in paths]
-    score(**arguments, metrics=["cometkiwi22,comet22"])
-    printed = capfd.readouterr().out
-    assert printed.count("already scored: ") == 3 and "COMET-22" not in printed
+    printed = call(**arguments, metrics=["cometkiwi22,comet22"])
+    assert printed.count("already scored: ") == 6 and " COMET " not in printed
     assert [path.read_bytes() for path in paths] == whole
     write_generations(folders[1], {"0_shot/flores_de-en.jsonl": sets[0]})
-    score(**arguments, metrics=["comet22"])
-    printed = capfd.readouterr().out
-    assert printed.count("already scored: ") == 2 and printed.count("COMET-22") == 1
+    printed = call(**arguments, metrics=["comet22"])
+    assert printed.count("already scored: ") == 2 and printed.count(" COMET ") == 1
     changed = {row["metric"]: row["score"] for row in read(paths[1])}
     assert changed.keys() == {"comet22"}  # the others were of other outputs
     (same,) = [row["score"] for row in after[0] if (row["metric"], row["dataset"]) == ("comet22", "flores")]
@@ -241,20 +252,20 @@ def test_line_files_and_what_changes_in_them(tmp_path, models):
     for name in ("source", "reference", "text"):
         (tmp_path / name).write_text("".join(f"{row[name]}\n" for row in rows), encoding="utf-8")
     arguments = {"hypotheses": tmp_path / "text", "references": tmp_path / "reference", "target_lang": "en"}
-    arguments |= {"output": tmp_path / "o.csv", **models}
+    arguments |= {"output": tmp_path / "o.csv"}
 
     def found() -> dict[str, str]:
         return {row["metric"]: row["score"] for row in read(tmp_path / "o.csv")}
 
     score(**arguments, metrics=["chrf"])
-    with pytest.raises(UserError, match=r"cometkiwi22 read the sources too, and there are none\n.*--sources"):
-        score(**arguments, metrics=["cometkiwi22"])
-    score(**arguments, metrics=["cometkiwi22"], sources=tmp_path / "source")
+    arguments |= {**models, "metrics": ["cometkiwi22"]}
+    assert "or --hypotheses, --references, --sources, --target_lang" in call(1, **arguments)
+    call(**arguments, sources=tmp_path / "source")
     (expected,) = direct(checkpoints_of(models)["cometkiwi22"], [rows], COLUMNS["cometkiwi22"], tmp_path)
     assert float(found()["cometkiwi22"]) == expected["system_score"]
     first = found()
     (tmp_path / "source").write_text("".join(f"{row['source']} der\n" for row in rows), encoding="utf-8")
-    score(**arguments, metrics=["cometkiwi22"], sources=tmp_path / "source")
+    call(**arguments, sources=tmp_path / "source")
     assert found()["cometkiwi22"] != first["cometkiwi22"] and found()["chrf2"] == first["chrf2"]
     assert found().keys() == first.keys()
 
@@ -264,17 +275,19 @@ def test_line_files_and_what_changes_in_them(tmp_path, models):
 def test_killed_and_run_again(tmp_path, models):
     files = {f"0_shot/set{i}.jsonl": make_rows("mt", f"set{i}", 30, i) for i in range(8)}
     folder = write_generations(tmp_path / "sft", files)
-    command = [sys.executable, str(ROOT / "results/score.py"), "--generations", str(folder), "--model", "m"]
+    command = [str(COMET_PYTHON), str(ROOT / "results/score_comet.py"), "--generations", str(folder), "--model", "m"]
     command += ["--metrics", "comet22", "--comet_model", models["comet_model"], "--output_dir"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL, env=environment())
     path = tmp_path / "killed/sft.csv"
-    process = subprocess.Popen([*command, str(path.parent)], stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([*command, str(path.parent)], stdout=subprocess.DEVNULL, env=environment())
     while not path.is_file() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len(read(path)) < 8
-    again = subprocess.run([*command, str(path.parent)], check=True, stdout=subprocess.PIPE, text=True)
+    again = subprocess.run(
+        [*command, str(path.parent)], check=True, stdout=subprocess.PIPE, text=True, env=environment()
+    )
     assert again.stdout.count("already scored") >= 1
     assert path.read_bytes() == (tmp_path / "whole/sft.csv").read_bytes()
 
@@ -285,8 +298,8 @@ def test_models_that_cannot_be_used(tmp_path, models):
     folder = write_generations(tmp_path / "base", {"0_shot/flores.jsonl": make_rows("mt", "flores", 3, 1)})
 
     def refused(message, metric, **arguments):
-        with pytest.raises(UserError, match=message):
-            score([folder], "m", output_dir=tmp_path / "out", metrics=[metric], **arguments)
+        arguments |= {"generations": [folder], "model": "m", "output_dir": tmp_path / "out", "metrics": [metric]}
+        assert re.search(f"^error: .*{message}", call(1, **arguments))
         assert not (tmp_path / "out/base.csv").exists()
 
     comet, kiwi = models["comet_model"], models["cometkiwi_model"]
@@ -312,19 +325,26 @@ def test_models_of_the_hub_are_named_with_their_revision(tmp_path, models, monke
     monkeypatch.setenv("HF_HUB_CACHE", str(hub))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = write_generations(tmp_path / "base", {"0_shot/flores.jsonl": make_rows("mt", "flores", 20, 1)})
-    score([folder], "m", output_dir=tmp_path / "hub_out", metrics=["comet22"])
-    score([folder], "m", output_dir=tmp_path / "local_out", metrics=["comet22"], comet_model=models["comet_model"])
+    arguments = {"generations": [folder], "model": "m"}
+    call(**arguments, output_dir=tmp_path / "hub_out", metrics=["comet22"])
+    call(**arguments, output_dir=tmp_path / "local_out", comet_model=models["comet_model"])
     (row,), (local,) = read(tmp_path / "hub_out/base.csv"), read(tmp_path / "local_out/base.csv")
     assert row["signature"].startswith(f"model:Unbabel/wmt22-comet-da|revision:{revision}|bs:1000|")
     assert row["score"] == local["score"]
-    with pytest.raises(UserError, match=r"Unbabel/wmt22-cometkiwi-da cannot be had .*\n.*--cometkiwi_model"):
-        score([folder], "m", output_dir=tmp_path / "hub_out", metrics=["cometkiwi22"])
+    refused = call(1, **arguments, output_dir=tmp_path / "hub_out", metrics=["cometkiwi22"])
+    assert re.search(r"Unbabel/wmt22-cometkiwi-da cannot be had .*\n.*--cometkiwi_model", refused)
 
 
-def test_help_needs_nothing_that_is_installed(tmp_path):
-    """The script also answers where COMET is not, without site-packages."""
-    command = [sys.executable, "-I", "-S", str(ROOT / "results/predict_comet.py")]
-    found = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 0 and "--cometkiwi22 MODEL" in found.stdout
-    wrong = subprocess.run([*command, "--comet2", "x"], capture_output=True, text=True, cwd=tmp_path)
-    assert wrong.returncode == 2 and "unrecognized arguments: --comet2" in wrong.stderr
+def test_without_comet(tmp_path):
+    """The script answers where COMET is not; what it does not know, it refuses."""
+
+    def run(*words):
+        command = [sys.executable, str(ROOT / "results/score_comet.py"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    help_text = run("--help")
+    assert help_text.returncode == 0 and "--cometkiwi_model" in help_text.stdout
+    wrong = run("--comet", "x")
+    assert wrong.returncode == 2 and "unrecognized arguments: --comet" in wrong.stderr
+    refused = run("--generations", "g")
+    assert refused.returncode == 1 and "bash install.sh comet" in refused.stderr
