@@ -21,7 +21,7 @@ from typing import Literal
 
 from results.randomisation import compare_texts
 from towerspeech.command import UserError, run
-from towerspeech.generations import FACTS, Outputs, read_folder, read_line_files
+from towerspeech.generations import FACTS, Outputs, naming, read_folder, read_line_files
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, signatures
 from towerspeech.results_table import METRICS, one_line, safe
 from towerspeech.stage import stage
@@ -125,10 +125,8 @@ def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
 def check_pair(a: Outputs, b: Outputs) -> None:
     """Raise UserError unless two systems' outputs for a test set can be compared."""
     align(a, b)
-    try:
+    with naming(a):
         signatures(a.facts["task"], a.facts["tgt_lang"])
-    except UserError as error:
-        raise UserError(f"{a.file}: {error}") from None
 
 
 # --- Tests ----------------------------------------------------------------------------------------
@@ -137,10 +135,8 @@ def compare_sets(a: Outputs, b: Outputs) -> list[dict]:
     *hypotheses, references = align(a, b)
     facts = {name: a.facts[name] for name in COLUMNS[:4]} | {"shots_a": a.facts["shots"], "shots_b": b.facts["shots"]}
     rows = []
-    try:
+    with naming(a):
         compared = compare_texts(facts["task"], *hypotheses, references, facts["tgt_lang"])
-    except UserError as error:
-        raise UserError(f"{a.file}: {error}") from None
     for metric, (score_a, score_b, p, num_differing, signature) in compared.items():
         b_is_better = (score_b < score_a) == METRICS[metric].lower_is_better
         better = "" if p >= LEVEL else "B" if b_is_better else "A"

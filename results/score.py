@@ -23,8 +23,17 @@ from typing import Literal
 
 from results.scores_csv import choose_metrics, opened, read_test_sets
 from towerspeech.command import UserError, run
-from towerspeech.generations import Outputs
-from towerspeech.metrics import ERROR_RATES, GET_SPBLEU, SACREBLEU_METRICS, TRANSLATION_TASKS, Score
+from towerspeech.generations import Outputs, naming
+from towerspeech.metrics import (
+    ERROR_RATES,
+    GET_SPBLEU,
+    SACREBLEU_METRICS,
+    TRANSLATION_TASKS,
+    Score,
+    signatures,
+    spbleu_file,
+)
+from towerspeech.metrics import score as score_texts
 
 SEGMENTS_A_PROCESS = 2000  # a process takes as long to start as so many take to score
 Work = tuple[int, Outputs, list[str], Path | None]  # a test set's number, its outputs, its rows, spBLEU's model
@@ -34,17 +43,13 @@ def wanted_rows(
     sets: list[tuple[Path, Outputs]], chosen: list[str] | None, spbleu_model: Path | None
 ) -> list[dict[str, str]]:
     """The rows of each test set that are wanted, and their signatures: of the chosen metrics, those for its task."""
-    from towerspeech.metrics import signatures, spbleu_file
-
     translations = any(outputs.facts["task"] in TRANSLATION_TASKS for _, outputs in sets)
     if chosen is None and translations and not spbleu_file(spbleu_model):
         print(f"no spBLEU: its model is not in sacreBLEU's cache; {GET_SPBLEU}", flush=True)
     wanted = []
     for _, outputs in sets:
-        try:
+        with naming(outputs):
             signed = signatures(outputs.facts["task"], outputs.facts["tgt_lang"], chosen, spbleu_model)
-        except UserError as error:
-            raise UserError(f"{outputs.file}: {error}") from None
         if outputs.finish_reasons is None:
             signed.pop("truncated", None)
         wanted.append(signed)
@@ -56,21 +61,11 @@ def wanted_rows(
 
 def compute(work: Work) -> tuple[int, list[Score]]:
     """Compute a test set's rows, in whichever process; returns them with its number."""
-    from towerspeech import metrics
-
     number, outputs, rows, spbleu_model = work
-    try:
-        return number, metrics.score(
-            outputs.facts["task"],
-            outputs.hypotheses,
-            outputs.references,
-            outputs.facts["tgt_lang"],
-            outputs.finish_reasons,
-            rows,
-            spbleu_model,
-        )
-    except UserError as error:
-        raise UserError(f"{outputs.file}: {error}") from None
+    task, target_lang = outputs.facts["task"], outputs.facts["tgt_lang"]
+    texts = outputs.hypotheses, outputs.references
+    with naming(outputs):
+        return number, score_texts(task, *texts, target_lang, outputs.finish_reasons, rows, spbleu_model)
 
 
 def compute_all(work: list[Work], processes: int) -> Iterator[tuple[int, list[Score]]]:

@@ -1,6 +1,8 @@
 """A checkpoint's finished generations, and plain line files: read and checked once, to be scored and compared."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,15 @@ class Outputs(NamedTuple):
     finish_reasons: list[str | None] | None
     sha256: str
     sources_sha256: str = ""  # of a plain file, which sha256 leaves out
+
+
+@contextlib.contextmanager
+def naming(outputs: Outputs) -> Iterator[None]:
+    """Name the file in an error that is about its outputs."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{outputs.file}: {error}") from None
 
 
 def finished_files(folder: Path) -> dict[Path, str]:
