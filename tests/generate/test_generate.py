@@ -321,7 +321,7 @@ def test_wrong_folders_are_named(tmp_path, model_dir, base_model_dir, make_units
     with pytest.raises(UserError, match="--max_model_len is 513, but the context of"):
         generate([model_dir], [tmp_path / "p.jsonl"], tmp_path / "out", max_model_len=513)
     write_jsonl(tmp_path / "q.jsonl", [{"id": ["a"], "instruction": "a"}])
-    with pytest.raises(UserError, match=r"q.jsonl:1: id is \['a'\]"):
+    with pytest.raises(UserError, match=r"q.jsonl:1: its id is a list, but a text is wanted: \['a'\]"):
         generate([model_dir], [tmp_path / "q.jsonl"], tmp_path / "out")
 
 
