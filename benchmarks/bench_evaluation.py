@@ -164,7 +164,7 @@ def bench_published(data: Path, output_dir: Path) -> list[dict]:
     from towerspeech.records import read_lines
 
     words = ["--outputs", data / "towerspeech_outputs", "--flores", data / "flores200", "--wmt23", data / "wmt23"]
-    seconds = call("results/score_published.py", output_dir / "published", *words)
+    seconds = call("results/published/score_published.py", output_dir / "published", *words)
     limit = {"name": "all of results/published, with intervals: under 180 s", "ours": round(seconds, 1), "theirs": 180}
     lines = [{**limit, "unit": "s", "ratio": round(180 / seconds, 2), "goal": 1.0, "holds": seconds < 180}]
     files = sorted((data / "towerspeech_outputs/MT/5_shot").glob("*/flores_5to1_*-en"))
