@@ -15,69 +15,26 @@ control systems. WER is in percent, under Whisper's English and Basic normalizer
 there is a dash; one that was not computed here but reported by others says so.
 """
 
-import csv
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from results.plots import Bars, Line, Panel, Point, checkpoint_order, draw_bars, draw_lines
+from results.plots import Panel, draw_bars, draw_lines
+from towerspeech import results_table
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, locked, publish
-from towerspeech.metrics import CER_LEADS, markdown_table, read_results
+from towerspeech.metrics import CER_LEADS
+from towerspeech.results_table import METRICS, REPORTED, checkpoint_order, read_results
 
-FIGURES = ("scores.png", "comet.png", "forgetting.png", "wer_parts.png")
-# metric: its heading, the factor to the numbers shown, and their digits
-SHOWN = {
-    "wer_english": ("WER", 100, 1),
-    "cer_basic": ("CER basic", 100, 1),  # where it leads
-    "wer_basic": ("WER basic", 100, 1),
-    "wer": ("WER", 100, 1),
-    "bleu": ("BLEU", 1, 1),
-    "chrf2": ("chrF2", 1, 1),
-    "chrf2++": ("chrF2++", 1, 1),
-    "spbleu": ("spBLEU", 1, 1),
-    "comet22": ("COMET", 100, 2),
-    "cometkiwi22": ("Kiwi", 100, 2),
-}
+RATES = ("wer_english", "cer_basic", "wer_basic", "wer")
+SHOWN = (*RATES, "bleu", "chrf2", "chrf2++", "spbleu", "comet22", "cometkiwi22")
 MAIN = ("wer_english", "cer_basic", "wer", "bleu", "chrf2", "comet22")  # what a wide table shows on the terminal
-PARTS = {
-    "wer_english_substitutions": ("substituted", 100, 1),
-    "wer_english_deletions": ("deleted", 100, 1),
-    "wer_english_insertions": ("inserted", 100, 1),
-    "runaway_english": ("runaway", 1, 0),
-    "empty": ("empty", 1, 0),
-    "truncated": ("cut off", 1, 0),
-}
-METRICS = (*SHOWN, *PARTS)
+WER_PARTS = ["wer_english_substitutions", "wer_english_deletions", "wer_english_insertions"]
+COUNTED = (*WER_PARTS, "runaway_english", "empty", "truncated")
 TASKS = {"asr": "ASR", "mt": "", "st": "ST", "cascaded_st": "cascaded ST"}
-REPORTED = "_reported"  # ends the metric's name in our columns; in the CSVs the signature says it
+SYSTEM = list(results_table.SYSTEM)
+COLUMN = ["task", "dataset", "shots", "pair", "metric", "reported"]  # of a table
+NUMBERS = ["score", "ci_low", "ci_high"]
 WIDE = 16  # a table of more columns shows means over language pairs
-
-
-class System(NamedTuple):
-    model: str
-    mixture: str
-    checkpoint: str
-
-
-class Column(NamedTuple):
-    task: str
-    dataset: str
-    pair: str  # de-en; or a direction with its number of pairs, xx-en (9)
-    shots: str
-    metric: str
-
-
-class Value(NamedTuple):
-    score: float
-    low: float | None
-    high: float | None
-    pairs: int = 1  # language pairs that this is the mean of
-    of: int = 1  # pairs that any system has
-
-
-Table = dict[System, dict[Column, Value]]
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -87,152 +44,244 @@ def find_tables(folders: list[Path], output_dir: Path) -> list[Path]:
     Raises:
         UserError: There are none.
     """
-    found = set()
+    paths = set()
     for folder in folders:
         check_exists(folder, "run results/score.py")
         # A CSV beside a page of its name was made from scores, by this script or by compare.py.
-        found |= {path.resolve() for path in folder.rglob("*.csv") if not path.with_suffix(".md").is_file()}
-    found.discard((output_dir / "table.csv").resolve())
-    found = {path for path in found if not path.name.startswith(".")}
-    if not found:
+        paths |= {path.resolve() for path in folder.rglob("*.csv") if not path.with_suffix(".md").is_file()}
+    paths.discard((output_dir / "table.csv").resolve())
+    paths = {path for path in paths if not path.name.startswith(".")}
+    if not paths:
         raise UserError(f"no CSV below {', '.join(map(str, folders))}", "run results/score.py")
-    return sorted(found)
+    return sorted(paths)
 
 
-def read_table(paths: list[Path]) -> tuple[Table, list[str]]:
-    """Read all scores, and the signatures of those that are shown.
+def read_scores(paths: list[Path]):
+    """All scores, in the order of the tables' columns and rows: a pandas.DataFrame, a row a score.
+
+    Beside the CSVs' columns it has ``pair`` (de-en), ``direction`` (xx-en; the pair where it is ASR's), ``num_pairs``
+    (how many pairs of the direction any system has), ``missing`` (how many of them a mean lacks), ``reported`` (by
+    others), ``name`` (the system's, in tables) and ``group`` (the mixture's, in plots). ``shots`` is 0-shot, ...
 
     Raises:
-        UserError: Two files hold the same system's score for the same test set; or a score is no number.
+        UserError: A score is no number, two files hold the same one, or there is none that tables show.
     """
-    table: Table = {}
-    origin = {}
-    signatures = set()
-    for path in paths:
-        for number, row in enumerate(read_results(path), 2):
-            system = System(row["model"], row["mixture"], row["checkpoint"])
-            reported = row["signature"].startswith("reported")
-            pair, shots = f"{row['src_lang']}-{row['tgt_lang']}", row["shots"] and f"{row['shots']}-shot"
-            column = Column(row["task"], row["dataset"], pair, shots, row["metric"] + REPORTED * reported)
-            if (system, column) in origin:
-                raise UserError(
-                    f"{path}:{number}: {' '.join(system)} has its {row['metric']} on {row['dataset']} in "
-                    f"{origin[system, column]} too",
-                    "remove one of the files, or name --results more narrowly",
-                )
-            try:
-                score = float(row["score"])
-                bounds = [float(row[name]) if row[name] else None for name in ("ci_low", "ci_high")]
-            except ValueError:
-                score = math.nan
-            if not math.isfinite(score):
-                raise UserError(f"{path}:{number}: score or interval is no number", "score anew")
-            origin[system, column] = path
-            table.setdefault(system, {})[column] = Value(score, *bounds)
-            if row["metric"] in SHOWN and is_for(row["metric"], row["tgt_lang"]):
-                signatures.add(f"{row['metric']}|{row['signature']}")
-    if not signatures:
+    import pandas
+
+    tables = [read_results(path) for path in paths]
+    scores = pandas.concat(tables, keys=paths, names=["file", "line"]).reset_index()
+    scores["line"] += 2  # lines count from 1, and the first one is the header
+    numbers = scores[NUMBERS].map(as_number)
+    wrong = numbers["score"].isna() | (numbers.isna() & (scores[NUMBERS] != "")).any(axis="columns")
+    if wrong.any():
+        row = scores[wrong].iloc[0]
+        raise UserError(f"{row['file']}:{row['line']}: score or interval is no number", "score anew")
+    scores[NUMBERS] = numbers
+    scores["pair"] = scores["src_lang"] + "-" + scores["tgt_lang"]
+    scores["shots"] = (scores["shots"] + "-shot").where(scores["shots"] != "", "")
+    scores["reported"] = scores["signature"].str.startswith(REPORTED)
+    again = scores.duplicated([*SYSTEM, *COLUMN])
+    if again.any():
+        row = scores[again].iloc[0]
+        first = scores[(scores[[*SYSTEM, *COLUMN]] == row[[*SYSTEM, *COLUMN]]).all(axis="columns")].iloc[0]
+        raise UserError(
+            f"{row['file']}:{row['line']}: {' '.join(row[SYSTEM])} has its {row['metric']} on {row['dataset']} in "
+            f"{first['file']} too",
+            "remove one of the files, or name --results more narrowly",
+        )
+    if select(scores, SHOWN).empty:
         raise UserError(f"no {', '.join(SHOWN)} in {len(paths)} CSVs", "run results/score.py")
-    return table, sorted(signatures)
+    scores["direction"] = scores["pair"].map(direction).where(scores["task"] != "asr", scores["pair"])
+    of_direction = scores.groupby(["task", "dataset", "direction", "shots", "metric", "reported"])
+    scores["num_pairs"], scores["missing"] = of_direction["pair"].transform("nunique"), 0
+    scores["name"], scores["group"] = labels(scores), groups(scores)
+    return in_order(scores)
 
 
-# --- Order and names ------------------------------------------------------------------------------
-def system_order(system: System) -> tuple:
-    """base, checkpoints by step, sft, others by name; model by model."""
-    return system.model, system.mixture, checkpoint_order(system.checkpoint)
+def as_number(text: str) -> float:
+    """The finite number that a text spells; NaN if it spells none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
-def metric_order(metric: str) -> tuple[int, str]:
-    """Known metrics first; a reported score after the one computed here."""
-    base = metric.removesuffix(REPORTED)
-    return METRICS.index(base) if base in METRICS else len(METRICS), metric
-
-
-def column_order(column: Column) -> tuple:
-    """Transcription first; then by dataset, shots and language pair, those into English first."""
-    task = list(TASKS).index(column.task) if column.task in TASKS else len(TASKS)
-    into_english = column.pair.split(" ")[0].endswith("-en")
-    shots = column.shots.zfill(12)
-    return task, column.dataset, shots, not into_english, column.pair, metric_order(column.metric)
-
-
-def is_for(metric: str, target_lang: str) -> bool:
-    """Whether a metric is shown of this language: CER where it leads."""
-    return metric != "cer_basic" or target_lang in CER_LEADS
-
-
-def columns_of(table: Table, metrics: Iterable[str]) -> list[Column]:
-    """The columns of some metrics, ours or reported, in order."""
-    found = {column for scores in table.values() for column in scores}
-    return sorted(
-        (c for c in found if c.metric.removesuffix(REPORTED) in metrics and is_for(c.metric, c.pair.split("-")[-1])),
-        key=column_order,
-    )
-
-
-def labels(systems: list[System]) -> list[str]:
-    """Short names: the checkpoint's, with model and mixture in front where these differ between rows."""
-    differing = [i for i in (0, 1) if len({system[i] for system in systems}) > 1]
-    return [" ".join([*(s[i] for i in differing if s[i]), s.checkpoint]).strip() or s.model for s in systems]
-
-
-def heading(column: Column) -> list[str]:
-    """A column's heading, line by line."""
-    base = column.metric.removesuffix(REPORTED)
-    name = (SHOWN | PARTS)[base][0] + (" reported" if base != column.metric else "")
-    return [*place(column), name]
-
-
-def place(column: Column) -> list[str]:
-    """The test set, on three lines."""
-    if column.task == "asr":
-        return ["ASR", column.dataset, "" if column.shots == "0-shot" else column.shots]
-    return [f"{TASKS.get(column.task, column.task)} {column.dataset}".strip(), column.pair, column.shots]
-
-
-def cells(table: Table, systems: list[System], columns: list[Column]) -> list[list[str]]:
-    """The numbers as shown, row by row."""
-
-    def cell(system: System, column: Column) -> str:
-        value = table[system].get(column)
-        if not value:
-            return "-"
-        _, factor, digits = (SHOWN | PARTS)[column.metric.removesuffix(REPORTED)]
-        return f"{value.score * factor:.{digits}f}" + (f" ({value.pairs})" if value.pairs < value.of else "")
-
-    return [[cell(system, column) for column in columns] for system in systems]
-
-
-# --- Means ----------------------------------------------------------------------------------------
 def direction(pair: str) -> str:
     """xx-en or en-xx."""
     source, _, target = pair.partition("-")
     return f"{'en' if source == 'en' else 'xx'}-{'en' if target == 'en' else 'xx'}"
 
 
-def average(table: Table) -> Table:
+# --- Order and names ------------------------------------------------------------------------------
+def in_order(scores):
+    """Sort by column, ASR and known metrics first; then by system: base, checkpoints by step, sft, others by name."""
+    import pandas
+
+    known = {metric: number for number, metric in enumerate((*SHOWN, *COUNTED))}
+    orders = {
+        **{"model": str, "mixture": str, "checkpoint": checkpoint_order, "dataset": str},
+        "task": lambda task: (list(TASKS).index(task) if task in TASKS else len(TASKS), task),
+        "shots": lambda shots: shots.zfill(12),
+        "pair": lambda pair: (not pair.split(" ")[0].endswith("-en"), pair),  # those into English first
+        "metric": lambda metric: (known.get(metric, len(known)), metric),
+    }
+    for name, order in orders.items():
+        texts = scores[name].astype(str)
+        scores[name] = pandas.Categorical(texts, sorted(texts.unique(), key=order), ordered=True)
+    return scores.sort_values([*COLUMN, *SYSTEM], ignore_index=True)
+
+
+def differing(systems) -> list[str]:
+    """Of model and mixture, those that differ between rows."""
+    return [name for name in ("model", "mixture") if systems[name].nunique() > 1]
+
+
+def labels(systems) -> list[str]:
+    """Short names: the checkpoint's, with model and mixture in front where these differ."""
+    rows = systems[[*differing(systems), "checkpoint", "model"]].itertuples(index=False)
+    return [" ".join(filter(None, names)) or model for *names, model in rows]
+
+
+def groups(systems) -> list[str]:
+    """Model and mixture of each row, as far as they differ."""
+    rows = systems[differing(systems) or ["model", "mixture"]].itertuples(index=False)
+    return [" ".join(filter(None, names)) for names in rows]
+
+
+def select(scores, metrics: tuple[str, ...]):
+    """The rows of some metrics; of CER those of the languages where it leads."""
+    leads = (scores["metric"] != "cer_basic") | scores["tgt_lang"].isin(CER_LEADS)
+    return scores[scores["metric"].isin(metrics) & leads]
+
+
+def place(task: str, dataset: str, shots: str, pair: str) -> list[str]:
+    """A test set's name, on three lines."""
+    if task == "asr":
+        return ["ASR", dataset, "" if shots == "0-shot" else shots]
+    return [f"{TASKS.get(task, task)} {dataset}".strip(), pair, shots]
+
+
+def heading(column: tuple) -> list[str]:
+    """A column's heading, line by line."""
+    *test_set, metric, reported = column
+    return [*place(*test_set), METRICS[metric].heading + (" reported" if reported else "")]
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+def wide(scores, rows: list[str], columns: list[str], values: str = "score"):
+    """A table with rows and columns in order (pandas leaves some as they come)."""
+    return scores.pivot(index=rows, columns=columns, values=values).sort_index().sort_index(axis="columns")
+
+
+def average(scores):
     """Put means by direction in place of several language pairs; the pairs that a system lacks are left out."""
-    pairs: dict[Column, set[str]] = {}
-    for column in {column for scores in table.values() for column in scores if column.task != "asr"}:
-        pairs.setdefault(column._replace(pair=direction(column.pair)), set()).add(column.pair)
-    means: Table = {}
-    for system, scores in table.items():
-        found: dict[Column, list[float]] = {}
-        means[system] = {}
-        for column, value in scores.items():
-            mean = column._replace(pair=direction(column.pair))
-            if len(pairs.get(mean, ())) > 1:
-                found.setdefault(mean, []).append(value.score)
-            else:
-                means[system][column] = value
-        for column, scores_of_pairs in found.items():
-            num = len(pairs[column])
-            value = Value(math.fsum(scores_of_pairs) / len(scores_of_pairs), None, None, len(scores_of_pairs), num)
-            means[system][column._replace(pair=f"{column.pair} ({num})")] = value
-    return means
+    import pandas
+
+    several = scores[scores["num_pairs"] > 1]
+    same = [*SYSTEM, "name", "group", "task", "dataset", "direction", "shots", "metric", "reported", "num_pairs"]
+    means = several.groupby(same, as_index=False).agg(score=("score", "mean"), num=("score", "size"))
+    means["missing"] = means["num_pairs"] - means["num"]
+    means["pair"] = means["direction"] + " (" + means["num_pairs"].astype(str) + ")"
+    return in_order(pandas.concat([scores[scores["num_pairs"] == 1], means], ignore_index=True))
 
 
-def forgetting(table: Table) -> tuple[list[Line], list[Line], list[str]]:
+def as_table(scores):
+    """The numbers as shown: one row a system that has any, by its name; one column a test set and metric."""
+
+    def shown(row) -> str:
+        metric = METRICS[row.metric]
+        number = f"{row.score * metric.factor:.{metric.digits}f}"
+        return f"{number} ({row.num_pairs - row.missing})" if row.missing else number
+
+    cells = scores.assign(cell=[shown(row) for row in scores.itertuples()])
+    table = wide(cells, [*SYSTEM, "name"], COLUMN, "cell").fillna("-")
+    return table.set_axis(list(table.index.get_level_values("name")))
+
+
+def as_text(scores) -> str:
+    """A table for the terminal, each heading on up to four short lines."""
+    import pandas
+
+    table = as_table(scores)
+    headings = [heading(column) for column in table.columns]
+    lines = [line for line in zip(*headings, strict=True) if any(line)]
+    corner = [""] * (len(lines) - 1) + ["checkpoint"]
+    table.columns = pandas.MultiIndex.from_arrays(lines, names=corner)
+    return table.to_string(sparsify=False, col_space=[1 + max(map(len, words)) for words in headings])
+
+
+def as_markdown(scores) -> str:
+    """A table in Markdown."""
+    table = as_table(scores)
+    table.columns = [" ".join(filter(None, heading(column))) for column in table.columns]
+    return results_table.markdown(table.reset_index(names="checkpoint"), table.shape[1])
+
+
+def num_columns(scores) -> int:
+    return len(scores[COLUMN].drop_duplicates())
+
+
+def blocks(scores) -> list:
+    """The rows of ASR, and of each dataset that is translated."""
+    task = scores["task"].astype(str).str.removeprefix("cascaded_")  # direct and cascaded translation, side by side
+    dataset = scores["dataset"].astype(str).where(task != "asr", "")
+    return [block for _, block in scores.groupby([task, dataset], sort=False)]
+
+
+def terminal(scores) -> str:
+    """The table, or where it is wide the means of the main metrics, a block a test set."""
+    shown = select(scores, SHOWN)
+    if num_columns(shown) <= WIDE:
+        return as_text(shown)
+    texts = []
+    for block in blocks(average(shown)):
+        main = select(block, MAIN)
+        texts.append(as_text(block if main.empty else main))
+    return "\n\n".join(texts)
+
+
+def markdown(scores) -> str:
+    """All that is shown, and how its numbers were computed."""
+    shown = select(scores, SHOWN)
+    if num_columns(shown) <= WIDE:
+        parts = [as_markdown(shown)]
+    else:
+        parts = [as_markdown(block) for block in blocks(average(shown))]
+        parts.append(
+            "Behind xx-en and en-xx: the number of language pairs; behind a score: of how many it is the mean.\n"
+        )
+        several = shown[shown["num_pairs"] > 1]
+        same = ["task", "dataset", "shots", "metric", "reported"]
+        for (task, dataset, shots, *metric), rows in several.groupby(same, sort=False):
+            words = heading((task, dataset, shots, "", *metric))
+            parts += [f"## {' '.join(filter(None, words))}\n", as_markdown(rows)]
+    counted = scores[(scores["task"] == "asr") & scores["metric"].isin(COUNTED)]
+    if not counted.empty:
+        parts.append("## Errors in transcription\n")
+        parts.append("Shares of the reference's words in percent (they sum to WER), and numbers of outputs.\n")
+        parts.append(as_markdown(counted))
+    parts.append(
+        "WER in percent, under Whisper's English (WER) and Basic (WER basic) normalizers; COMET and Kiwi times 100. "
+        "Signatures:\n"
+    )
+    signatures = sorted(set(shown["metric"].astype(str) + "|" + shown["signature"]))
+    return "\n".join([*parts, *(f"- `{signature}`" for signature in signatures), ""])
+
+
+def write_csv(path: Path, scores) -> None:
+    """One row a system with every score in full (WER as a share)."""
+    texts = scores.assign(text=scores["score"].map(str).str.removesuffix(".0"))
+    table = wide(texts, SYSTEM, COLUMN, "text")
+    table.columns = [
+        "_".join([*filter(None, place(*test_set)), f"{metric}_reported" if reported else metric]).replace(" ", "_")
+        for *test_set, metric, reported in table.columns
+    ]
+    table.to_csv(path, lineterminator="\n")
+
+
+# --- Figures --------------------------------------------------------------------------------------
+def forgetting(scores) -> list[Panel]:
     """What speech training costs in translation and gains in transcription, by mixture and step.
 
     A mixture's BLEU is compared with its base model's, or if that has none with its first checkpoint's, on the MT test
@@ -240,219 +289,95 @@ def forgetting(table: Table) -> tuple[list[Line], list[Line], list[str]]:
     mean over the ASR test sets that all systems here share.
 
     Returns:
-        Lines of changes in BLEU, lines of WER in percent, and the names of the ASR test sets.
+        A panel of changes in BLEU, and one of WER in percent; nothing where one of them would be empty.
     """
-    named = dict(zip(table, group_names(list(table)), strict=True))
-    trained = [system for system in sorted(table, key=system_order) if checkpoint_order(system.checkpoint)[0] < 3]
-    changes, rates = [], []
-    for group in dict.fromkeys(named[system] for system in trained):
-        members = [system for system in trained if named[system] == group]
-        for shots in sorted({c.shots for c in columns_of(table, ["bleu"])}):
-            sets = {s: {c for c in table[s] if c[0] == "mt" and c[3:] == (shots, "bleu")} for s in members}
-            scored = [system for system in members if sets[system]]
-            if scored and scored[0].checkpoint == "base" and not any(sets[scored[0]] & sets[s] for s in scored[1:]):
-                scored = scored[1:]
-            shared = sorted(set.intersection(*(sets[system] for system in scored))) if scored else []
-            if len(scored) < 2 or not shared:
-                continue
-            means = [math.fsum(table[system][c].score for c in shared) / len(shared) for system in scored]
-            points = [Point(s.checkpoint, mean - means[0]) for s, mean in zip(scored, means, strict=True)]
-            points[0] = points[0]._replace(note=f"since {scored[0].checkpoint}")
-            changes.append(Line(group, shots, points))
-    of_system = {}  # our own WERs, else reported ones; shuffled units are a control, which no model should hear
-    for system in trained:
-        for metric in ("wer_english", "wer" + REPORTED):
-            rated = {
-                column.dataset: 100 * value.score
-                for column, value in table[system].items()
-                if column.task == "asr" and column.metric == metric and not column.dataset.endswith("_shuffled")
-            }
-            if rated and system not in of_system:
-                of_system[system] = metric, rated
-    shared = sorted(set.intersection(*(set(rated) for _, rated in of_system.values()))) if of_system else []
-    for group, metric in dict.fromkeys((named[system], metric) for system, (metric, _) in of_system.items()):
-        points = [
-            Point(system.checkpoint, math.fsum(rated[name] for name in shared) / len(shared))
-            for system, (kind, rated) in of_system.items()
-            if shared and (named[system], kind) == (group, metric)
-        ]
-        rates.append(Line(group, "", points, metric.endswith(REPORTED)))
-    return changes, [line for line in rates if line.points], shared
+    import pandas
 
+    trained = scores[[checkpoint_order(name)[0] < 3 for name in scores["checkpoint"]]]
+    bleu = trained[(trained["task"] == "mt") & (trained["metric"] == "bleu") & ~trained["reported"]]
+    changes = []
+    for (group, shots), rows in bleu.groupby(["group", "shots"]):
+        table = wide(rows, ["checkpoint"], ["dataset", "pair"])
+        there = table.notna()
+        if table.index[0] == "base" and not (there.iloc[0] & there.iloc[1:].any()).any():
+            table = table.iloc[1:]  # base was tested on other sets
+        means = table.dropna(axis="columns").mean(axis="columns").dropna()
+        if len(means) > 1:
+            line = (means - means.iloc[0]).reset_index(name="value")
+            notes = [f"since {means.index[0]}", *[""] * (len(means) - 1)]
+            changes.append(line.assign(group=group, shots=shots, reported=False, note=notes))
 
-# --- Output ---------------------------------------------------------------------------------------
-def as_text(names: list[str], columns: list[Column], numbers: list[list[str]]) -> str:
-    """A table for the terminal, each heading on up to four short lines."""
-    heads = [list(line) for line in zip(["", "", "", "checkpoint"], *map(heading, columns), strict=True) if any(line)]
-    lines = [*heads, *([name, *row] for name, row in zip(names, numbers, strict=True))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = []
-    for first, *others in lines:
-        padded = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
-        text.append("  ".join(padded).rstrip())
-    text.insert(len(heads), "-" * (sum(widths) + 2 * len(columns)))
-    return "\n".join(text)
-
-
-def as_markdown(names: list[str], columns: list[Column], numbers: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [
-        ["checkpoint", *(" ".join(filter(None, heading(column))) for column in columns)],
-        ["---", *("---:" for _ in columns)],
-        *([name, *row] for name, row in zip(names, numbers, strict=True)),
+    # Our own WERs, else reported ones; shuffled units are a control, which no model should hear.
+    asr = trained[(trained["task"] == "asr") & ~trained["dataset"].astype(str).str.endswith("_shuffled")]
+    own = (asr["metric"] == "wer_english") & ~asr["reported"]
+    reported = (asr["metric"] == "wer") & asr["reported"] & ~own.groupby([asr[n] for n in SYSTEM]).transform("any")
+    shared = wide(asr[own | reported], ["group", "reported", "checkpoint"], ["dataset", "shots", "pair"])
+    shared = shared.dropna(axis="columns")
+    if not changes or shared.empty:
+        return []
+    rates = (100 * shared.mean(axis="columns")).reset_index(name="value").assign(shots="", note="")
+    datasets = ", ".join(shared.columns.get_level_values("dataset").unique())
+    no_interval = {"low": math.nan, "high": math.nan}
+    title = "MT: change of mean BLEU since each line's first point"
+    return [
+        Panel(title, pandas.concat(changes).assign(**no_interval), zero_line=True),
+        Panel(f"ASR: WER, %, mean of {datasets}", rates.assign(**no_interval), from_zero=True),
     ]
-    return markdown_table(lines)
 
 
-def render(table: Table, columns: list[Column], how) -> str:
-    """One table by ``as_text`` or ``as_markdown``; systems that have none of its scores are left out."""
-    systems = sorted(table, key=system_order)
-    names = dict(zip(systems, labels(systems), strict=True))
-    rows = [system for system in systems if any(column in table[system] for column in columns)]
-    return how([names[system] for system in rows], columns, cells(table, rows, columns))
-
-
-def blocks(columns: list[Column]) -> list[list[Column]]:
-    """The columns of ASR, and of each dataset that is translated."""
-    found: dict[tuple, list[Column]] = {}
-    for column in columns:
-        task = column.task.removeprefix("cascaded_")  # direct and cascaded speech translation, side by side
-        found.setdefault((task, "" if task == "asr" else column.dataset), []).append(column)
-    return list(found.values())
-
-
-def terminal(table: Table) -> str:
-    """The table, or where it is wide the means of the main metrics, a block a test set."""
-    columns = columns_of(table, SHOWN)
-    if len(columns) <= WIDE:
-        return render(table, columns, as_text)
-    means = average(table)
-    texts = []
-    for block in blocks(columns_of(means, SHOWN)):
-        main = [column for column in block if column.metric.removesuffix(REPORTED) in MAIN]
-        texts.append(render(means, main or block, as_text))
-    return "\n\n".join(texts)
-
-
-def markdown(table: Table, signatures: list[str]) -> str:
-    """All that is shown, and how its numbers were computed."""
-    columns = columns_of(table, SHOWN)
-    if len(columns) <= WIDE:
-        parts = [render(table, columns, as_markdown)]
-    else:
-        means = average(table)
-        parts = [render(means, block, as_markdown) for block in blocks(columns_of(means, SHOWN))]
-        parts.append(
-            "Behind xx-en and en-xx: the number of language pairs; behind a score: of how many it is the mean.\n"
-        )
-        several = [column for column in columns if column not in {c for scores in means.values() for c in scores}]
-        for task, dataset, shots, metric in dict.fromkeys((c[0], c[1], c[3], c[4]) for c in several):
-            of_this = [c for c in several if (c[0], c[1], c[3], c[4]) == (task, dataset, shots, metric)]
-            first, _, *others = heading(of_this[0])
-            parts.append(f"## {' '.join(filter(None, [first, *others]))}\n")
-            parts.append(render(table, of_this, as_markdown))
-    counted = [column for column in columns_of(table, PARTS) if column.task == "asr"]
-    if counted:
-        parts.append("## Errors in transcription\n")
-        parts.append("Shares of the reference's words in percent (they sum to WER), and numbers of outputs.\n")
-        parts.append(render(table, counted, as_markdown))
-    parts.append(
-        "WER in percent, under Whisper's English (WER) and Basic (WER basic) normalizers; COMET and Kiwi times 100. "
-        "Signatures:\n"
-    )
-    return "\n".join([*parts, *(f"- `{signature}`" for signature in signatures), ""])
-
-
-def write_csv(path: Path, table: Table) -> None:
-    """One row a system with every score in full (WER as a share)."""
-    columns = sorted({column for scores in table.values() for column in scores}, key=column_order)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = ["_".join([*filter(None, place(column)), column.metric]).replace(" ", "_") for column in columns]
-        writer.writerow([*System._fields, *names])
-        for system in sorted(table, key=system_order):
-            scores = [str(table[system][c].score).removesuffix(".0") if c in table[system] else "" for c in columns]
-            writer.writerow([*system, *scores])
-
-
-# --- Figures --------------------------------------------------------------------------------------
-def group_names(systems: list[System]) -> list[str]:
-    """Model and mixture of each, as far as they differ."""
-    differing = [i for i in (0, 1) if len({system[i] for system in systems}) > 1] or [0, 1]
-    return [" ".join(system[i] for i in differing if system[i]) for system in systems]
-
-
-def score_panels(table: Table, metric: str, title: str) -> list[Panel]:
+def score_panels(scores, metric: str, title: str) -> list[Panel]:
     """A panel for each test set and direction, with a line for each mixture and number of shots.
 
     A mean over half of a direction's pairs or less is left out; one over more than half says of how many it is.
     """
-    means = average(table)
-    systems = sorted(means, key=system_order)
-    _, factor, _ = SHOWN[metric]
-    wanted = {metric, metric + REPORTED} | ({"wer" + REPORTED} if metric == "wer_english" else set())
-    panels: dict[tuple, dict[tuple, Line]] = {}
-    for column in columns_of(means, SHOWN):
-        if column.metric not in wanted or (column.task == "asr") != (metric == "wer_english"):
-            continue
-        for system, group in zip(systems, group_names(systems), strict=True):
-            value = means[system].get(column)
-            if value and 2 * value.pairs > value.of:
-                bounds = (None if x is None else x * factor for x in (value.low, value.high))
-                note = f"{value.pairs}/{value.of}" if value.pairs < value.of else ""
-                point = Point(system.checkpoint, value.score * factor, *bounds, note)
-                shots = "" if column.task == "asr" else column.shots
-                line = Line(group, shots, [], column.metric.endswith(REPORTED))
-                lines = panels.setdefault(column[:3], {})
-                lines.setdefault((group, shots, line.reported), line).points.append(point)
+    points = average(scores)
+    is_asr = metric == "wer_english"
+    wanted = (points["metric"] == metric) | (is_asr & (points["metric"] == "wer") & points["reported"])
+    points = points[wanted & ((points["task"] == "asr") == is_asr) & (2 * points["missing"] < points["num_pairs"])]
+    points = points.rename(columns=dict(zip(NUMBERS, ("value", "low", "high"), strict=True)))
+    points[["value", "low", "high"]] *= METRICS[metric].factor
+    num = points["num_pairs"] - points["missing"]
+    points["note"] = (num.astype(str) + "/" + points["num_pairs"].astype(str)).where(points["missing"] > 0, "")
+    if is_asr:
+        points["shots"] = ""
     return [
-        Panel(
-            f"{' '.join(filter(None, place(Column(*key, '', metric))))}: {title}",
-            list(lines.values()),
-            key[0] == "asr",
-        )
-        for key, lines in panels.items()
+        Panel(f"{' '.join(filter(None, place(task, dataset, '', pair)))}: {title}", rows, from_zero=is_asr)
+        for (task, dataset, pair), rows in points.groupby(["task", "dataset", "pair"], sort=False)
     ]
 
 
-def error_bars(table: Table) -> list[Bars]:
+def error_bars(scores) -> list[Panel]:
     """A panel for each ASR test set: substitutions, deletions and insertions of each system."""
-    wanted = list(PARTS)[:3]
+    wanted = [*WER_PARTS, "runaway_english"]
+    counts = scores[(scores["task"] == "asr") & ~scores["reported"] & scores["metric"].isin(wanted)]
     panels = []
-    for column in columns_of(table, wanted[:1]):
-        three = [column._replace(metric=metric) for metric in wanted]
-        systems = [s for s in sorted(table, key=system_order) if all(c in table[s] for c in three)]
-        parts = [tuple(100 * table[system][c].score for c in three) for system in systems]
-        above = []
-        for system, heights in zip(systems, parts, strict=True):
-            runaway = table[system].get(column._replace(metric="runaway_english"))
-            above.append(f"{sum(heights):.1f}" + (f"\n({runaway.score:.0f})" if runaway and runaway.score else ""))
-        ends = [i for i in range(1, len(systems)) if systems[i][:2] != systems[i - 1][:2]]
-        title = f"{column.dataset}: WER, %" + (" (in brackets: runaway outputs)" if "(" in "".join(above) else "")
-        panels.append(Bars(title, labels(systems), parts, above, ends))
-    return [panel for panel in panels if panel.names]
+    for (dataset, *_), rows in counts.groupby(["dataset", "shots", "pair"]):
+        bars = wide(rows, [*SYSTEM, "group"], ["metric"]).reindex(columns=wanted)
+        bars = bars.dropna(subset=WER_PARTS).reset_index()
+        bars[WER_PARTS] *= 100
+        runaway = bars["runaway_english"].fillna(0).map(lambda num: f"\n({num:.0f})" if num else "")
+        bars["above"] = bars[WER_PARTS].sum(axis="columns").map("{:.1f}".format) + runaway
+        bars["name"] = labels(bars)
+        title = f"{dataset}: WER, %" + (" (in brackets: runaway outputs)" if runaway.any() else "")
+        panels.append(Panel(title, bars))
+    return [panel for panel in panels if len(panel.rows)]
 
 
-def draw(table: Table, folder: Path) -> list[str]:
+def draw(scores, folder: Path) -> list[str]:
     """Draw the figures that there are scores for; remove an earlier run's others. Returns their names."""
-    changes, rates, asr_sets = forgetting(table)
-    groups = sorted(set(group_names(list(table))))
-    tradeoff = [
-        Panel("MT: change of mean BLEU since each line's first point", changes, zero_line=True),
-        Panel(f"ASR: WER, %, mean of {', '.join(asr_sets)}", rates, from_zero=True),
-    ]
-    scores = score_panels(table, "wer_english", "WER, %") + score_panels(table, "bleu", "BLEU")
-    comet, bars = score_panels(table, "comet22", "COMET-22"), error_bars(table)
+    groups = sorted(scores["group"].unique())
+    part_names = {part: METRICS[part].heading for part in WER_PARTS}
+    lines = score_panels(scores, "wer_english", "WER, %") + score_panels(scores, "bleu", "BLEU")
     drawn = []
-    for name, wanted, function, arguments in (
-        ("scores.png", scores, draw_lines, (scores, groups)),
-        ("comet.png", comet, draw_lines, (comet, groups)),
-        ("forgetting.png", changes and rates, draw_lines, (tradeoff, groups, 1, True)),
-        ("wer_parts.png", bars, draw_bars, (bars, ("substitutions", "deletions", "insertions"))),
+    for name, panels, function, *arguments in (
+        ("scores.png", lines, draw_lines, groups),
+        ("comet.png", score_panels(scores, "comet22", "COMET-22"), draw_lines, groups),
+        ("forgetting.png", forgetting(scores), draw_lines, groups, 1, True),
+        ("wer_parts.png", error_bars(scores), draw_bars, part_names),
     ):
-        if wanted:
+        if panels:
             with publish(folder / name) as path:
-                function(path, *arguments)
+                function(path, panels, *arguments)
             drawn.append(name)
         else:
             (folder / name).unlink(missing_ok=True)
@@ -466,19 +391,19 @@ def summarize(results: list[Path], output_dir: Path) -> None:
         results: Folders with results CSVs, searched to any depth.
         output_dir: Where table.md, table.csv and the plots go.
     """
-    table, signatures = read_table(find_tables(results, output_dir))
+    scores = read_scores(find_tables(results, output_dir))
     with locked(output_dir / ".summary.lock"):
         for temporary in output_dir.glob(".tmp-*"):  # a killed attempt's: we hold the lock
             temporary.unlink()
         with publish(output_dir / "table.md") as path:
-            path.write_text(markdown(table, signatures), encoding="utf-8")
+            path.write_text(markdown(scores), encoding="utf-8")
         with publish(output_dir / "table.csv") as path:
-            write_csv(path, table)
-        written = ["table.md", "table.csv", *draw(table, output_dir)]
-    print(terminal(table))
-    columns = columns_of(table, SHOWN)
-    print(f"\nWER in %, COMET x 100, others in 0..100; {len(table)} systems, {len(columns)} columns")
-    if len(columns) > WIDE:
+            write_csv(path, scores)
+        written = ["table.md", "table.csv", *draw(scores, output_dir)]
+    print(terminal(scores))
+    systems, columns = len(scores[SYSTEM].drop_duplicates()), num_columns(select(scores, SHOWN))
+    print(f"\nWER in %, COMET x 100, others in 0..100; {systems} systems, {columns} columns")
+    if columns > WIDE:
         print("means over language pairs; a number in brackets says over how many. Every pair is in table.md")
     print(f"written: {', '.join(str(output_dir / name) for name in written)}")
 

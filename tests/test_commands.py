@@ -30,7 +30,7 @@ SCRIPTS = (
     "results/score.py",
     "results/compare.py",
     "results/summarize.py",
-    "results/score_published.py",
+    "results/published/score_published.py",
 )
 
 

@@ -6,15 +6,18 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas
 import pytest
 import sacrebleu
 
-from results import score_published as published
-from results.score_published import RECORDED, Case, Job, place_utterances, read_saved, score_published, sort_out
+from results.published import score_published as published
+from results.published.score_published import RECORDED, Case, place_utterances, read_saved, score_published, sort_out
 from towerspeech import metrics
 from towerspeech.command import UserError
 from towerspeech.files import hash_file
 from towerspeech.languages import LANGUAGES
+from towerspeech.results_table import COLUMNS, TEST_SET, write_results
+from towerspeech.results_table import read_results as read_frame
 
 COMMITTED = Path(__file__).parents[2] / "results/published"
 HEADER = "Data Path, Model Path: /data/prompts.json ... /models/tiny/1000"
@@ -44,6 +47,10 @@ def save(folder: Path, name: str, text: str) -> Path:
 def read_table(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    return read_frame(path).to_dict("records")
 
 
 # --- Taking files apart ---------------------------------------------------------------------------
@@ -108,17 +115,17 @@ def test_systems_and_test_sets_are_called_what_the_original_called_them(tmp_path
     texts = published.Texts(dict.fromkeys(LANGUAGES, ["a", "b"]), ["a"], [])
     case = sort_out(saved, texts)
     assert [value or "." for value in case.facts.values()] == facts.split()
-    assert tuple(case.facts) == metrics.TEST_SET
-    assert (case.job is None) == ("ASR" in name)
+    assert tuple(case.facts) == TEST_SET
+    assert (case.references is None) == ("ASR" in name)
 
 
 def test_raw_few_shot_text_is_cut_and_others_are_left_as_they_are(tmp_path):
     raw = " German: eins\\nGerman: zwei\nGerman text: drei\n"
     texts = published.Texts(dict.fromkeys(LANGUAGES, ["a", "b"]), ["a"], [])
     cut = sort_out(read_saved(save(tmp_path, "raw", raw), f"{published.BILINGUAL}/2250_wmt_few.txt"), texts)
-    assert cut.job.hypotheses == ["eins", "drei"]
+    assert cut.hypotheses == ["eins", "drei"]
     whole = sort_out(read_saved(tmp_path / "raw", "MT/0_shot/flores_en-de"), texts)
-    assert whole.job.hypotheses == [" German: eins\\nGerman: zwei", "German text: drei"]
+    assert whole.hypotheses == [" German: eins\\nGerman: zwei", "German text: drei"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,8 @@ def test_raw_few_shot_text_is_cut_and_others_are_left_as_they_are(tmp_path):
 )
 def test_a_file_without_scores_says_why(tmp_path, name, text, why):
     texts = published.Texts(dict.fromkeys(LANGUAGES, ["a", "b"]), ["a"], [])
-    assert why in sort_out(read_saved(save(tmp_path, "file", text), name), texts)
+    case = sort_out(read_saved(save(tmp_path, "file", text), name), texts)
+    assert why in case.note and case.facts is None and case.csv == ""
 
 
 def test_utterances_are_placed_by_their_best_transcript():
@@ -152,17 +160,16 @@ def test_a_record_of_other_outputs_is_not_reported(tmp_path):
     other = RECORD.replace("0.25", "0.26")
     path = save(tmp_path, "file", f" a\n{RECORD} results comet: {other}{COMET}")
     saved = read_saved(path, "MT/0_shot/flores_de-en")
-    job = Job("mt", [" a"], ["a"], "en")
-    case = Case(dict.fromkeys(metrics.TEST_SET, "x"), job, job, "")
+    case = Case(saved, "", dict.fromkeys(TEST_SET, "x"), [" a"], ["a"])
     ours = [metrics.Score(metric, score, 0.0, 99.0, 1, "s") for metric, score in (("bleu", 25.0), ("chrf2", 54.5))]
-    assert [row["metric"] for row in published.make_rows(saved, case, ours)] == ["bleu", "chrf2"]
-    rows = published.compare_recorded(saved, case, {"bleu": 25.0, "chrf2": 54.5})
-    found = {(row[2], row[3]): (row[5], "not saved" in row[6]) for row in rows}
-    assert found == {
-        ("bleu", 25.0): ("yes", False),
-        ("bleu", 26.0): ("no", True),
-        ("chrf2", 54.5): ("yes", True),
-        ("comet22", 0.75): ("", True),
+    assert list(published.make_rows(case, ours)["metric"]) == ["bleu", "chrf2"]
+    rows = published.compare_recorded(case, {"bleu": 25.0, "chrf2": 54.5})
+    answers = {(row[2], row[3]): (row[5], "not saved" in row[6]) for row in rows}
+    assert answers == {
+        ("bleu", "25.0"): ("yes", False),
+        ("bleu", "26.0"): ("no", True),
+        ("chrf2", "54.5"): ("yes", True),
+        ("comet22", "0.75"): ("", True),
     }
 
 
@@ -195,7 +202,7 @@ def test_a_folder_is_scored_and_every_file_accounted_for(folders, capsys):
     score_published(**folders, workers=1)
     out = folders["output_dir"]
     assert set(contents(out)) == {"5to1/3000.csv", "base/no_run_base.csv", "files.tsv", "recorded.tsv"}
-    rows = metrics.read_results(out / "5to1/3000.csv")
+    rows = read_results(out / "5to1/3000.csv")
     path = folders["outputs"] / "MT/5_shot/3000/flores_5to1_de-en"
     scores = {row["metric"]: row for row in rows if row["generations_sha256"] == hash_file(path)}
     outputs = path.read_text().split("\n")[:4]
@@ -228,10 +235,9 @@ def test_scoring_again_is_a_no_op_and_what_changed_is_made_anew(folders, capsys)
     assert "already scored" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.?sv")}
 
-    # As a killed run leaves it: one CSV noted, another written, a temporary file, no comparison.
+    # As a killed run leaves it: one CSV noted, another written, a temporary file.
     table = (out / "files.tsv").read_text().splitlines(keepends=True)
     (out / "files.tsv").write_text("".join(line for line in table if "base" not in line and "no score" not in line))
-    (out / "recorded.tsv").unlink()
     save(out, "base/.tmp-no_run_base.csv-1-abc", "half")
     score_published(**folders, workers=1)
     assert contents(out) == before and not list(out.rglob(".tmp-*"))
@@ -241,7 +247,7 @@ def test_scoring_again_is_a_no_op_and_what_changed_is_made_anew(folders, capsys)
     save(path.parent, path.name, "\n".join(reversed(GERMAN)) + "\n")
     save(folders["outputs"], "MT/5_shot/base2/flores_base_en-de", "")
     score_published(**folders, workers=1)
-    hashes = {row["generations_sha256"] for row in metrics.read_results(out / "base/no_run_base.csv")}
+    hashes = {row["generations_sha256"] for row in read_results(out / "base/no_run_base.csv")}
     assert hashes == {hash_file(path)} and contents(out)["5to1/3000.csv"] == before["5to1/3000.csv"]
 
     # Other references: the same outputs are scored anew.
@@ -252,7 +258,7 @@ def test_scoring_again_is_a_no_op_and_what_changed_is_made_anew(folders, capsys)
 
 
 def test_a_csv_that_is_not_of_these_outputs_and_missing_folders_are_refused(folders, tmp_path):
-    metrics.write_results(folders["output_dir"] / "other/1.csv", [])
+    write_results(folders["output_dir"] / "other/1.csv", pandas.DataFrame(columns=list(COLUMNS)))
     with pytest.raises(UserError, match="other/1.csv is not of these outputs"):
         score_published(**folders)
     with pytest.raises(UserError, match="deu_Latn|does not exist"):
@@ -264,14 +270,12 @@ def test_a_csv_that_is_not_of_these_outputs_and_missing_folders_are_refused(fold
 
 # --- The committed figures ------------------------------------------------------------------------
 def test_committed_files_hold_figures_alone_and_agree_with_each_other():
-    rows = {
-        path.relative_to(COMMITTED).as_posix(): metrics.read_results(path) for path in sorted(COMMITTED.rglob("*.csv"))
-    }
+    rows = {path.relative_to(COMMITTED).as_posix(): read_results(path) for path in sorted(COMMITTED.rglob("*.csv"))}
     accounts = read_table(COMMITTED / "files.tsv")
     assert {row["csv"] for row in accounts} - {""} == set(rows)
     for row in (row for table in rows.values() for row in table):
         assert re.fullmatch(r"-?\d+(\.\d+)?(e-\d+)?", row["score"]) and row["n"].isdigit()
-        assert all(re.fullmatch(r"[\w.-]*", row[name]) for name in metrics.TEST_SET)
+        assert all(re.fullmatch(r"[\w.-]*", row[name]) for name in TEST_SET)
         assert row["signature"].startswith(("reported|", "nrefs:1|", "level:", "count|"))
         assert (row["ci_low"] == "") == row["signature"].startswith(("reported|", "count|"))
     for row in accounts:
@@ -345,8 +349,8 @@ def test_the_originals_own_scores_come_out(tmp_path):
     assert outcomes.pop("MT/5_shot/3000/flores_base_zh-en") == "no score" and set(outcomes.values()) == {"scored"}
 
     def keyed(path: Path, hashes: set[str]) -> dict[tuple, dict[str, str]]:
-        held = [row for row in metrics.read_results(path) if row["generations_sha256"] in hashes]
-        return {tuple(row[name] for name in (*metrics.TEST_SET, "metric")): row for row in held}
+        held = [row for row in read_results(path) if row["generations_sha256"] in hashes]
+        return {tuple(row[name] for name in (*TEST_SET, "metric")): row for row in held}
 
     hashes = {hash_file(tmp_path / "outputs" / name) for name in names}
     for path in (tmp_path / "out").rglob("*.csv"):

@@ -1,22 +1,43 @@
 """The tables' order, numbers and files; means, forgetting and figures; what is refused; same bytes again."""
 
 import csv
+import math
 import re
 import statistics
 from pathlib import Path
 
+import pandas
 import pytest
 
 from results import plots
 from results import summarize as script
 from results.summarize import summarize
+from towerspeech import results_table
 from towerspeech.command import UserError
-from towerspeech.metrics import write_results
+from towerspeech.results_table import COLUMNS
 
 INTO_ENGLISH = ("de-en", "es-en", "fr-en")
 FROM_ENGLISH = ("en-de", "en-es", "en-fr")
 PUBLISHED = Path(__file__).parents[2] / "results/published"
 FIGURES = ("scores.png", "comet.png", "forgetting.png", "wer_parts.png")
+
+
+def write_results(path, rows):
+    results_table.write_results(path, pandas.DataFrame(rows, columns=list(COLUMNS)))
+
+
+def read_scores(folder):
+    return script.read_scores(script.find_tables([folder], folder / "none"))
+
+
+def table_lines(text):
+    """The rows of Markdown tables, without the blanks that pad their cells."""
+    return [re.sub(r" +", " ", line) for line in text.splitlines() if not re.fullmatch(r"\|[:|-]+\|", line)]
+
+
+def lines_of(panel):
+    """A panel's lines, by mixture, shots and whether others report them; each a list of points."""
+    return {key: list(line.itertuples()) for key, line in panel.rows.groupby(["group", "shots", "reported"])}
 
 
 def row(checkpoint, metric, score, task="mt", dataset="flores", shots="0", pair="de-en", model="tiny", mixture="ci"):
@@ -59,14 +80,14 @@ def write_all(folder, checkpoints=("sft", "900", "base", "shuffled-units", "300"
 def test_rows_columns_and_numbers(tmp_path, capsys):
     summarize([write_all(tmp_path / "results/tiny")], tmp_path / "out")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed[5:11]] == ["base", "300", "900", "1200", "sft", "shuffled-units"]
+    assert [line.split()[0] for line in printed[4:10]] == ["base", "300", "900", "1200", "sft", "shuffled-units"]
     assert printed[0].split() == ["ASR", "ASR", *["flores"] * 8]
     assert printed[1].split() == ["clean", "clean", *["de-en", "de-en", "en-de", "en-de"] * 2]
     assert printed[2].split() == ["0-shot"] * 4 + ["5-shot"] * 4
     assert printed[3].split() == ["checkpoint", "WER", "WER", "basic", *["BLEU", "chrF2"] * 4]
-    assert printed[5].split() == ["base", "27.0", "27.0", *["2.0", "2.2"] * 4]
-    markdown = (tmp_path / "out/table.md").read_text().splitlines()
-    assert markdown[2] == "| base | 27.0 | 27.0 | 2.0 | 2.2 | 2.0 | 2.2 | 2.0 | 2.2 | 2.0 | 2.2 |"
+    assert printed[4].split() == ["base", "27.0", "27.0", *["2.0", "2.2"] * 4]
+    markdown = table_lines((tmp_path / "out/table.md").read_text())
+    assert markdown[1] == "| base | 27.0 | 27.0 | 2.0 | 2.2 | 2.0 | 2.2 | 2.0 | 2.2 | 2.0 | 2.2 |"
     assert "- `bleu|of bleu`" in markdown
     with open(tmp_path / "out/table.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -82,9 +103,9 @@ def test_its_own_tables_are_no_results_and_names_break_none(tmp_path):
         summarize([folder], folder / output)
     assert (folder / "summary/table.md").read_bytes() == (folder / "another/table.md").read_bytes()
     rows = [line for line in (folder / "summary/table.md").read_text().splitlines() if "12.5" in line]
-    assert [re.split(r"(?<!\\)\|", line)[1:-1] for line in rows] == [
-        [" a\\|b 300 ", " 12.5 "],
-        [" c, d 300 ", " 12.5 "],
+    assert [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in rows] == [
+        ["a\\|b 300", "12.5"],
+        ["c, d 300", "12.5"],
     ]
 
 
@@ -103,7 +124,7 @@ def test_missing_scores_are_dashes(tmp_path, capsys):
     folder = write_all(tmp_path / "results", ["base", "300"])
     write_results(folder / "300.csv", [row("300", "bleu", 12.34)])
     summarize([folder], tmp_path / "out")
-    assert capsys.readouterr().out.splitlines()[6].split() == ["300", "-", "-", "12.3", *"-------"]
+    assert capsys.readouterr().out.splitlines()[5].split() == ["300", "-", "-", "12.3", *"-------"]
     with open(tmp_path / "out/table.csv", encoding="utf-8") as file:
         assert list(csv.DictReader(file))[1]["ASR_clean_wer_basic"] == ""
 
@@ -123,7 +144,7 @@ def test_models_are_named_when_there_are_two(tmp_path, capsys):
     write_results(tmp_path / "results/b.csv", [row("base", "bleu", 50, model="big")])
     summarize([tmp_path / "results/tiny", tmp_path / "results"], tmp_path / "out")  # found twice, read once
     printed = capsys.readouterr().out.splitlines()
-    assert [line[:9] for line in printed[5:7]] == ["big base ", "tiny base"]
+    assert [line[:9] for line in printed[4:6]] == ["big base ", "tiny base"]
 
 
 def test_one_score_in_two_files(tmp_path):
@@ -174,25 +195,25 @@ def test_wide_table_shows_means_by_direction(tmp_path, capsys):
     summarize([tmp_path / "results"], tmp_path / "out")
     blocks = [[line.split() for line in text.splitlines()] for text in capsys.readouterr().out.split("\n\n")]
     asr, flores, covost, _ = blocks
-    assert [line[:2] for line in flores[5:]] == [[m, c] for m in ("5to1", "5to3") for c in ("base", "300", "900")]
+    assert [line[:2] for line in flores[4:]] == [[m, c] for m in ("5to1", "5to3") for c in ("base", "300", "900")]
     assert flores[1] == ["xx-en", "(3)"] * 2 + ["en-xx", "(3)"] * 2 + ["xx-en", "(3)"] * 2 + ["en-xx", "(3)"] * 2
     assert flores[3] == ["checkpoint", *["BLEU", "COMET"] * 4]  # spBLEU is in the files
     mean = statistics.mean(bleu["5to3", "900", pair, "0"] for pair in INTO_ENGLISH)
     assert flores[-1][2:4] == [f"{mean:.1f}", f"{2 * mean:.2f}"]
     lost = statistics.mean(bleu["5to1", "900", pair, "0"] for pair in FROM_ENGLISH[:2])
-    assert flores[7][4:6] == [f"{lost:.1f}", "(2)"]  # of two pairs, and so it says
+    assert flores[6][4:6] == [f"{lost:.1f}", "(2)"]  # of two pairs, and so it says
     assert asr[2] == ["checkpoint", "WER", "WER", "reported", "WER", "WER", "reported"]
-    assert asr[4] == ["5to1", "base", "90.0", "-", "100.0", "-"] and asr[-1][2:] == ["-", "150.0", "-", "160.0"]
-    assert covost[5] == ["5to1", "base", "12.0", "14.0"]
+    assert asr[3] == ["5to1", "base", "90.0", "-", "100.0", "-"] and asr[-1][2:] == ["-", "150.0", "-", "160.0"]
+    assert covost[4] == ["5to1", "base", "12.0", "14.0"]
 
     sections = (tmp_path / "out/table.md").read_text().split("\n## ")
-    pairs = next(text for text in sections if text.startswith("flores 5-shot spBLEU\n")).splitlines()
+    pairs = table_lines(next(text for text in sections if text.startswith("flores 5-shot spBLEU\n")))
     names = [f"flores {pair} 5-shot spBLEU" for pair in (*INTO_ENGLISH, *FROM_ENGLISH)]
     assert pairs[2] == f"| checkpoint | {' | '.join(names)} |"
     numbers = (bleu.get(("5to1", "900", pair, "5")) for pair in (*INTO_ENGLISH, *FROM_ENGLISH))
-    assert pairs[6] == f"| 5to1 900 | {' | '.join('-' if n is None else f'{n + 2:.1f}' for n in numbers)} |"
+    assert pairs[5] == f"| 5to1 900 | {' | '.join('-' if n is None else f'{n + 2:.1f}' for n in numbers)} |"
     errors = next(text for text in sections if text.startswith("Errors in transcription"))
-    assert "| 5to1 300 | 35.0 | 8.8 | 26.2 | 7 | 40.0 | 10.0 | 30.0 | 7 |" in errors
+    assert "| 5to1 300 | 35.0 | 8.8 | 26.2 | 7 | 40.0 | 10.0 | 30.0 | 7 |" in table_lines(errors)
     assert "- `wer|reported|recorded elsewhere`" in errors
     with open(tmp_path / "out/table.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -204,23 +225,24 @@ def test_wide_table_shows_means_by_direction(tmp_path, capsys):
 
 def test_forgetting_is_the_change_since_base_on_shared_test_sets(tmp_path):
     bleu = write_wide(tmp_path / "results")
-    table, _ = script.read_table(script.find_tables([tmp_path / "results"], tmp_path))
-    changes, rates, sets = script.forgetting(table)
-    assert [(line.group, line.shots) for line in changes] == [
-        (mixture, shots) for mixture in ("5to1", "5to3") for shots in ("0-shot", "5-shot")
+    scores = read_scores(tmp_path / "results")
+    changes, rates = script.forgetting(scores)
+    assert list(lines_of(changes)) == [
+        (mixture, shots, False) for mixture in ("5to1", "5to3") for shots in ("0-shot", "5-shot")
     ]
-    for line in changes:
-        shared = [p for p in (*INTO_ENGLISH, *FROM_ENGLISH) if (line.group, p) != ("5to1", "en-fr")]
-        for point in line.points:
+    for (mixture, shots, _), points in lines_of(changes).items():
+        shared = [p for p in (*INTO_ENGLISH, *FROM_ENGLISH) if (mixture, p) != ("5to1", "en-fr")]
+        assert [point.checkpoint for point in points] == ["base", "300", "900"]
+        for point in points:
             means = [
-                statistics.mean(bleu[line.group, checkpoint, pair, line.shots[0]] for pair in shared)
+                statistics.mean(bleu[mixture, checkpoint, pair, shots[0]] for pair in shared)
                 for checkpoint in (point.checkpoint, "base")
             ]
             assert point.value == pytest.approx(means[0] - means[1])
-    assert sets == ["clean", "other"]
-    assert [(line.group, line.reported) for line in rates] == [("5to1", False), ("5to3", True)]
-    assert [point.value for point in rates[0].points] == pytest.approx([95, 75, 55])
-    assert [point.value for point in rates[1].points] == pytest.approx([195, 175, 155])
+    assert rates.title.endswith("mean of clean, other")
+    assert list(lines_of(rates)) == [("5to1", "", False), ("5to3", "", True)]
+    assert [point.value for point in lines_of(rates)["5to1", "", False]] == pytest.approx([95, 75, 55])
+    assert [point.value for point in lines_of(rates)["5to3", "", True]] == pytest.approx([195, 175, 155])
 
 
 def test_forgetting_without_a_base(tmp_path):
@@ -229,69 +251,75 @@ def test_forgetting_without_a_base(tmp_path):
         speech = row(checkpoint, "wer_english", score / 100, task="asr", dataset="clean", pair="en-en")
         shuffled = speech | {"dataset": "clean_shuffled", "score": "1"}
         write_results(folder / f"{checkpoint}.csv", [row(checkpoint, "bleu", score), speech, shuffled])
-    table, _ = script.read_table(script.find_tables([folder], tmp_path))
-    changes, rates, sets = script.forgetting(table)
-    (line,) = changes
-    assert [(point.checkpoint, point.value) for point in line.points] == [("300", 0), ("900", -2), ("sft", 1)]
-    assert [point.note for point in line.points] == ["since 300", "", ""]
-    assert [point.value for point in rates[0].points] == pytest.approx([30, 28, 31]) and sets == ["clean"]
+    scores = read_scores(folder)
+    changes, rates = script.forgetting(scores)
+    [points] = lines_of(changes).values()
+    assert [(point.checkpoint, point.value) for point in points] == [("300", 0), ("900", -2), ("sft", 1)]
+    assert [point.note for point in points] == ["since 300", "", ""]
+    [points] = lines_of(rates).values()
+    assert [point.value for point in points] == pytest.approx([30, 28, 31])
+    assert rates.title.endswith("mean of clean")
 
 
 def test_each_line_says_what_its_change_is_since(tmp_path):
     folder = tmp_path / "results"
     for mixture, checkpoints in (("5to1", ("base", "300")), ("5to3", ("300", "900"))):
         rows = [row(checkpoint, "bleu", 9, mixture=mixture) for checkpoint in checkpoints]
+        rows.append(row("300", "wer_english", 0.5, task="asr", dataset="clean", pair="en-en", mixture=mixture))
         write_results(folder / f"{mixture}.csv", rows)
-    table, _ = script.read_table(script.find_tables([folder], tmp_path))
-    notes = {line.group: [point.note for point in line.points] for line in script.forgetting(table)[0]}
+    scores = read_scores(folder)
+    lines = lines_of(script.forgetting(scores)[0])
+    notes = {mixture: [point.note for point in points] for (mixture, *_), points in lines.items()}
     assert notes == {"5to1": ["since base", ""], "5to3": ["since 300", ""]}
 
 
 def test_no_line_joins_published_outputs_that_may_be_of_two_models():
     """Of the committed figures: `unnamed` and `base` are no training runs, their scores are points alone."""
-    table, _ = script.read_table(script.find_tables([PUBLISHED], PUBLISHED / "none"))
-    changes, rates, _ = script.forgetting(table)
-    assert [line.group for line in changes] == ["TowerSpeech 5to1"]
-    panels = [*script.score_panels(table, "wer_english", ""), *script.score_panels(table, "bleu", "")]
-    groups = {line.group for panel in panels for line in panel.lines}
-    shared = {f"{model} {mixture}" for model, mixture, _ in table if mixture in ("unnamed", "base")}
+    scores = read_scores(PUBLISHED)
+    changes, rates = script.forgetting(scores)
+    assert set(changes.rows["group"]) == {"TowerSpeech 5to1"}
+    panels = [*script.score_panels(scores, "wer_english", ""), *script.score_panels(scores, "bleu", "")]
+    groups = {group for panel in panels for group in panel.rows["group"]}
+    shared = set(scores["group"][scores["mixture"].isin(["unnamed", "base"])])
     assert shared == {"TowerSpeech base", "TowerSpeech unnamed", "tinyllama_llama unnamed"} <= groups
-    for line in [*changes, *rates, *(line for panel in panels for line in panel.lines)]:
-        joined = [point for point in line.points if plots.checkpoint_order(point.checkpoint)[0] < 2]
-        assert line.group not in shared or not joined
+    points = pandas.concat([panel.rows for panel in (changes, rates, *panels)])
+    joined = points["checkpoint"].map(plots.is_trained).astype(bool)
+    assert joined.any() and not shared & set(points["group"][joined])
 
 
 def test_panels_are_means_by_direction(tmp_path):
     bleu = write_wide(tmp_path / "results")
     write_results(tmp_path / "results/other.csv", [row("300", "bleu", 99, pair="en-de", mixture="bilingual")])
-    table, _ = script.read_table(script.find_tables([tmp_path / "results"], tmp_path))
-    panels = {panel.title: panel for panel in script.score_panels(table, "bleu", "BLEU")}
+    scores = read_scores(tmp_path / "results")
+    panels = {panel.title: panel for panel in script.score_panels(scores, "bleu", "BLEU")}
     assert list(panels) == [
         *("flores xx-en (3): BLEU", "flores en-xx (3): BLEU"),
         *("ST covost en-de: BLEU", "cascaded ST covost en-de: BLEU"),
     ]
-    lines = {(line.group, line.shots): line.points for line in panels["flores en-xx (3): BLEU"].lines}
-    assert set(lines) == {(m, s) for m in ("5to1", "5to3") for s in ("0-shot", "5-shot")}  # of one pair in three: none
-    for (mixture, shots), points in lines.items():
+    lines = lines_of(panels["flores en-xx (3): BLEU"])
+    of_all = {(mixture, shots, False) for mixture in ("5to1", "5to3") for shots in ("0-shot", "5-shot")}
+    assert set(lines) == of_all  # of one pair in three: none
+    for (mixture, shots, _), points in lines.items():
         for point in points:
             pairs = [pair for pair in FROM_ENGLISH if (mixture, point.checkpoint, pair, shots[0]) in bleu]
             mean = statistics.mean(bleu[mixture, point.checkpoint, pair, shots[0]] for pair in pairs)
-            assert point.value == pytest.approx(mean) and point.low is None
+            assert point.value == pytest.approx(mean) and math.isnan(point.low)
             assert point.note == ("2/3" if (mixture, point.checkpoint) == ("5to1", "900") else "")
-    point = panels["ST covost en-de: BLEU"].lines[0].points[0]
-    assert point[1:4] == pytest.approx((12, 12 * 0.9, 12 * 1.1))
-    ours, theirs = script.score_panels(table, "wer_english", "WER, %")[0].lines
-    assert (ours.group, ours.reported, theirs.group, theirs.reported) == ("5to1", False, "5to3", True)
-    assert ours.points[1].value == pytest.approx(70) and theirs.points[1].value == pytest.approx(170)
+    point = panels["ST covost en-de: BLEU"].rows.iloc[0]
+    assert list(point[["value", "low", "high"]]) == pytest.approx((12, 12 * 0.9, 12 * 1.1))
+    lines = lines_of(script.score_panels(scores, "wer_english", "WER, %")[0])
+    assert list(lines) == [("5to1", "", False), ("5to3", "", True)]
+    assert [points[1].value for points in lines.values()] == pytest.approx([70, 170])
 
 
 def test_bars_are_the_parts_of_wer(tmp_path):
     write_wide(tmp_path / "results")
-    table, _ = script.read_table(script.find_tables([tmp_path / "results"], tmp_path))
-    clean, other = script.error_bars(table)
-    assert clean.names == ["base", "300", "900"]  # of 5to3 there are reported scores alone
-    assert [sum(parts) for parts in clean.parts] == pytest.approx([90, 70, 50])
-    assert other.parts[0] == pytest.approx((50, 12.5, 37.5)) and other.above[0] == "100.0\n(7)"
+    scores = read_scores(tmp_path / "results")
+    clean, other = (panel.rows for panel in script.error_bars(scores))
+    assert list(clean["name"]) == ["base", "300", "900"]  # of 5to3 there are reported scores alone
+    assert list(clean[script.WER_PARTS].sum(axis=1)) == pytest.approx([90, 70, 50])
+    assert list(other[script.WER_PARTS].iloc[0]) == pytest.approx((50, 12.5, 37.5))
+    assert other["above"][0] == "100.0\n(7)"
 
 
 def test_figures_are_there_where_there_are_scores_for_them(tmp_path):
