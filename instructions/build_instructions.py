@@ -19,6 +19,10 @@ Writes below output_dir <0_shot|5_shot>/<dataset>_<pair>.jsonl, asr/<dataset>.js
 cascaded_st/<dataset>_<pair>.jsonl (with examples: <dataset>_<pair>_5_shot.jsonl), one prompt a row: id, instruction
 (or messages), output, task, dataset, shots, src_lang, tgt_lang, source; and beside each its run_info.json. The source
 of translated speech is its reference transcript, of a cascade too.
+
+The 0-shot text is the original TowerSpeech's, byte for byte (but for the fault of its WMT23 X-en files, ``German
+Text:: ...``). Examples come from the dev split or a named pool: five others for each test sentence, or the same five
+for all of a file, and the same lines for all pairs. A pool that holds a sentence of the test split is refused.
 """
 
 import hashlib

@@ -1,0 +1,22 @@
+"""Plain files of outputs; tests/results reads finished generations through the commands."""
+
+import hashlib
+
+import pytest
+
+from towerspeech.command import UserError
+from towerspeech.generations import read_line_files
+
+
+def test_line_files_need_one_line_a_segment_and_their_hash_is_of_outputs_and_references(tmp_path):
+    for name, text in (("out", "a\nb\n"), ("ref", "A\nB\n"), ("src", "x\ny\n"), ("long", "x\ny\nz\n")):
+        (tmp_path / name).write_text(text)
+    files = [tmp_path / name for name in ("out", "ref", "src")]
+    outputs = read_line_files(*files, {"task": "mt"})
+    assert (outputs.hypotheses, outputs.references, outputs.sources) == (["a", "b"], ["A", "B"], ["x", "y"])
+    out, ref, src = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    assert outputs.sha256 == hashlib.sha256(f"{out} {ref}".encode()).hexdigest()
+    assert (outputs.sources_sha256, outputs.ids, outputs.finish_reasons) == (src, None, None)
+    assert read_line_files(*files[:2], None, {}).sources is None
+    with pytest.raises(UserError, match=r"2 hypotheses in .*out for 3 sources in .*long\n"):
+        read_line_files(*files[:2], tmp_path / "long", {})
