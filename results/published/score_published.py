@@ -396,7 +396,8 @@ def score_published(outputs: Path, flores: Path, wmt23: Path, output_dir: Path, 
         for path in sorted(output_dir.rglob("*.csv")):
             if path.relative_to(output_dir).as_posix() not in members:
                 raise UserError(f"{path} is not of these outputs", "remove it, or name another --output_dir")
-        known, accounts = read_tsv(output_dir / "files.tsv"), [account(case) for case in cases]
+        accounts = [account(case) for case in cases]
+        known = read_tsv(output_dir / "files.tsv") if (output_dir / "recorded.tsv").is_file() else []
         missing = {csv: group for csv, group in members.items() if not is_current(output_dir / csv, group, known)}
         if not missing and known == accounts:
             print(f"already scored: {output_dir}")

@@ -243,6 +243,10 @@ def test_scoring_again_is_a_no_op_and_what_changed_is_made_anew(folders, capsys)
     assert contents(out) == before and not list(out.rglob(".tmp-*"))
     assert (out / "5to1/3000.csv").stat().st_mtime_ns == times[out / "5to1/3000.csv"]
 
+    (out / "recorded.tsv").unlink()
+    score_published(**folders, workers=1)
+    assert contents(out) == before
+
     path = folders["outputs"] / "MT/5_shot/base/flores_base_en-de"
     save(path.parent, path.name, "\n".join(reversed(GERMAN)) + "\n")
     save(folders["outputs"], "MT/5_shot/base2/flores_base_en-de", "")
