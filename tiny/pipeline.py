@@ -18,6 +18,7 @@ from typing import Literal
 
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, hash_file, read_json, write_json
+from towerspeech.model_folder import checkpoints
 
 REPO = Path(__file__).resolve().parent.parent
 FINISHED = "finished.json"
@@ -92,8 +93,7 @@ class Pipeline:
         self.do("tiny/make_data.py", output_dir=self.data)
         self.do("tiny/make_base.py", mono=self.data / "mono.jsonl", output_dir=untrained, seed=self.seed)
         self.train("base", untrained)
-        checkpoints = (self.root / "base_run").glob("checkpoint-*")
-        self.export(max(checkpoints, key=lambda path: int(path.name.split("-")[1])), untrained, self.root / "base")
+        self.export(checkpoints(self.root / "base_run")[-1], untrained, self.root / "base")
 
     def train(self, name: str, model: Path) -> None:
         """Build the mixture ``<name>_mixture``, and train a model on it in ``<name>_run``."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from towerspeech.command import UserError
 from towerspeech.files import check_exists, hash_file, read_json
-from towerspeech.records import prompt_hash, read_jsonl, read_lines
+from towerspeech.records import check_texts, iter_jsonl, prompt_hash, read_lines
 from towerspeech.stage import RUN_INFO
 
 FACTS = ("task", "dataset", "shots", "src_lang", "tgt_lang")
@@ -88,16 +88,15 @@ def read_generations(path: Path, sha256: str, prompts: list[dict] | None = None)
     Raises:
         UserError: A malformed row, a repeated id, rows of two test sets or of other prompts; names file and line.
     """
-    rows = read_jsonl(path, GENERATED)
-    seen = set()
-    for number, row in enumerate(rows, 1):
+    rows, seen = [], set()
+    for where, row in iter_jsonl(path, GENERATED):
+        rows.append({**row, "where": where})
         for name in FACTS:
             if row[name] != rows[0][name]:
-                raise UserError(f"{path}:{number}: {name} is {row[name]!r}, above {rows[0][name]!r}", "generate anew")
-        if not isinstance(row["text"], str) or not isinstance(row["reference"], str):
-            raise UserError(f"{path}:{number}: text and reference must be strings", "give every prompt an output")
+                raise UserError(f"{where}: {name} is {row[name]!r}, above {rows[0][name]!r}", "generate anew")
+        check_texts(row, ("text", "reference"), where)
         if row["id"] in seen:
-            raise UserError(f"{path}:{number}: id {row['id']!r} is there twice", "generate anew, from unique ids")
+            raise UserError(f"{where}: id {row['id']!r} is there twice", "generate anew, from unique ids")
         seen.add(row["id"])
     if prompts is not None:
         check_prompts(path, rows, prompts)
@@ -118,7 +117,7 @@ def check_prompts(path: Path, rows: list[dict], prompts: list[dict]) -> None:
     """Raise UserError unless the rows answer these very prompts, all of them, and carry their references."""
     remedy = "generate anew from these prompts, or name those that were used"
     asked = {prompt["id"]: prompt for prompt in prompts}
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         prompt = asked.pop(row["id"], None)
         if prompt is None:
             problem = f"is none of the prompts from {prompts[0]['where']} on"
@@ -128,7 +127,7 @@ def check_prompts(path: Path, rows: list[dict], prompts: list[dict]) -> None:
             problem = f"has another reference than {prompt['where']}"
         else:
             continue
-        raise UserError(f"{path}:{number}: id {row['id']!r} {problem}", remedy)
+        raise UserError(f"{row['where']}: id {row['id']!r} {problem}", remedy)
     for prompt in asked.values():
         raise UserError(f"{path} has no output for {prompt['where']}, id {prompt['id']!r}", remedy)
 

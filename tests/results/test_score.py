@@ -283,7 +283,11 @@ def test_unfinished_changed_missing_and_foreign_files(tmp_path, checkpoint):
         (lambda rows: rows[1].pop("text"), r"clean\.jsonl:2: field 'text' is missing"),
         (lambda rows: rows[2].update(id="clean:0"), r"clean\.jsonl:3: id 'clean:0' is there twice"),
         (lambda rows: rows[1].update(shots=5), r"clean\.jsonl:2: shots is 5, above 0"),
-        (lambda rows: rows[1].update(text=None), r"clean\.jsonl:2: text and reference must be strings"),
+        (lambda rows: rows[1].update(text=None), r"clean\.jsonl:2: it has no text, but a text is wanted"),
+        (
+            lambda rows: rows[2].update(reference=["?"]),
+            r"clean\.jsonl:3: its reference is a list, but a text is wanted",
+        ),
         (lambda rows: [row.update(tgt_lang="xx") for row in rows], r"clean\.jsonl: unknown language 'xx'"),
         (lambda rows: [row.update(task="sum") for row in rows], r"clean\.jsonl: unknown task 'sum'"),
         (lambda rows: [row.update(reference="?") for row in rows], r"clean\.jsonl: all 3 references are empty"),
