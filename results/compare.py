@@ -23,7 +23,7 @@ from results.randomisation import compare_texts
 from towerspeech.command import UserError, run
 from towerspeech.generations import FACTS, Outputs, naming, read_folder, read_line_files
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, signatures
-from towerspeech.results_table import METRICS, one_line, safe
+from towerspeech.results_table import METRICS, as_text, one_line
 from towerspeech.stage import stage
 
 LEVEL = 0.05
@@ -43,6 +43,7 @@ COLUMNS = (
     *("task", "dataset", "src_lang", "tgt_lang", "shots_a", "shots_b", "metric"),
     *("score_a", "score_b", "difference", "p", "significant", "better", "n", "note", "signature"),
 )  # of comparison.csv; the difference is b - a, better is A, B or empty, note says why nothing can be significant
+ALIGN = ["left", "left", *["right"] * 4, "left", "right", "left"]  # of the columns that are shown
 
 
 # --- Reading and pairing --------------------------------------------------------------------------
@@ -98,8 +99,11 @@ def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
     """Both systems' outputs and the references, segment by segment in the order of ``a``.
 
     Raises:
-        UserError: A segment of one only, or with another reference or source; names file and id.
+        UserError: A segment of one only, or with another reference or source, or an unknown task or language; names
+            file and id.
     """
+    with naming(a):
+        signatures(a.facts["task"], a.facts["tgt_lang"])
     if a.ids is None:
         return a.hypotheses, b.hypotheses, a.references
     remedy = "generate both from the same test set"
@@ -122,27 +126,19 @@ def align(a: Outputs, b: Outputs) -> tuple[list[str], list[str], list[str]]:
     return a.hypotheses, [b.hypotheses[i] for i in order], a.references
 
 
-def check_pair(a: Outputs, b: Outputs) -> None:
-    """Raise UserError unless two systems' outputs for a test set can be compared."""
-    align(a, b)
-    with naming(a):
-        signatures(a.facts["task"], a.facts["tgt_lang"])
-
-
 # --- Tests ----------------------------------------------------------------------------------------
-def compare_sets(a: Outputs, b: Outputs) -> list[dict]:
-    """All rows of one test set, with ``COLUMNS``."""
-    *hypotheses, references = align(a, b)
+def compare_sets(a: Outputs, b: Outputs, texts: tuple[list[str], list[str], list[str]]) -> list[dict]:
+    """All rows of one test set, with ``COLUMNS``; ``texts`` as ``align`` gives them."""
     facts = {name: a.facts[name] for name in COLUMNS[:4]} | {"shots_a": a.facts["shots"], "shots_b": b.facts["shots"]}
     rows = []
     with naming(a):
-        compared = compare_texts(facts["task"], *hypotheses, references, facts["tgt_lang"])
+        compared = compare_texts(facts["task"], *texts, facts["tgt_lang"])
     for metric, (score_a, score_b, p, num_differing, signature) in compared.items():
         b_is_better = (score_b < score_a) == METRICS[metric].lower_is_better
         better = "" if p >= LEVEL else "B" if b_is_better else "A"
         note = f"only {num_differing} segments differ" if num_differing <= TOO_FEW else ""
         row = {"metric": metric, "score_a": score_a, "score_b": score_b, "difference": score_b - score_a, "p": p}
-        row |= {"significant": "yes" if better else "no", "better": better, "n": len(references), "note": note}
+        row |= {"significant": "yes" if better else "no", "better": better, "n": len(texts[-1]), "note": note}
         rows.append(facts | row | {"signature": signature})
     return rows
 
@@ -183,12 +179,6 @@ def shown(rows):
     )
 
 
-def as_text(table, style: str) -> str:
-    """A table for the terminal (style ``simple``) or in Markdown (``pipe``)."""
-    aligned = ["left", "left", *["right"] * 4, "left", "right", "left"]
-    return table.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=aligned)
-
-
 def compare(
     system_a: list[Path],
     system_b: list[Path],
@@ -222,8 +212,7 @@ def compare(
             f" B has {', '.join(test_set_name(*key) for key in sorted(sets_b))}",
             "name systems with a test set in common",
         )
-    for key in shared:  # all are checked before one is tested
-        check_pair(sets_a[key], sets_b[key])
+    texts = {key: align(sets_a[key], sets_b[key]) for key in shared}  # all are checked before one is tested
     with stage(__file__, output_dir, arguments, inputs=["system_a", "system_b", "references"]) as work:
         if work.done:
             print((output_dir / "comparison.md").read_text(encoding="utf-8"), end="")
@@ -233,7 +222,7 @@ def compare(
         rows = []
         for number, key in enumerate(shared, 1):
             print(f"{number}/{len(shared)}: {test_set_name(*key)}", flush=True)
-            rows += compare_sets(sets_a[key], sets_b[key])
+            rows += compare_sets(sets_a[key], sets_b[key], texts[key])
         rows = pandas.DataFrame(rows, columns=list(COLUMNS))
         with work.publish("comparison.csv") as path:
             rows.to_csv(path, index=False, lineterminator="\n")
@@ -246,12 +235,12 @@ def compare(
         notes.append(NOTE)
         table = shown(rows)
         signed = "\n".join(f"- `{name}`" for name in (rows["metric"] + "|" + rows["signature"]).unique())
-        parts = [as_text(safe(table), "pipe"), "  \n".join(systems), *notes, "Signatures:", signed]
+        parts = [as_text(table, ALIGN), "  \n".join(systems), *notes, "Signatures:", signed]
         with work.publish("comparison.md") as path:
             path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         marked = int((rows["significant"] == "yes").sum())
         work.counts |= {"test_sets": len(shared), "rows": len(rows), "significant": marked}
-        print("\n".join(["", as_text(table, "simple"), "", *systems, *notes]))
+        print("\n".join(["", as_text(table, ALIGN, "simple"), "", *systems, *notes]))
     print(f"{marked} of {len(rows)} differences are significant; written: {output_dir}/comparison.md, comparison.csv")
 
 

@@ -19,7 +19,7 @@ class Panel(NamedTuple):
     Of lines, a row a point, in the order of checkpoints: ``group`` (the mixture: its colour), ``shots`` (0-shot,
     5-shot, or nothing: its stroke), ``reported`` (by others), ``checkpoint`` (base, a step, sft, or another system's
     name), ``value``, ``low`` and ``high`` (NaN: no interval), ``note`` (written beside it).
-    Of bars, a row a bar: ``name``, ``group`` (a gap separates two), a column for each part, ``above`` (written there).
+    Of bars, a row a bar: ``name``, a column for each part, ``above`` (written there).
     """
 
     title: str
@@ -70,18 +70,14 @@ def draw_bars(path: Path, panels: list[Panel], parts: dict[str, str]) -> None:
     num_columns = max(1, min(len(panels), int(14 // width)))
     figure, axes = _grid(len(panels), num_columns, max(width, 3.6) * num_columns, panel_height=2.7 + 0.05 * longest)
     for axis, panel in zip(axes, panels, strict=True):
-        bars = panel.rows
-        gaps = (bars["group"] != bars["group"].shift()).cumsum() - 1
-        xs = [i + 0.6 * gap for i, gap in enumerate(gaps)]
-        tops = bars[[*parts]].cumsum(axis="columns")
-        for (part, name), color in zip(parts.items(), COLORS, strict=False):
-            axis.bar(xs, bars[part], 0.72, bottom=tops[part] - bars[part], color=color, label=name)
-        highest = tops.max(axis="columns")
-        for x, top, text in zip(xs, highest, bars["above"], strict=True):
+        bars = panel.rows.rename(columns=parts)
+        bars.plot.bar(
+            x="name", y=[*parts.values()], stacked=True, width=0.72, ax=axis, color=COLORS, legend=False, rot=0
+        )
+        highest = panel.rows[[*parts]].sum(axis="columns")
+        for x, (top, text) in enumerate(zip(highest, bars["above"], strict=True)):
             axis.annotate(text, (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-        axis.set_ylim(top=1.14 * highest.max() or 1)
-        axis.set_xlim(-0.8, xs[-1] + 0.8)
-        axis.set_xticks(xs, bars["name"])
+        axis.set(ylim=(0, 1.14 * highest.max() or 1), xlabel="")
         if longest * len(bars) > 40:
             _slant(axis, 40)
         axis.set_title(panel.title, fontsize=9.5, loc="left")

@@ -11,7 +11,7 @@ from towerspeech.files import locked
 from towerspeech.generations import Outputs, read_folder, read_line_files
 from towerspeech.metrics import SACREBLEU_METRICS, Score, headline
 from towerspeech.records import read_prompts
-from towerspeech.results_table import COLUMNS, METRICS, SYSTEM, TEST_SET, read_results, write_results
+from towerspeech.results_table import COLUMNS, METRICS, SYSTEM, TEST_SET, as_rows, read_results, write_results
 
 COMET_METRICS = ("comet22", "cometkiwi22")
 
@@ -112,8 +112,7 @@ class ScoresCsv:
         """
         import pandas
 
-        new = pandas.DataFrame(scores, dtype=object).map(lambda value: "" if value is None else str(value))
-        new = new.assign(**outputs.facts, generations_sha256=outputs.sha256).astype(str)
+        new = as_rows(scores, outputs.facts, outputs.sha256)
         of_test_set = self._of_test_set(outputs)
         of_others = of_test_set & (self.table["generations_sha256"] != outputs.sha256)
         replaced = of_others | (of_test_set & self.table["metric"].isin(new["metric"]))

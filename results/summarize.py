@@ -71,8 +71,9 @@ def read_scores(paths: list[Path]):
     tables = [read_results(path) for path in paths]
     scores = pandas.concat(tables, keys=paths, names=["file", "line"]).reset_index()
     scores["line"] += 2  # lines count from 1, and the first one is the header
-    numbers = scores[NUMBERS].map(as_number)
-    wrong = numbers["score"].isna() | (numbers.isna() & (scores[NUMBERS] != "")).any(axis="columns")
+    numbers = scores[NUMBERS].apply(pandas.to_numeric, errors="coerce")
+    finite = numbers.abs() < math.inf
+    wrong = ~finite["score"] | (~finite & (scores[NUMBERS] != "")).any(axis="columns")
     if wrong.any():
         row = scores[wrong].iloc[0]
         raise UserError(f"{row['file']}:{row['line']}: score or interval is no number", "score anew")
@@ -94,17 +95,7 @@ def read_scores(paths: list[Path]):
     scores["direction"] = scores["pair"].map(direction).where(scores["task"] != "asr", scores["pair"])
     of_direction = scores.groupby(["task", "dataset", "direction", "shots", "metric", "reported"])
     scores["num_pairs"], scores["missing"] = of_direction["pair"].transform("nunique"), 0
-    scores["name"], scores["group"] = labels(scores), groups(scores)
-    return in_order(scores)
-
-
-def as_number(text: str) -> float:
-    """The finite number that a text spells; NaN if it spells none."""
-    try:
-        number = float(text)
-    except ValueError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+    return in_order(named(scores))
 
 
 def direction(pair: str) -> str:
@@ -132,21 +123,15 @@ def in_order(scores):
     return scores.sort_values([*COLUMN, *SYSTEM], ignore_index=True)
 
 
-def differing(systems) -> list[str]:
-    """Of model and mixture, those that differ between rows."""
-    return [name for name in ("model", "mixture") if systems[name].nunique() > 1]
+def named(scores):
+    """Add each system's ``group``, model and mixture as far as they differ, and its ``name``, with the checkpoint."""
 
+    def joined(names: list[str]) -> list[str]:
+        return [" ".join(filter(None, words)) for words in scores[names].itertuples(index=False)]
 
-def labels(systems) -> list[str]:
-    """Short names: the checkpoint's, with model and mixture in front where these differ."""
-    rows = systems[[*differing(systems), "checkpoint", "model"]].itertuples(index=False)
-    return [" ".join(filter(None, names)) or model for *names, model in rows]
-
-
-def groups(systems) -> list[str]:
-    """Model and mixture of each row, as far as they differ."""
-    rows = systems[differing(systems) or ["model", "mixture"]].itertuples(index=False)
-    return [" ".join(filter(None, names)) for names in rows]
+    differing = [name for name in ("model", "mixture") if scores[name].nunique() > 1]
+    names = [name or model for name, model in zip(joined([*differing, "checkpoint"]), scores["model"], strict=True)]
+    return scores.assign(name=names, group=joined(differing or ["model", "mixture"]))
 
 
 def select(scores, metrics: tuple[str, ...]):
@@ -186,8 +171,13 @@ def average(scores):
     return in_order(pandas.concat([scores[scores["num_pairs"] == 1], means], ignore_index=True))
 
 
-def as_table(scores):
-    """The numbers as shown: one row a system that has any, by its name; one column a test set and metric."""
+def as_table(scores, style: str = "pipe") -> str:
+    """The numbers as shown: one row a system that has any, by its name; one column a test set and metric.
+
+    Args:
+        scores: What to show.
+        style: tabulate's ``pipe`` is Markdown; ``plain``, for the terminal, has headings on up to four short lines.
+    """
 
     def shown(row) -> str:
         metric = METRICS[row.metric]
@@ -196,26 +186,14 @@ def as_table(scores):
 
     cells = scores.assign(cell=[shown(row) for row in scores.itertuples()])
     table = wide(cells, [*SYSTEM, "name"], COLUMN, "cell").fillna("-")
-    return table.set_axis(list(table.index.get_level_values("name")))
-
-
-def as_text(scores) -> str:
-    """A table for the terminal, each heading on up to four short lines."""
-    import pandas
-
-    table = as_table(scores)
     headings = [heading(column) for column in table.columns]
-    lines = [line for line in zip(*headings, strict=True) if any(line)]
-    corner = [""] * (len(lines) - 1) + ["checkpoint"]
-    table.columns = pandas.MultiIndex.from_arrays(lines, names=corner)
-    return table.to_string(sparsify=False, col_space=[1 + max(map(len, words)) for words in headings])
-
-
-def as_markdown(scores) -> str:
-    """A table in Markdown."""
-    table = as_table(scores)
-    table.columns = [" ".join(filter(None, heading(column))) for column in table.columns]
-    return results_table.markdown(table.reset_index(names="checkpoint"), table.shape[1])
+    if style == "pipe":
+        names = ["checkpoint", *(" ".join(filter(None, lines)) for lines in headings)]
+    else:
+        used = [i for i, lines in enumerate(zip(*headings, strict=True)) if any(lines)]
+        names = ["\n".join(lines[i] for i in used) for lines in (["", "", "", "checkpoint"], *headings)]
+    table = table.reset_index("name").reset_index(drop=True)
+    return results_table.as_text(table.set_axis(names, axis="columns"), ["left", *["right"] * len(headings)], style)
 
 
 def num_columns(scores) -> int:
@@ -233,11 +211,11 @@ def terminal(scores) -> str:
     """The table, or where it is wide the means of the main metrics, a block a test set."""
     shown = select(scores, SHOWN)
     if num_columns(shown) <= WIDE:
-        return as_text(shown)
+        return as_table(shown, "plain")
     texts = []
     for block in blocks(average(shown)):
         main = select(block, MAIN)
-        texts.append(as_text(block if main.empty else main))
+        texts.append(as_table(block if main.empty else main, "plain"))
     return "\n\n".join(texts)
 
 
@@ -245,28 +223,28 @@ def markdown(scores) -> str:
     """All that is shown, and how its numbers were computed."""
     shown = select(scores, SHOWN)
     if num_columns(shown) <= WIDE:
-        parts = [as_markdown(shown)]
+        parts = [as_table(shown)]
     else:
-        parts = [as_markdown(block) for block in blocks(average(shown))]
+        parts = [as_table(block) for block in blocks(average(shown))]
         parts.append(
-            "Behind xx-en and en-xx: the number of language pairs; behind a score: of how many it is the mean.\n"
+            "Behind xx-en and en-xx: the number of language pairs; behind a score: of how many it is the mean."
         )
         several = shown[shown["num_pairs"] > 1]
         same = ["task", "dataset", "shots", "metric", "reported"]
         for (task, dataset, shots, *metric), rows in several.groupby(same, sort=False):
             words = heading((task, dataset, shots, "", *metric))
-            parts += [f"## {' '.join(filter(None, words))}\n", as_markdown(rows)]
+            parts += [f"## {' '.join(filter(None, words))}", as_table(rows)]
     counted = scores[(scores["task"] == "asr") & scores["metric"].isin(COUNTED)]
     if not counted.empty:
-        parts.append("## Errors in transcription\n")
-        parts.append("Shares of the reference's words in percent (they sum to WER), and numbers of outputs.\n")
-        parts.append(as_markdown(counted))
+        parts.append("## Errors in transcription")
+        parts.append("Shares of the reference's words in percent (they sum to WER), and numbers of outputs.")
+        parts.append(as_table(counted))
     parts.append(
         "WER in percent, under Whisper's English (WER) and Basic (WER basic) normalizers; COMET and Kiwi times 100. "
-        "Signatures:\n"
+        "Signatures:"
     )
     signatures = sorted(set(shown["metric"].astype(str) + "|" + shown["signature"]))
-    return "\n".join([*parts, *(f"- `{signature}`" for signature in signatures), ""])
+    return "\n\n".join([*parts, "\n".join(f"- `{signature}`" for signature in signatures)]) + "\n"
 
 
 def write_csv(path: Path, scores) -> None:
@@ -357,7 +335,7 @@ def error_bars(scores) -> list[Panel]:
         bars[WER_PARTS] *= 100
         runaway = bars["runaway_english"].fillna(0).map(lambda num: f"\n({num:.0f})" if num else "")
         bars["above"] = bars[WER_PARTS].sum(axis="columns").map("{:.1f}".format) + runaway
-        bars["name"] = labels(bars)
+        bars = named(bars)
         title = f"{dataset}: WER, %" + (" (in brackets: runaway outputs)" if runaway.any() else "")
         panels.append(Panel(title, bars))
     return [panel for panel in panels if len(panel.rows)]

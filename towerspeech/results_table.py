@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from towerspeech.command import UserError
 from towerspeech.files import publish
+from towerspeech.metrics import Score
 
 COLUMNS = (
     *("model", "mixture", "checkpoint", "task", "dataset", "shots", "src_lang", "tgt_lang"),
@@ -57,12 +58,19 @@ def checkpoint_order(name: str) -> tuple[int, int, str]:
 
 
 def read_results(path: Path):
-    """Read a results CSV: a pandas.DataFrame of text, with ``COLUMNS``; "" where a cell is empty.
+    """Read a results CSV, with a BOM and blank lines or without: a pandas.DataFrame of text, with ``COLUMNS``.
 
     Raises:
         UserError: It is no CSV in UTF-8, has other columns, or a row of another length; names file and line.
     """
-    lines = read_csv(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(
+                file
+            )  # pandas would name no line of a malformed row, and fill up one that is too short
+            lines = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no CSV in UTF-8 ({error})", "mend it, or move it away") from None
     if not lines or tuple(lines[0][1]) != COLUMNS:
         raise UserError(f"{path}:1: no results CSV: its columns must be {','.join(COLUMNS)}", "name another file")
     for number, row in lines:
@@ -73,20 +81,18 @@ def read_results(path: Path):
     return pandas.DataFrame([row for _, row in lines[1:]], columns=list(COLUMNS), dtype=str)
 
 
-def read_csv(path: Path, delimiter: str = ",") -> list[tuple[int, list[str]]]:
-    """The rows of a CSV, each with the number of its last line: without a BOM, and without blank lines.
+def as_rows(scores: list[Score], facts: dict[str, str], sha256: str):
+    """A test set's scores as rows of a results CSV: a pandas.DataFrame of text, numbers in full.
 
-    pandas would name no line of a malformed row, and fill up one that is too short.
-
-    Raises:
-        UserError: It is no CSV in UTF-8.
+    Args:
+        scores: The scores.
+        facts: The columns of ``TEST_SET``.
+        sha256: Of the generations.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: no CSV in UTF-8 ({error})", "mend it, or move it away") from None
+    import pandas
+
+    rows = pandas.DataFrame(scores, dtype=object).map(lambda value: "" if value is None else str(value))
+    return rows.assign(**facts, generations_sha256=sha256).astype(str)
 
 
 def write_results(path: Path, table) -> None:
@@ -100,16 +106,18 @@ def one_line(name: object) -> str:
     return " ".join(str(name).split())
 
 
-def safe(table):
-    """A pandas.DataFrame of text whose cells, whatever they hold, stay cells in Markdown."""
+def as_text(table, align: list[str], style: str = "pipe") -> str:
+    """A pandas.DataFrame of text as a table.
+
+    Args:
+        table: Cells and headings; whatever they hold, in Markdown they stay cells.
+        align: ``left`` or ``right``, column by column.
+        style: One of tabulate's: ``pipe`` is Markdown.
+    """
 
     def escape(cell: object) -> str:
         return re.sub(r"([\\|])", r"\\\1", one_line(cell))
 
-    return table.map(escape).rename(columns=escape)
-
-
-def markdown(table, numbers: int) -> str:
-    """A pandas.DataFrame of text in Markdown, whatever its cells hold; the last ``numbers`` columns to the right."""
-    align = ["left"] * (table.shape[1] - numbers) + ["right"] * numbers
-    return safe(table).to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
+    if style == "pipe":
+        table = table.map(escape).rename(columns=escape)
+    return table.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)

@@ -9,9 +9,9 @@ Reads the saved files: one hypothesis a line, with the headers (``Data Path, Mod
 devtest, and which one each of them reads is found from the transcripts.
 Writes <mixture>/<step>.csv in long form (results/score.py), named as the original's files and folders are (`unnamed`
 and `no_step` where these say nothing, `no_run_<step>` where the steps need not be of one training run); rows of
-signature `reported|...` are scores that the original recorded; recorded.tsv: each recorded score beside ours; and last
-files.tsv: what became of each file. Figures only, no text.
-What is scored already stays: only the CSVs whose outputs or references changed are made anew.
+signature `reported|...` are scores that the original recorded; recorded.tsv: each recorded score beside ours; and
+files.tsv: what became of each file. Figures only, no text. All of it is made anew each time, which takes a minute or
+two.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, hash_file, locked, publish, remove
 from towerspeech.languages import LANGUAGES, parse_pair
 from towerspeech.records import read_lines
-from towerspeech.results_table import TEST_SET, read_csv, read_results, write_results
+from towerspeech.results_table import TEST_SET, as_rows, write_results
 
 METRICS = ("bleu", "chrf2", "chrf2++", "wer", "cer")  # the same on every machine: not all have spBLEU's model
 TOLERANCE = 1e-6
@@ -229,20 +229,13 @@ def account(case: Case) -> tuple[str, ...]:
 
 
 # --- Scores ---------------------------------------------------------------------------------------
-def signatures(task: str, target_lang: str) -> dict[str, str]:
-    """What is computed of a test set, and how."""
-    wanted = metrics.signatures(task, target_lang, METRICS)
-    wanted.pop("truncated")  # nothing tells which outputs were cut off
-    return wanted
-
-
 def score_case(case: Case) -> tuple:
     """A file's rows of its CSV (a pandas.DataFrame), and of recorded.tsv."""
 
     def compute(task: str, references: list[str] | None) -> list[metrics.Score]:
         target_lang = case.facts["tgt_lang"]
-        wanted = signatures(task, target_lang)
-        return metrics.score(task, case.hypotheses, references, target_lang, rows=wanted) if references else []
+        rows = metrics.signatures(task, target_lang, METRICS)
+        return metrics.score(task, case.hypotheses, references, target_lang, rows=rows) if references else []
 
     scores = compute(case.facts["task"], case.references)
     on_recorded = compute(*case.recorded_on) if case.recorded_on else scores
@@ -256,8 +249,6 @@ def same_outputs(record: dict[str, float], scores: dict[str, float]) -> bool:
 
 def make_rows(case: Case, scores: list[metrics.Score]):
     """A file's rows: our scores; and recorded ones, WER, and COMET if it is of the very outputs that are there."""
-    import pandas
-
     computed = {score.metric: score.score for score in scores}
     reported = {}
     for record in case.file.runs[-1].records:
@@ -265,8 +256,7 @@ def make_rows(case: Case, scores: list[metrics.Score]):
             reported |= {metric: record[metric] for metric in ("wer", "comet22") if metric in record}
     n = len(case.hypotheses)
     scores = [*scores, *(metrics.Score(metric, score, None, None, n, REPORTED) for metric, score in reported.items())]
-    table = pandas.DataFrame(scores, dtype=object).map(lambda value: "" if value is None else str(value))
-    return table.assign(**case.facts, generations_sha256=case.file.sha256)
+    return as_rows(scores, case.facts, case.file.sha256)
 
 
 def compare_recorded(case: Case, computed: dict[str, float]) -> list[tuple[str, ...]]:
@@ -292,10 +282,37 @@ def compare_recorded(case: Case, computed: dict[str, float]) -> list[tuple[str, 
     return rows
 
 
-# --- Writing --------------------------------------------------------------------------------------
-def read_tsv(path: Path) -> list[tuple[str, ...]]:
-    """The rows of files.tsv or recorded.tsv; none if it is not there."""
-    return [tuple(row) for _, row in read_csv(path, "\t")[1:]] if path.is_file() else []
+# --- All files ------------------------------------------------------------------------------------
+def read_cases(outputs: Path, flores: Path, wmt23: Path) -> list[Case]:
+    """What each of the saved files is; arguments as in ``score_published``."""
+    for folder in (outputs, flores, wmt23):
+        check_exists(folder, "name the folder")
+    paths = sorted(path for path in outputs.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not paths:
+        raise UserError(f"{outputs} holds no files", "name the folder that holds MT and ASR")
+    files = [read_saved(path, path.relative_to(outputs).as_posix()) for path in paths]
+    texts = read_texts(flores, wmt23, files)
+    cases = []
+    first: dict[str, str] = {}  # files by content
+    for file in files:
+        original = first.setdefault(file.sha256, file.name)
+        copied = file.runs and original != file.name
+        cases.append(Case(file, f"the same bytes as {original}") if copied else sort_out(file, texts))
+    return cases
+
+
+def score_cases(cases: list[Case], workers: int) -> list[tuple]:
+    """What ``score_case`` gives for each of the cases, computed in several processes, long ones first."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from tqdm import tqdm
+
+    long_first = sorted(range(len(cases)), key=lambda i: -len(cases[i].hypotheses if cases[i].references else ()))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        computed = pool.map(score_case, [cases[i] for i in long_first])
+        computed = dict(zip(long_first, tqdm(computed, "scoring", len(cases), unit="set"), strict=True))
+    return [computed[i] for i in range(len(cases))]
 
 
 def write_tsv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
@@ -305,59 +322,11 @@ def write_tsv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...]) 
         pandas.DataFrame(rows, columns=list(header)).to_csv(temporary, sep="\t", index=False, lineterminator="\n")
 
 
-def is_current(path: Path, cases: list[Case], known: list[tuple[str, ...]]) -> bool:
-    """Whether a CSV is there, of these files and references, and computed as it would be now."""
-    of_this = [row for row in known if row[FILES.index("csv")] == cases[0].csv]
-    if not path.is_file() or of_this != [account(case) for case in cases]:
-        return False
-    table = read_results(path)
-    held = set(zip(table["generations_sha256"], table["metric"], table["signature"], strict=True))
-    return all(
-        (case.file.sha256, *signed) in held
-        for case in cases
-        if case.references
-        for signed in signatures(case.facts["task"], case.facts["tgt_lang"]).items()
-    )
-
-
-def fill(output_dir: Path, cases: list[Case], missing: dict[str, list[Case]], workers: int) -> None:
-    """Make the missing CSVs, long ones first, each as soon as its scores are there.
-
-    A file's row of files.tsv comes last, after its CSV and its rows of recorded.tsv, and says that it is done.
-    """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    import pandas
-    from tqdm import tqdm
-
-    finished = {case.file.name for case in cases if case.facts and case.csv not in missing}
-    recorded = [row for row in read_tsv(output_dir / "recorded.tsv") if row[0] in finished]
-    longest_first = sorted(missing, key=lambda csv: -sum(len(c.hypotheses) for c in missing[csv] if c.references))
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        tqdm(desc="scoring", total=sum(map(len, missing.values())), unit="set") as progress,
-    ):
-        futures = {csv: [pool.submit(score_case, case) for case in missing[csv]] for csv in longest_first}
-        for csv, of_csv in futures.items():
-            tables = []
-            for future in of_csv:
-                table, rows = future.result()
-                tables.append(table)
-                recorded += rows
-                progress.update()
-            write_results(output_dir / csv, pandas.concat(tables).sort_values([*TEST_SET, "metric"]))
-            finished |= {case.file.name for case in missing[csv]}
-            place = {case.file.name: number for number, case in enumerate(cases)}
-            write_tsv(output_dir / "recorded.tsv", sorted(recorded, key=lambda row: place[row[0]]), RECORDED)
-            write_tsv(output_dir / "files.tsv", [account(case) for case in cases if case.file.name in finished], FILES)
-
-
-def report(output_dir: Path) -> None:
+def report(output_dir: Path, accounts: list[tuple[str, ...]], recorded: list[tuple[str, ...]]) -> None:
     """Say what became of the files, and how many scores are equal."""
-    outcomes = Counter(row[FILES.index("outcome")] for row in read_tsv(output_dir / "files.tsv"))
+    outcomes = Counter(row[FILES.index("outcome")] for row in accounts)
     print(f"{output_dir}: {outcomes.total()} files:", ", ".join(f"{n} {name}" for name, n in outcomes.items()))
-    equal = Counter((row[2], row[5]) for row in read_tsv(output_dir / "recorded.tsv"))
+    equal = Counter((row[2], row[5]) for row in recorded)
     for metric in dict.fromkeys(metric for metric, _ in equal):
         yes, no, unknown = (equal[metric, answer] for answer in ("yes", "no", ""))
         print(f"recorded {metric}: {yes} equal to ours, {no} not, {unknown} not computed anew")
@@ -373,38 +342,27 @@ def score_published(outputs: Path, flores: Path, wmt23: Path, output_dir: Path, 
         output_dir: Where the CSVs, recorded.tsv and files.tsv go.
         workers: Processes.
     """
-    for folder in (outputs, flores, wmt23):
-        check_exists(folder, "name the folder")
-    paths = sorted(path for path in outputs.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise UserError(f"{outputs} holds no files", "name the folder that holds MT and ASR")
-    files = [read_saved(path, path.relative_to(outputs).as_posix()) for path in paths]
-    texts = read_texts(flores, wmt23, files)
-    cases = []
-    first: dict[str, str] = {}  # files by content
-    for file in files:
-        original = first.setdefault(file.sha256, file.name)
-        copied = file.runs and original != file.name
-        cases.append(Case(file, f"the same bytes as {original}") if copied else sort_out(file, texts))
-    members: dict[str, list[Case]] = {}  # of each CSV
-    for case in cases:
-        if case.facts:
-            members.setdefault(case.csv, []).append(case)
+    cases = read_cases(outputs, flores, wmt23)
+    with_scores = [case for case in cases if case.facts]
+    for path in sorted(output_dir.rglob("*.csv")):
+        if path.relative_to(output_dir).as_posix() not in {case.csv for case in with_scores}:
+            raise UserError(f"{path} is not of these outputs", "remove it, or name another --output_dir")
+    tables: dict[str, list] = {}
+    recorded = []
+    for case, (table, rows) in zip(with_scores, score_cases(with_scores, workers), strict=True):
+        tables.setdefault(case.csv, []).append(table)
+        recorded += rows
+    accounts = [account(case) for case in cases]
+    import pandas
+
     with locked(output_dir / ".folder.lock"):
         for temporary in output_dir.rglob(".tmp-*"):  # a killed attempt's: we hold the lock
             remove(temporary)
-        for path in sorted(output_dir.rglob("*.csv")):
-            if path.relative_to(output_dir).as_posix() not in members:
-                raise UserError(f"{path} is not of these outputs", "remove it, or name another --output_dir")
-        accounts = [account(case) for case in cases]
-        known = read_tsv(output_dir / "files.tsv") if (output_dir / "recorded.tsv").is_file() else []
-        missing = {csv: group for csv, group in members.items() if not is_current(output_dir / csv, group, known)}
-        if not missing and known == accounts:
-            print(f"already scored: {output_dir}")
-            return
-        fill(output_dir, cases, missing, workers)
+        for csv, of_csv in tables.items():
+            write_results(output_dir / csv, pandas.concat(of_csv).sort_values([*TEST_SET, "metric"]))
+        write_tsv(output_dir / "recorded.tsv", recorded, RECORDED)
         write_tsv(output_dir / "files.tsv", accounts, FILES)
-        report(output_dir)
+    report(output_dir, accounts, recorded)
 
 
 if __name__ == "__main__":

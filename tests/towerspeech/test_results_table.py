@@ -4,7 +4,7 @@ import pandas
 import pytest
 
 from towerspeech.command import UserError
-from towerspeech.results_table import COLUMNS, markdown, read_results, write_results
+from towerspeech.results_table import COLUMNS, as_text, read_results, write_results
 
 
 def test_results_csv_of_another_kind_is_named(tmp_path):
@@ -29,6 +29,6 @@ def test_what_is_read_is_written_with_the_same_bytes(tmp_path):
 
 
 def test_cells_stay_cells_in_markdown():
-    lines = markdown(pandas.DataFrame({"a|b": ["x\ny", "c\\d"], "n": ["1", "22"]}), 1).splitlines()
+    lines = as_text(pandas.DataFrame({"a|b": ["x\ny", "c\\d"], "n": ["1", "22"]}), ["left", "right"]).splitlines()
     assert [line.replace(" ", "") for line in lines[:1] + lines[2:]] == ["|a\\|b|n|", "|xy|1|", "|c\\\\d|22|"]
     assert lines[1].replace("-", "") == "|:|:|" and len(set(map(len, lines))) == 1
