@@ -4,14 +4,13 @@ Usage: python results/published/score_published.py --outputs data/towerspeech_ou
            --wmt23 data/wmt23 --output_dir results/published
 
 Reads the saved files: one hypothesis a line, with the headers (``Data Path, Model Path: ...``) and recorded scores
-(``Results bleu: ...``) that the original glued to them; references from FLORES-200 (devtest/<code>.devtest) and WMT23
-(generaltest2023.en-de.ref.refA.de). FLEURS needs no others: its English test utterances read sentences of FLORES
-devtest, and which one each of them reads is found from the transcripts.
-Writes <mixture>/<step>.csv in long form (results/score.py), named as the original's files and folders are (`unnamed`
-and `no_step` where these say nothing, `no_run_<step>` where the steps need not be of one training run); rows of
-signature `reported|...` are scores that the original recorded; recorded.tsv: each recorded score beside ours; and
-files.tsv: what became of each file. Figures only, no text. All of it is made anew each time, which takes a minute or
-two.
+(``Results bleu: ...``) that the original glued to them; saved_files.tsv beside this script, which says what each file
+is; references from FLORES-200 (devtest/<code>.devtest) and WMT23 (generaltest2023.en-de.ref.refA.de). FLEURS needs no
+others: its English test utterances read sentences of FLORES devtest, and which one each of them reads is found from
+the transcripts.
+Writes <mixture>/<step>.csv in long form (results/score.py); rows of signature `reported|...` are scores that the
+original recorded; recorded.tsv: each recorded score beside ours; and files.tsv: what became of each file. Figures
+alone, no text. All of it is made anew each time, which takes a minute or two.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from towerspeech import metrics
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, hash_file, locked, publish, remove
-from towerspeech.languages import LANGUAGES, parse_pair
+from towerspeech.languages import LANGUAGES
 from towerspeech.records import read_lines
 from towerspeech.results_table import TEST_SET, as_rows, write_results
 
@@ -35,34 +34,19 @@ RECORDED = ("file", "run", "metric", "recorded", "ours", "equal", "note")
 
 # What is glued on. A model's path ends where the first hypothesis begins, with a space, or the next glued text.
 GLUED = re.compile(
-    r"Data Path, Model Path: \S+ \.\.\. (?P<model>\S+?)(?= |Data Path, |Results |\n|$)"
+    r"Data Path, Model Path: \S+ \.\.\. \S+?(?= |Data Path, |Results |\n|$)"
     r"|Results wer: (?P<wer>\S+)\s*"
     r"|Results bleu: \{'bleu': (?P<bleu>[^,}]+)[^}]*\} results chrF: \{'score': (?P<chrf2>[^,}]+)[^}]*\}"
     r"(?: results comet: ?(?:\{'mean_score': (?P<comet22>[^,}]+)[^}]*\})?)?"
 )
 LABEL = re.compile(r"\s*German(?: text)?: ?")
 
-BILINGUAL = "En-De_outputs_tinyllama_llama"
-NAMES = [
-    re.compile(pattern)
-    for pattern in (
-        r"MT/(?P<shots>\d)_shot/((?P<step>\w+)/)?flores_((?P<mixture>\w+)_)?(?P<pair>[a-z]{2}-[a-z]{2})",
-        r"ASR/((?P<step>\w+)/)?(ASR_)?((?P<mixture>\w+?)_)?(?P<speech>covost|fleurs(_ST)?|ls_clean|ls_other|vox)\.txt",
-        rf"{BILINGUAL}/vllm_greedy/vllm_(?P<mixture>\w+)_(flores|wmt)_(?P<shots>\d)",
-        rf"{BILINGUAL}/vllm_greedy/(?P<speech>ASR)(_new)?\.txt",
-        rf"{BILINGUAL}/((?P<step>\d+)_)?((?P<mixture>\w+)_)?wmt(_(?P<shots>few))?\.txt",
-    )
-]
-NO_RUN = ("unnamed", "base")  # files of two models may meet under these names: their steps are not to be joined
-MODELS = {"llama": "Llama-2-7B"} | dict.fromkeys(("cpt", "text", "text_ext", "tiny_llama"), "TinyLlama-1.1B")
-
 # Sentences of FLORES devtest, counted from 0, that the original's English-German FLEURS lacks: with these left out its
 # recorded scores come about, to all digits.
 NO_GERMAN = (30, 124, 592)
 FLEURS_UTTERANCES = 647
+SAVED = Path(__file__).with_name("saved_files.tsv")
 PLACED = 0.25  # least similarity of an utterance's best transcript to its sentence; the saved ones have 0.36 or more
-SHIFTED = "recorded against references that run ahead from line 223 on; the CSV has it against the right ones"
-RAW = "scored: each line up to its first written-out \\n, without the label German: or German text:"
 
 
 class Run(NamedTuple):
@@ -70,7 +54,6 @@ class Run(NamedTuple):
 
     hypotheses: list[str]
     records: list[dict[str, float]]
-    model_path: str
 
 
 class Saved(NamedTuple):
@@ -79,7 +62,6 @@ class Saved(NamedTuple):
     name: str  # its path below the outputs' folder
     sha256: str
     runs: list[Run]
-    named: dict[str, str | None] | None  # what its name says; None: nothing that is known here
 
 
 class Texts(NamedTuple):
@@ -112,23 +94,20 @@ def read_saved(path: Path, name: str) -> Saved:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})", "convert the file to UTF-8") from None
-    runs, model_path, start = [], "", 0
+    runs, start = [], 0
     for part in [*GLUED.finditer(text), None]:
         piece = text[start : part.start() if part else len(text)]
         if piece.strip():
-            runs.append(Run(piece.removesuffix("\n").split("\n"), [], model_path))
+            runs.append(Run(piece.removesuffix("\n").split("\n"), []))
         if not part:
             break
         start = part.end()
-        if part["model"]:
-            model_path = part["model"]
-        elif not runs:
+        record = {metric: float(part[metric]) for metric in ("wer", "bleu", "chrf2", "comet22") if part[metric]}
+        if record and not runs:
             raise UserError(f"{path} begins with a recorded score, but has no outputs before it", "move it away")
-        else:
-            record = {metric: float(part[metric]) for metric in ("wer", "bleu", "chrf2", "comet22") if part[metric]}
+        if record:
             runs[-1].records.append(record | ({"bleu": 100 * record["bleu"]} if "bleu" in record else {}))
-    matches = (pattern.fullmatch(name) for pattern in NAMES)
-    return Saved(name, hash_file(path), runs, next((match.groupdict() for match in matches if match), None))
+    return Saved(name, hash_file(path), runs)
 
 
 def place_utterances(transcripts: list[list[str]], sentences: list[str]) -> list[int]:
@@ -154,10 +133,24 @@ def place_utterances(transcripts: list[list[str]], sentences: list[str]) -> list
     return similarity.argmax(axis=1).tolist() if similarity.max(axis=1).min() >= PLACED else []
 
 
-def read_texts(flores: Path, wmt23: Path, files: list[Saved]) -> Texts:
+def read_known() -> dict[str, dict[str, str]]:
+    """What each saved file is, by its name: the columns of saved_files.tsv.
+
+    Models, mixtures and checkpoints are called what the original's files and folders are called (`unnamed` and
+    `no_step` where these say nothing). Files of two models may meet under the names `unnamed` and `base`: their steps
+    are called no_run_<step>, neither base nor a number, so that summarize.py draws no line through them. The cascades'
+    prompts have no examples (AST_de.json), though their folder is called 5_shot.
+    """
+    import pandas
+
+    table = pandas.read_csv(SAVED, sep="\t", dtype=str, keep_default_na=False)
+    return {row["file"]: row for row in table.to_dict("records")}
+
+
+def read_texts(flores: Path, wmt23: Path, files: list[Saved], known: dict[str, dict[str, str]]) -> Texts:
     """Read the references, and find FLEURS's among them."""
     by_language = {code: read_lines(flores / "devtest" / f"{LANGUAGES[code].flores}.devtest") for code in LANGUAGES}
-    fleurs = [file for file in files if file.named and file.named.get("speech") == "fleurs"]
+    fleurs = [file for file in files if file.name in known and known[file.name]["references"] == "fleurs_english"]
     transcripts = [one.hypotheses for file in fleurs for one in file.runs]
     transcripts = [lines for lines in transcripts if len(lines) == FLEURS_UTTERANCES]
     german = read_lines(wmt23 / "generaltest2023.en-de.ref.refA.de")
@@ -165,58 +158,30 @@ def read_texts(flores: Path, wmt23: Path, files: list[Saved]) -> Texts:
 
 
 # --- What is what ---------------------------------------------------------------------------------
-def name_case(file: Saved, task: str, dataset: str) -> dict[str, str]:
-    """The columns of TEST_SET: model, mixture and checkpoint by the original's names alone."""
-    mixture, step = file.named.get("mixture"), file.named.get("step")
-    bilingual = file.name.startswith(BILINGUAL)
-    if bilingual and file.runs[0].model_path:  # .../only_text_experiment/Hf_ckpt/tinyllama-1b/1000
-        *_, folder, step = file.runs[0].model_path.split("/")
-        mixture = mixture or folder
-    model = MODELS.get(mixture, "tinyllama_llama") if bilingual else "TowerSpeech"
-    mixture = mixture or "unnamed"
-    if step and mixture in NO_RUN:
-        step = f"no_run_{step}"  # neither base nor a number, so that summarize.py draws no line through it
-    # The cascades' prompts have no examples (AST_de.json), though their folder is called 5_shot.
-    shots = (file.named.get("shots") or "") if task == "mt" else "0"
-    source, target = parse_pair(file.named.get("pair") or "en-de") if task != "asr" else ("en", "en")
-    return dict(zip(TEST_SET, (model, mixture, step or "no_step", task, dataset, shots, source, target), strict=True))
-
-
-def sort_out(file: Saved, texts: Texts) -> Case:
-    """Find a file's test set and references by its name and its number of lines."""
+def sort_out(file: Saved, texts: Texts, known: dict[str, dict[str, str]]) -> Case:
+    """A file's test set and references, by its row of saved_files.tsv."""
     if not file.runs:
         return Case(file, "empty")
-    if not file.named:
+    if file.name not in known:
         return Case(file, "its name is not known here")
-    lines, german = file.runs[-1].hypotheses, texts.flores["de"]
+    row, lines, german = known[file.name], file.runs[-1].hypotheses, texts.flores["de"]
+    if not row["task"]:
+        return Case(file, row["note"])
+    if row["cut"]:
+        lines = [LABEL.sub("", line.split("\\n")[0], count=1) for line in lines]
     spoken = [german[line] for line in texts.fleurs if line not in NO_GERMAN]  # FLEURS from English to German
-    as_spoken = bool(spoken) and len(lines) == len(spoken)
-    speech = file.named.get("speech")
-    if speech == "fleurs_ST" and as_spoken:
-        note = "recorded: the WER against the German text"
-        return Case(file, note, name_case(file, "st", "fleurs"), lines, spoken, ("asr", spoken))
-    if speech:
-        facts = name_case(file, "asr", "covost" if speech == "ASR" else speech)  # as the headers of ASR*.txt say
-        if speech == "fleurs" and len(lines) == len(texts.fleurs):
-            return Case(file, "", facts, lines, [texts.flores["en"][line] for line in texts.fleurs])
-        if any("wer" in record for record in file.runs[-1].records):
-            return Case(file, "no references among the given texts", facts, lines)
-        return Case(file, "no references among the given texts, and no recorded score")
-    notes, bilingual = [], file.name.startswith(BILINGUAL)
-    if bilingual and not file.runs[-1].model_path:
-        lines, notes = [LABEL.sub("", line.split("\\n")[0], count=1) for line in lines], [RAW]
-    if bilingual and len(lines) == len(texts.wmt23):
-        return Case(file, "; ".join(notes), name_case(file, "mt", "wmt23"), lines, texts.wmt23)
-    facts = name_case(file, "mt", "flores")
-    if len(lines) == len(german):
-        if "wmt" in Path(file.name).name:
-            notes.insert(0, "holds FLORES, whatever its name says")
-        return Case(file, "; ".join(notes), facts, lines, texts.flores[facts["tgt_lang"]])
-    if as_spoken and file.named.get("pair") == "en-de":
+    references, recorded_on = {
+        "": (None, None),
+        "flores": (texts.flores[row["tgt_lang"]], None),
+        "wmt23": (texts.wmt23, None),
+        "fleurs_english": ([texts.flores["en"][line] for line in texts.fleurs], None),
+        "fleurs_german": (spoken, ("asr", spoken)),
         # Made from the first 641 of the 647 transcripts, but scored against the 641 that have a German sentence.
-        read, facts = [german[line] for line in texts.fleurs[: len(lines)]], name_case(file, "cascaded_st", "fleurs")
-        return Case(file, SHIFTED, facts, lines, read, ("cascaded_st", spoken))
-    return Case(file, f"{len(lines)} lines: of no test set that is known here")
+        "fleurs_german_shifted": ([german[line] for line in texts.fleurs[: len(lines)]], ("cascaded_st", spoken)),
+    }[row["references"]]
+    if references is not None and len(lines) != len(references):
+        return Case(file, f"{len(lines)} lines, for {len(references)} references")
+    return Case(file, row["note"], {name: row[name] for name in TEST_SET}, lines, references, recorded_on)
 
 
 def account(case: Case) -> tuple[str, ...]:
@@ -291,13 +256,14 @@ def read_cases(outputs: Path, flores: Path, wmt23: Path) -> list[Case]:
     if not paths:
         raise UserError(f"{outputs} holds no files", "name the folder that holds MT and ASR")
     files = [read_saved(path, path.relative_to(outputs).as_posix()) for path in paths]
-    texts = read_texts(flores, wmt23, files)
+    known = read_known()
+    texts = read_texts(flores, wmt23, files, known)
     cases = []
     first: dict[str, str] = {}  # files by content
     for file in files:
         original = first.setdefault(file.sha256, file.name)
         copied = file.runs and original != file.name
-        cases.append(Case(file, f"the same bytes as {original}") if copied else sort_out(file, texts))
+        cases.append(Case(file, f"the same bytes as {original}") if copied else sort_out(file, texts, known))
     return cases
 
 
