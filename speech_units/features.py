@@ -109,29 +109,19 @@ def read_audio(path: Path, where: str, min_samples: int = 1, said_s: float | Non
 
 
 # --- MFCC -----------------------------------------------------------------------------------------
-def mel_filters():
-    """Triangular filters, evenly spaced on the HTK mel scale from 0 to 8000 Hz: (FFT_SIZE // 2 + 1, NUM_MELS)."""
-    import numpy as np
-
-    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, NUM_MELS + 2) / 2595) - 1)  # Hz
-    frequencies = np.linspace(0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1)[:, None]
-    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
-    return np.maximum(0, np.minimum(rising, falling))
-
-
 def static_mfcc(samples):
-    """Plain MFCC, (frames, NUM_MFCC): pre-emphasis, Hann window, power, mel, natural log, orthonormal DCT-II."""
+    """Plain MFCC, (frames, NUM_MFCC): pre-emphasis, Hann window, power, HTK mel, natural log, orthonormal DCT-II."""
     import numpy as np
     from scipy.fft import dct
+    from transformers.audio_utils import mel_filter_bank
 
+    filters = mel_filter_bank(FFT_SIZE // 2 + 1, NUM_MELS, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
     samples = np.asarray(samples, dtype=np.float64)
     emphasised = np.append(samples[:1] * (1 - PRE_EMPHASIS), samples[1:] - PRE_EMPHASIS * samples[:-1])
     frames = np.lib.stride_tricks.sliding_window_view(emphasised, WINDOW)[::HOP]
     window = np.hanning(WINDOW + 1)[:-1]  # periodic
     power = np.abs(np.fft.rfft(frames * window, FFT_SIZE)) ** 2
-    mels = np.log(np.maximum(power @ mel_filters(), LOG_FLOOR))
+    mels = np.log(np.maximum(power @ filters, LOG_FLOOR))
     return dct(mels, type=2, norm="ortho", axis=1)[:, :NUM_MFCC]
 
 
