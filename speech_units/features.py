@@ -142,17 +142,6 @@ def mfcc(samples):
 
 
 # --- HuBERT ---------------------------------------------------------------------------------------
-def pick_device(device: str) -> str:
-    """Resolve "auto": cuda if there is one, else cpu."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}, but PyTorch sees no GPU", "use --device auto or cpu")
-    return device
-
-
 def hubert_config(name: str, layer: int) -> FeatureConfig:
     """What the model's config says: that it is a HuBERT with such a layer, and how its convolutions cut up audio.
 
@@ -200,7 +189,10 @@ def load_hubert(name: str, layer: int, device: str) -> Callable:
     from transformers import HubertModel
 
     hubert_config(name, layer)
-    device = pick_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}, but PyTorch sees no GPU", "use --device auto or cpu")
     with _loading(name):
         model, loaded = HubertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         model = model.eval().to(device)

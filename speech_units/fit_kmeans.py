@@ -12,14 +12,7 @@ import random
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from speech_units.features import (
-    FeatureConfig,
-    extractor,
-    features_json,
-    fingerprint,
-    hubert_config,
-    read_audio,
-)
+from speech_units.features import FeatureConfig, extractor, features_json, fingerprint, hubert_config, read_audio
 from towerspeech.command import UserError, run
 from towerspeech.files import write_json
 from towerspeech.manifests import duration, read_manifest
@@ -120,14 +113,12 @@ def cluster(frames, num_units: int, seed: int) -> Fit:
     """
     from threadpoolctl import threadpool_limits
 
-    def quality(fit: Fit) -> tuple[int, float]:
-        return min(fit.used, fit.distinct), -fit.distance
-
     with threadpool_limits(1):
         best = fit_once(frames, num_units, seed)
         if min(best.used, best.distinct) < num_units:
             start = differing_start(frames, num_units, seed)
-            best = max(best, fit_once(frames, num_units, seed, init=start, reassignment_ratio=0), key=quality)
+            other = fit_once(frames, num_units, seed, init=start, reassignment_ratio=0)
+            best = max(best, other, key=lambda fit: (min(fit.used, fit.distinct), -fit.distance))
     if best.distinct < num_units:
         raise UserError(
             f"only {best.distinct:,} of {num_units:,} centroids are distinct",
