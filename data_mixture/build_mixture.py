@@ -196,13 +196,7 @@ def parallel_documents(path: Path, encoder: Encoder, left_out: Counter) -> Itera
 
 
 def documents(source: Source, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Stream a source's documents in the order of its files.
-
-    What has nothing to learn from is left out, and counted in ``left_out`` by reason.
-
-    Raises:
-        UserError: A row is malformed, spells units in its text, or is speech of another language than English.
-    """
+    """Stream a source's documents in the order of its files; ``left_out`` counts what has nothing to learn from."""
     read = {"speech": speech_documents, "text": text_documents, "parallel": parallel_documents}[source.kind]
     for path in source.paths:
         yield from read(Path(path), encoder, left_out)
@@ -298,11 +292,7 @@ def make_encoder(tokenizer: Path, loaded, sources: list[Source]) -> Encoder:
 
 
 def check_budget(source: Source, folder: Path) -> dict:
-    """What the manifest tells of a source that is tokenized.
-
-    Raises:
-        UserError: It has too few tokens for its budget.
-    """
+    """What the manifest tells of a source that is tokenized, which must have enough tokens for its budget."""
     sizes = IndexedTokens(folder / source.name).sizes
     left_out = json.loads((folder / f".{source.name}.json").read_text())["left_out"]
     told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())

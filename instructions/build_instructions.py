@@ -243,10 +243,8 @@ def translation_files(request: Request) -> list[PromptFile]:
     """The prompts of a text test set, a file a language pair."""
     split = request.split or test_sets.TEST_SPLITS[request.test_set]
     dataset = request.dataset or TEXT_SETS[request.test_set]
-    return [
-        text_file(request, name, pair, test_sets.read_pairs(request.test_set, request.data_root, name, split, pair))
-        for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset)
-    ]
+    sets = test_sets.read_text_sets(request.test_set, request.data_root, split, request.pairs, dataset)
+    return [text_file(request, name, pair, whole) for (name, pair), whole in sets.items()]
 
 
 def speech_files(request: Request) -> list[PromptFile]:

@@ -79,11 +79,7 @@ def fit_once(frames, num_units: int, seed: int, **settings) -> Fit:
 
 
 def differing_start(frames, num_units: int, seed: int):
-    """Choose centroids to begin with among frames that differ: (num_units, dim).
-
-    Raises:
-        UserError: There are fewer distinct frames than units.
-    """
+    """Choose centroids to begin with among frames that differ, of which there must be enough: (num_units, dim)."""
     import numpy as np
     from sklearn.cluster import kmeans_plusplus
 

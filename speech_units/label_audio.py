@@ -40,11 +40,6 @@ def nearest(frames, centroids) -> list[int]:
     return ids
 
 
-def shard_bounds(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
-    """First row of a shard, and the one after its last."""
-    return num_rows * shard // num_shards, num_rows * (shard + 1) // num_shards
-
-
 @functools.cache  # a worker loads the k-means and the model once
 def load(kmeans: Path, device: str) -> tuple:
     """The k-means' centroids, the settings of its features, and the function that computes them."""
@@ -123,10 +118,11 @@ def label_audio(
     from tqdm import tqdm
 
     shards = range(num_shards) if shard is None else [shard]
-    left = read_manifest(manifest, audio_root, shard_bounds(num_rows, shards[0], num_shards)[0])
+    begins = [num_rows * index // num_shards for index in range(num_shards + 1)]  # the first row of each shard
+    left = read_manifest(manifest, audio_root, begins[shards[0]])
     for index in shards:
-        name, (start, end) = shard_name(index, num_shards), shard_bounds(num_rows, index, num_shards)
-        spoken = list(islice(left, end - start))
+        name = shard_name(index, num_shards)
+        spoken = list(islice(left, begins[index + 1] - begins[index]))
         arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
         with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
             if not work.done:
