@@ -181,8 +181,7 @@ def facts_of(request: Request, name: str, read: Iterable[Parallel]) -> dict:
     if request.shots:
         facts |= {key: getattr(request, key) for key in ("examples", "example_lines", "seed")}
     if any(not part.files for part in read):  # a dataset of the hub: no files of ours
-        sides = [(part.pairs, side) for part in read for side in ("source", "target")]
-        lines = [getattr(pair, side).text for pairs, side in sides for pair in pairs]
+        lines = [getattr(pair, side).text for part in read for side in ("source", "target") for pair in part.pairs]
         facts["data_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return {**facts, "data": list(dict.fromkeys(file for part in read for file in part.files))}
 

@@ -143,11 +143,7 @@ def mfcc(samples):
 
 # --- HuBERT ---------------------------------------------------------------------------------------
 def hubert_config(name: str, layer: int) -> FeatureConfig:
-    """What the model's config says: that it is a HuBERT with such a layer, and how its convolutions cut up audio.
-
-    Raises:
-        UserError: No such model, or it has fewer layers.
-    """
+    """What the model's config, which must be a HuBERT's with such a layer, says: how its convolutions cut up audio."""
     from transformers import AutoConfig
 
     with _loading(name):

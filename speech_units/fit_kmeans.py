@@ -103,9 +103,6 @@ def cluster(frames, num_units: int, seed: int) -> Fit:
     frames are the same, as in digital silence, it makes more and more centroids the same. So if any centroid is used
     by no frame, k-means is fitted a second time, begun at frames that differ and without that; the better fit is kept.
     On one thread: then the same frames give the same bytes on any number of cores.
-
-    Raises:
-        UserError: There are fewer distinct frames than units, or centroids are the same.
     """
     from threadpoolctl import threadpool_limits
 

@@ -48,17 +48,11 @@ def load(kmeans: Path, device: str) -> tuple:
 
 
 def label(row: dict, kmeans: Path, audio_root: Path, device: str) -> dict:
-    """One manifest row as a units row."""
+    """One manifest row with what a units row has besides."""
     centroids, config, extract = load(kmeans, device)
     samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
-    return {
-        "id": row["id"],
-        "audio": row["audio"],
-        "language": row["language"],
-        "duration_s": len(samples) / SAMPLE_RATE,
-        "units": collapse(nearest(extract(samples), centroids)),
-        "text": row["text"],
-    }
+    units = collapse(nearest(extract(samples), centroids))
+    return row | {"duration_s": len(samples) / SAMPLE_RATE, "units": units}
 
 
 def label_all(rows: list[dict], num_workers: int, **inputs) -> Iterator[dict]:
@@ -113,9 +107,10 @@ def label_audio(
         raise UserError(f"--num_workers is {num_workers}", "give at least 1")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
+    from tqdm import tqdm
+
     load_kmeans(kmeans)  # bad input is found before workers start
     num_rows = sum(1 for _ in read_manifest(manifest, audio_root if shard is None else None))
-    from tqdm import tqdm
 
     shards = range(num_shards) if shard is None else [shard]
     begins = [num_rows * index // num_shards for index in range(num_shards + 1)]  # the first row of each shard
