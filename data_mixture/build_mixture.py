@@ -58,10 +58,10 @@ class Source:
     max_epochs: float = 1.0
 
 
-# A text, and the units of its run of speech, (num_units,) uint32. In the text, unit 0 stands for the whole run, as the
-# first unit in it. Without a run the text is the document.
-Document = tuple[str, np.ndarray]
-NO_UNITS, NO_TEXT = np.zeros(0, np.uint32), "without text"
+# A text, and its run of units, as their characters. In the text, unit 0 stands for the whole run, as the first unit in
+# it. Without a run the text is the document.
+Document = tuple[str, str]
+NO_UNITS, NO_TEXT = "", "without text"
 
 
 # --- Encoding -------------------------------------------------------------------------------------
@@ -129,20 +129,16 @@ class Encoder:
         """The tokenizer's own ids of a text."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def run_of(self, speech: np.ndarray) -> str:
-        """Units, (n,) uint32, as private-use characters; units.to_text for arrays."""
-        return (speech + self.offset).tobytes().decode("utf-32-le")
-
     def __call__(self, batch: list[Document]) -> list[np.ndarray]:
         """Token ids, (num_tokens,), of each document."""
         # The tokenizer's own call, but without offsets, masks and types: they take most of its time.
         encodings = self.backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        runs = [self.run_of(speech) for _, speech in batch if len(speech)]
+        runs = [speech for _, speech in batch if speech]
         encoded_runs = iter(self.processor.encode(runs, return_type="numpy") if runs else [])
         rows = []
         for (_, speech), encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, self.dtype)
-            if len(speech):
+            if speech:
                 run = self.lookup[next(encoded_runs)]
                 ids = np.concatenate([ids[: self.position], run, ids[self.position + 1 :]])
             rows.append(ids)
@@ -152,7 +148,7 @@ class Encoder:
         """Raise UserError if the ids of documents without control tokens are not the tokenizer's own."""
         batch = [(text, speech) for text, speech in batch if MARK not in text]
         for (text, speech), ids in zip(batch, self(batch), strict=True):
-            document = text.replace(self.stand_in, self.run_of(speech), 1) if len(speech) else text
+            document = text.replace(self.stand_in, speech, 1) if speech else text
             if ids.tolist() != self.reference(document):
                 raise UserError(
                     f"the tokenizer's tokens of units depend on the text around them: {document[:80]!r}",
@@ -164,13 +160,13 @@ class Encoder:
 def speech_documents(path: Path, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
     """Utterances of a units folder."""
     for flat, ends, batch, place in read_unit_arrays(path, encoder.num_units, ["language", "text"]):
-        runs = np.split(flat, ends[:-1])
+        runs = units.split_units(flat, ends, encoder.offset)
         languages, texts = batch.column("language").to_pylist(), batch.column("text").to_pylist()
         for row, (speech, language, text) in enumerate(zip(runs, languages, texts, strict=True)):
             if language != "en":
                 problem = f"{place(row)}: language {language!r}, but speech must be English (en)"
                 raise UserError(problem, "leave other languages' speech out of the mixture")
-            if not len(speech):
+            if not speech:
                 left_out["without units"] += 1
             elif not (text or "").strip():
                 left_out["without a transcript"] += 1
@@ -200,13 +196,7 @@ def parallel_documents(path: Path, encoder: Encoder, left_out: Counter) -> Itera
 
 
 def documents(source: Source, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Stream a source's documents in the order of its files.
-
-    What has nothing to learn from is left out, and counted in ``left_out`` by reason.
-
-    Raises:
-        UserError: A row is malformed, spells units in its text, or is speech of another language than English.
-    """
+    """Stream a source's documents in the order of its files; ``left_out`` counts what has nothing to learn from."""
     read = {"speech": speech_documents, "text": text_documents, "parallel": parallel_documents}[source.kind]
     for path in source.paths:
         yield from read(Path(path), encoder, left_out)
@@ -302,11 +292,7 @@ def make_encoder(tokenizer: Path, loaded, sources: list[Source]) -> Encoder:
 
 
 def check_budget(source: Source, folder: Path) -> dict:
-    """What the manifest tells of a source that is tokenized.
-
-    Raises:
-        UserError: It has too few tokens for its budget.
-    """
+    """What the manifest tells of a source that is tokenized, which must have enough tokens for its budget."""
     sizes = IndexedTokens(folder / source.name).sizes
     left_out = json.loads((folder / f".{source.name}.json").read_text())["left_out"]
     told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())

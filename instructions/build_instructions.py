@@ -29,7 +29,7 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,28 +48,54 @@ from towerspeech.stage import stage
 TEXT_SETS = {"flores200": "flores", "wmt23": "wmt23", "towereval": None}  # file names: the original's, or TowerEval's
 # The original's WMT23 5-shot files have a space before every example but the first, and before the sentence itself.
 SEPARATORS = {"flores200": "\n", "wmt23": "\n "}
-NO_SPIRE_EXAMPLES = "SpireLM publishes no template with examples"
+TAKEN_BY_ALL = ("output_dir", "data_root", "all", "style", "examples", "unit_offset", "seed", "overwrite")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to build; fields as in ``build_instructions``."""
+    """The command's flags.
 
-    test_set: str
-    data_root: Path | None
+    Args:
+        output_dir: Where the prompt files go; several calls (shots, test sets) may share it.
+        test_set: Which layout data_root has.
+        data_root: The folder (or hub dataset, or generations file) that holds the test set.
+        all: Build all test sets found below data_root, 0-shot and where there is a pool 5-shot.
+        pairs: de-en,en-zh,... or all: from and into English, as far as there are data.
+        shots: Examples in each prompt.
+        style: original (a text to complete), chat (the same text as a user's message, for SFT models) or spire
+            (SpireLM's templates as a user's message).
+        dataset: Name in the files' names and in the results, if not the usual one; of towereval, the set to take.
+        split: Split to test on; default: flores200's devtest, towereval's test.
+        test_lines: Test on these lines (or units rows) alone, such as 1-100.
+        examples: per_sentence (others for each) or fixed (the same for a whole file: fast with prefix caching).
+        example_split: Split to draw examples from; default: dev.
+        example_lines: Draw examples from these lines alone, such as 101-300. If they are of the test split, lines that
+            are not tested may be shown.
+        example_file: Draw examples from this parallel JSONL (src_lang, tgt_lang, source, target) instead.
+        translations: JSONL of translated utterances (id, tgt_lang, target), or a folder with <dataset>.jsonl.
+        unit_offset: Code point of unit 0, as in the tokenizer's speech_units.json.
+        seed: Seed of the drawing.
+        overwrite: Replace files that were built otherwise.
+    """
+
+    output_dir: Path
+    test_set: Literal["flores200", "wmt23", "towereval", "units", "cascade"] | None = None
+    data_root: Path | None = None
+    all: bool = False
     pairs: str = "all"
-    shots: int = 0
-    style: str = "original"
+    shots: Literal[0, 5] = 0
+    style: Literal["original", "chat", "spire"] = "original"
     dataset: str | None = None
     split: str | None = None
     test_lines: str | None = None
-    examples: str = "per_sentence"
+    examples: Literal["per_sentence", "fixed"] = "per_sentence"
     example_split: str | None = None
     example_lines: str | None = None
     example_file: Path | None = None
     translations: Path | None = None
     unit_offset: int = dsu.OFFSET
     seed: int = 0
+    overwrite: bool = False
 
 
 class PromptFile(NamedTuple):
@@ -155,8 +181,7 @@ def facts_of(request: Request, name: str, read: Iterable[Parallel]) -> dict:
     if request.shots:
         facts |= {key: getattr(request, key) for key in ("examples", "example_lines", "seed")}
     if any(not part.files for part in read):  # a dataset of the hub: no files of ours
-        sides = [(part.pairs, side) for part in read for side in ("source", "target")]
-        lines = [getattr(pair, side).text for pairs, side in sides for pair in pairs]
+        lines = [getattr(pair, side).text for part in read for side in ("source", "target") for pair in part.pairs]
         facts["data_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return {**facts, "data": list(dict.fromkeys(file for part in read for file in part.files))}
 
@@ -217,10 +242,8 @@ def translation_files(request: Request) -> list[PromptFile]:
     """The prompts of a text test set, a file a language pair."""
     split = request.split or test_sets.TEST_SPLITS[request.test_set]
     dataset = request.dataset or TEXT_SETS[request.test_set]
-    return [
-        text_file(request, name, pair, test_sets.read_pairs(request.test_set, request.data_root, name, split, pair))
-        for name, pair in test_sets.find_pairs(request.test_set, request.data_root, split, request.pairs, dataset)
-    ]
+    sets = test_sets.read_text_sets(request.test_set, request.data_root, split, request.pairs, dataset)
+    return [text_file(request, name, pair, whole) for (name, pair), whole in sets.items()]
 
 
 def speech_files(request: Request) -> list[PromptFile]:
@@ -231,18 +254,19 @@ def speech_files(request: Request) -> list[PromptFile]:
             "leave them out with --test_set units; direct speech translation takes --pairs with --translations",
         )
     name = request.dataset or request.data_root.resolve().name
-    settings = dict(offset=request.unit_offset, wanted=parse_lines(request.test_lines, "test_lines"))
-    facts = facts_of(request, name, []) | {"unit_offset": request.unit_offset}
-    if not request.translations:
-        rows = speech_rows(request.data_root, name, request.style, **settings)
-        return [PromptFile("asr", name, rows, {**facts, "data": request.data_root}, {})]
-    file, translations = test_sets.read_translations(request.translations, name)
-    arguments = {**facts, "data": [request.data_root, file]}
-    files = []
-    for tgt in test_sets.speech_targets(request.pairs, file, translations):
-        targets = {utterance: line.text for utterance, line in translations[tgt].items()}
-        rows = speech_rows(request.data_root, name, request.style, **settings, tgt_lang=tgt, targets=targets)
-        files.append(PromptFile("st", f"{name}_en-{tgt}", rows, arguments, {}))
+    data, written = [request.data_root], {"en": None}  # by language: translations, or none for the transcripts
+    if request.translations:
+        file, translations = test_sets.read_translations(request.translations, name)
+        data.append(file)
+        written = {tgt: translations[tgt] for tgt in test_sets.speech_targets(request.pairs, file, translations)}
+    arguments = facts_of(request, name, []) | {"unit_offset": request.unit_offset, "data": data}
+    wanted, files = parse_lines(request.test_lines, "test_lines"), []
+    for tgt, lines in written.items():
+        folder, stem, targets = "asr", name, None
+        if lines:
+            folder, stem, targets = "st", f"{name}_en-{tgt}", {key: line.text for key, line in lines.items()}
+        rows = speech_rows(request.data_root, name, request.style, request.unit_offset, None, wanted, tgt, targets)
+        files.append(PromptFile(folder, stem, rows, arguments, {}))
     return files
 
 
@@ -281,7 +305,8 @@ def cascade_files(request: Request) -> list[PromptFile]:
 def check_request(request: Request) -> None:
     """Raise UserError if options contradict each other or would do nothing, or the data are not there."""
     if request.shots and request.style == "spire":
-        raise UserError(NO_SPIRE_EXAMPLES, "use --style original or chat with --shots 5")
+        problem = "SpireLM publishes no template with examples"
+        raise Missing(problem, "use --style original or chat with --shots 5")
     if not request.shots and (request.example_file or request.example_lines or request.example_split):
         raise UserError("a pool of examples, but --shots 0", "add --shots 5, or leave the examples out")
     if request.example_file and (request.example_lines or request.example_split):
@@ -310,29 +335,37 @@ def prompt_files(request: Request) -> list[PromptFile]:
 
 
 # --- Everything at once ---------------------------------------------------------------------------
-def all_requests(data_root: Path, common: dict) -> Iterator[Request]:
+def all_requests(asked: Request) -> Iterator[Request]:
     """What could be built from below ``data_root``, if all of it is there."""
-    towereval, translations, pool = (data_root / name for name in ("towereval", "translations", "examples.jsonl"))
-    texts = [Request(name, data_root / name, **common) for name in ("flores200", "wmt23")]
-    for name in sorted({path.name.rpartition(".")[0] for path in towereval.glob("mt/*.*-*")}) or [None]:
-        texts.append(Request("towereval", towereval, dataset=name, **common))
-    texts.append(Request("cascade", data_root / "cascade", translations=translations, **common))
+    root, pool = asked.data_root, asked.data_root / "examples.jsonl"
+    one = replace(asked, all=False)
+    texts = [replace(one, test_set=name, data_root=root / name) for name in ("flores200", "wmt23")]
+    towereval = replace(one, test_set="towereval", data_root=root / "towereval")
+    names = {path.name.rpartition(".")[0] for path in towereval.data_root.glob("mt/*.*-*")}
+    texts += [replace(towereval, dataset=name) for name in sorted(names) or [None]]
+    translated = replace(one, translations=root / "translations")
+    texts.append(replace(translated, test_set="cascade", data_root=root / "cascade"))
     for request in texts:
         yield request
         needs_pool = request.test_set in ("wmt23", "cascade")  # the others have a dev split
         yield replace(request, shots=5, example_file=pool if needs_pool and pool.is_file() else None)
-    for folder in sorted(path for path in data_root.glob("units/*") if path.is_dir()) or [data_root / "units"]:
-        request = Request("units", folder, **common)
-        yield request
-        yield replace(request, translations=translations)
+    for folder in sorted(path for path in root.glob("units/*") if path.is_dir()) or [root / "units"]:
+        yield replace(one, test_set="units", data_root=folder)
+        yield replace(translated, test_set="units", data_root=folder)
 
 
-def all_prompt_files(data_root: Path, common: dict) -> tuple[list[PromptFile], list[tuple[str, int, str]]]:
+def all_prompt_files(asked: Request) -> tuple[list[PromptFile], list[tuple[str, int, str]]]:
     """The prompts of whatever is found below ``data_root``; also what is skipped: (test set, shots, reason)."""
-    check_exists(data_root, "check --data_root")
+    unset = [field for field in fields(Request) if field.name not in TAKEN_BY_ALL]
+    if asked.data_root is None or any(getattr(asked, field.name) != field.default for field in unset):
+        raise UserError(
+            "--all true takes --data_root and nothing that names a test set, its lines or its examples",
+            f"it takes: {', '.join(f'--{name}' for name in TAKEN_BY_ALL)}",
+        )
+    check_exists(asked.data_root, "check --data_root")
     built: dict[tuple[str, str], PromptFile] = {}  # by folder and stem
     skipped = []
-    for request in all_requests(data_root, common):
+    for request in all_requests(asked):
         label = request.dataset or request.test_set
         if request.test_set == "units":
             label = f"{request.data_root.name} ({'st' if request.translations else 'asr'})"
@@ -340,8 +373,6 @@ def all_prompt_files(data_root: Path, common: dict) -> tuple[list[PromptFile], l
         try:
             if absent:
                 raise Missing(f"no {absent[0]}")
-            if request.shots and request.style == "spire":
-                raise Missing(NO_SPIRE_EXAMPLES)
             files = prompt_files(request)
         except Missing as error:
             skipped.append((label, request.shots, str(error).splitlines()[0]))
@@ -373,83 +404,34 @@ def table(files: list[PromptFile], skipped: list[tuple[str, int, str]]) -> str:
     return tabulate(lines, headers, tablefmt="plain", disable_numparse=True)
 
 
-def write_file(file: PromptFile, output_dir: Path, overwrite: bool) -> None:
+def write_file(file: PromptFile, request: Request) -> None:
     """Write one prompt file, as a stage of its own."""
-    arguments = {**file.arguments, "overwrite": overwrite}
-    with stage(__file__, output_dir / file.folder, arguments, inputs=["data"], part=file.stem) as work:
+    folder, arguments = request.output_dir / file.folder, {**file.arguments, "overwrite": request.overwrite}
+    with stage(__file__, folder, arguments, inputs=["data"], part=file.stem) as work:
         if work.done:
             return
-        write_jsonl(output_dir / file.folder / f"{file.stem}.jsonl", file.rows)
+        write_jsonl(folder / f"{file.stem}.jsonl", file.rows)
         work.counts.update({"prompts": len(file.rows), **file.counts})
         counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in work.counts.items())
-        print(f"{output_dir / file.folder / file.stem}.jsonl: {counted}")
+        print(f"{folder / file.stem}.jsonl: {counted}")
 
 
-def build_instructions(
-    output_dir: Path,
-    test_set: Literal["flores200", "wmt23", "towereval", "units", "cascade"] | None = None,
-    data_root: Path | None = None,
-    all: bool = False,
-    pairs: str = "all",
-    shots: Literal[0, 5] = 0,
-    style: Literal["original", "chat", "spire"] = "original",
-    dataset: str | None = None,
-    split: str | None = None,
-    test_lines: str | None = None,
-    examples: Literal["per_sentence", "fixed"] = "per_sentence",
-    example_split: str | None = None,
-    example_lines: str | None = None,
-    example_file: Path | None = None,
-    translations: Path | None = None,
-    unit_offset: int = dsu.OFFSET,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> None:
-    """Build prompt files.
-
-    Args:
-        output_dir: Where the prompt files go; several calls (shots, test sets) may share it.
-        test_set: Which layout data_root has.
-        data_root: The folder (or hub dataset, or generations file) that holds the test set.
-        all: Build all test sets found below data_root, 0-shot and where there is a pool 5-shot.
-        pairs: de-en,en-zh,... or all: from and into English, as far as there are data.
-        shots: Examples in each prompt.
-        style: original (a text to complete), chat (the same text as a user's message, for SFT models) or spire
-            (SpireLM's templates as a user's message).
-        dataset: Name in the files' names and in the results, if not the usual one; of towereval, the set to take.
-        split: Split to test on; default: flores200's devtest, towereval's test.
-        test_lines: Test on these lines (or units rows) alone, such as 1-100.
-        examples: per_sentence (others for each) or fixed (the same for a whole file: fast with prefix caching).
-        example_split: Split to draw examples from; default: dev.
-        example_lines: Draw examples from these lines alone, such as 101-300. If they are of the test split, lines that
-            are not tested may be shown.
-        example_file: Draw examples from this parallel JSONL (src_lang, tgt_lang, source, target) instead.
-        translations: JSONL of translated utterances (id, tgt_lang, target), or a folder with <dataset>.jsonl.
-        unit_offset: Code point of unit 0, as in the tokenizer's speech_units.json.
-        seed: Seed of the drawing.
-        overwrite: Replace files that were built otherwise.
-    """
-    given = {name: value for name, value in locals().items() if name in Request.__annotations__}
-    if all:
-        common = {name: given[name] for name in ("style", "examples", "unit_offset", "seed")}
-        usual = Request(test_set=None, data_root=data_root, **common)
-        if data_root is None or any(value != getattr(usual, name) for name, value in given.items()):
-            raise UserError(
-                "--all true takes --data_root and nothing that names a test set, its lines or its examples",
-                f"besides --output_dir and --overwrite it takes: {', '.join(f'--{name}' for name in common)}",
-            )
-        files, skipped = all_prompt_files(data_root, common)
-    elif test_set is None:
+def build_instructions(request: Request) -> None:
+    """Build prompt files."""
+    skipped = []
+    if request.all:
+        files, skipped = all_prompt_files(request)
+    elif request.test_set is None:
         raise UserError("no test set", "name one with --test_set, or build all with --all true")
-    elif examples == "fixed" and not shots:
+    elif request.examples == "fixed" and not request.shots:
         raise UserError("--examples fixed, but --shots 0", "add --shots 5, or leave --examples out")
     else:
-        files, skipped = prompt_files(Request(**given)), []
+        files = prompt_files(request)
     for file in files:
-        write_file(file, output_dir, overwrite)
-    if all:
+        write_file(file, request)
+    if request.all:
         print(table(files, skipped))
 
 
 if __name__ == "__main__":
-    run(build_instructions)
+    run(build_instructions, Request)

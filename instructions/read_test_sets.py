@@ -13,6 +13,11 @@ from towerspeech.outside_text import check_outside_text
 from towerspeech.records import check_texts, iter_jsonl, iter_parallel, read_lines
 
 WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
+OTHERS = [code for code in LANGUAGES if code != "en"]
+USUAL_PAIRS = {
+    "flores200": [*(f"{code}-en" for code in OTHERS), *(f"en-{code}" for code in OTHERS)],
+    "wmt23": WMT23_PAIRS,
+}
 TEST_SPLITS = {"flores200": "devtest", "wmt23": "test", "towereval": "test"}
 FLORES_PLUS_CODES = {"zho_Hans": "cmn_Hans"}  # where it departs from FLORES-200's
 
@@ -59,11 +64,7 @@ def parallel(files: list[Path], names: Sequence[str], texts: Sequence[list[str]]
 
 
 def take(whole: Parallel, wanted: range | None, option: str) -> Parallel:
-    """The wanted lines (default: all).
-
-    Raises:
-        UserError: There are fewer, or one of them is empty or spells speech units.
-    """
+    """The wanted lines (default: all), which must be there, not empty, and spell no speech units."""
     pairs = whole.pairs
     if wanted:
         if wanted[-1] > len(pairs):
@@ -106,15 +107,10 @@ def hub(root: Path, function: str, *arguments, **options):
         ) from None
 
 
-def hub_configuration(root: Path, code: str) -> str | None:
-    """The configuration of a FLORES-200 code; None if the dataset lacks the language."""
-    names = (code, FLORES_PLUS_CODES.get(code))
-    return next((name for name in names if name in hub(root, "get_dataset_config_names")), None)
-
-
 def read_hub(root: Path, code: str, split: str) -> tuple[list, list[str]]:
     """Ids and sentences of one language and split."""
-    configuration = hub_configuration(root, code)
+    names = (code, FLORES_PLUS_CODES.get(code))
+    configuration = next((name for name in names if name in hub(root, "get_dataset_config_names")), None)
     if configuration is None:
         raise Missing(f"{root} has no configuration {code}", "check --data_root and --pairs")
     splits = hub(root, "get_dataset_split_names", configuration)
@@ -173,20 +169,16 @@ def pairs_of_rows(rows: Iterable[tuple[str, dict]], source: str, target: str, pa
 
 
 # --- All layouts ----------------------------------------------------------------------------------
-def data_files(test_set: str, root: Path | None, split: str, pair: str, name: str | None = None) -> list[Path]:
-    """The files of a language pair: source and target; TowerEval has one (github.com/deep-spin/tower-eval)."""
-    if test_set == "towereval":
-        return [root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"]
-    if test_set == "wmt23":
-        return wmt23_files(root, pair)
-    return [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
-
-
 def read_pairs(test_set: str, root: Path | None, name: str, split: str, pair: str) -> Parallel:
     """Read a split of one pair of a test set; ``name`` tells TowerEval's sets apart."""
     if test_set == "flores200" and is_hub_dataset(root):
         return read_hub_pair(root, split, pair)
-    files = data_files(test_set, root, split, pair, name)
+    if test_set == "towereval":  # github.com/deep-spin/tower-eval
+        files = [root / "mt" / f"{name}.{pair}" / f"{split}.jsonl"]
+    elif test_set == "wmt23":
+        files = wmt23_files(root, pair)
+    else:
+        files = [root / split / f"{language(code).flores}.{split}" for code in parse_pair(pair)]
     for file in files:
         if not file.is_file():
             raise Missing(f"{file} does not exist", "check --data_root, --pairs, and --dataset and --split if given")
@@ -203,33 +195,27 @@ def parse_pairs(pairs: str) -> list[str]:
     return named
 
 
-def find_pairs(test_set: str, root: Path | None, split: str, pairs: str, name: str | None) -> list[tuple[str, str]]:
-    """Parse ``de-en,en-zh`` as (set, pair); ``all`` are those of the ten languages whose data are there."""
+def read_text_sets(test_set: str, root: Path | None, split: str, pairs: str, name: str | None) -> dict:
+    """Read {(set, pair): Parallel} of ``de-en,en-zh``; ``all`` are those of the ten languages whose data are there."""
     named = parse_pairs(pairs)
     if test_set == "towereval":
-        return find_towereval(root, split, named, name)
-    if named:
-        return [(name, pair) for pair in named]
-    others = [code for code in LANGUAGES if code != "en"]
-    known = [*(f"{code}-en" for code in others), *(f"en-{code}" for code in others)]
-    if test_set == "wmt23":
-        known = list(WMT23_PAIRS)
-    there = [pair for pair in known if has_pair(test_set, root, split, pair)]
-    if not there:
-        example = data_files(test_set, root, split, known[0])[0]
-        raise Missing(f"no {test_set} files under {root} (such as {example})", "check --data_root and --split")
-    if len(there) < len(known):
-        print(f"no files for: {', '.join(pair for pair in known if pair not in there)}")
-    return [(name, pair) for pair in there]
-
-
-def has_pair(test_set: str, root: Path | None, split: str, pair: str) -> bool:
-    """Whether FLORES-200 or WMT23 is there for a language pair."""
-    if root is None:
-        return True  # sacreBLEU has all of WMT23
-    if test_set == "flores200" and is_hub_dataset(root):
-        return all(hub_configuration(root, language(code).flores) for code in parse_pair(pair))
-    return all(file.is_file() for file in data_files(test_set, root, split, pair))
+        asked = find_towereval(root, split, named, name)
+    else:
+        asked = [(name, pair) for pair in named or USUAL_PAIRS[test_set]]
+    sets, absent = {}, {}
+    for set_name, pair in asked:
+        try:
+            sets[set_name, pair] = read_pairs(test_set, root, set_name, split, pair)
+        except Missing as error:
+            if named:
+                raise
+            absent[pair] = str(error).splitlines()[0]
+    if not sets:
+        problem = next(iter(absent.values()))
+        raise Missing(f"no {test_set} files under {root}: {problem}", "check --data_root and --split")
+    if absent:
+        print(f"no files for: {', '.join(absent)}")
+    return sets
 
 
 def find_towereval(root: Path, split: str, named: list[str], name: str | None) -> list[tuple[str, str]]:
@@ -241,9 +227,9 @@ def find_towereval(root: Path, split: str, named: list[str], name: str | None) -
             there.append((set_name, pair))
     missing = [pair for pair in named if pair not in {pair for _, pair in there}]
     if missing or not there:
-        (example,) = data_files("towereval", root, split, missing[0] if missing else "en-de", name or "flores")
+        folder = root / "mt" / f"{name or 'flores'}.{missing[0] if missing else 'en-de'}"
         raise Missing(
-            f"no such files: {example}",
+            f"no such files: {folder / split}.jsonl",
             "--data_root is TowerEval's raw_data folder, which holds mt/; --dataset names a set in it, such as wmt23",
         )
     return [(set_name, pair) for set_name, pair in there if not named or pair in named]
@@ -251,20 +237,14 @@ def find_towereval(root: Path, split: str, named: list[str], name: str | None) -
 
 # --- Translations of utterances, and ASR outputs --------------------------------------------------
 def read_translations(path: Path, name: str) -> tuple[Path, dict[str, dict[str, Line]]]:
-    """Read the translations of a speech test set, and say from which file: {language: {utterance's id: text}}.
-
-    Args:
-        path: JSONL with id, tgt_lang and target, or a folder with such a file a test set, <name>.jsonl.
-        name: The test set.
-    """
+    """Read a speech test set's translations, from one file or <name>.jsonl, and say which: {language: {id: text}}."""
     file = path / f"{name}.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise Missing(f"{file} does not exist", "put the translations of this test set there: id, tgt_lang, target")
-    known = [code for code in LANGUAGES if code != "en"]
     translations: dict[str, dict[str, Line]] = {}
     for where, row in iter_jsonl(file, texts=("id", "tgt_lang", "target")):
-        if row["tgt_lang"] not in known:
-            raise UserError(f"{where}: tgt_lang is {row['tgt_lang']!r}", f"it must be one of: {', '.join(known)}")
+        if row["tgt_lang"] not in OTHERS:
+            raise UserError(f"{where}: tgt_lang is {row['tgt_lang']!r}", f"it must be one of: {', '.join(OTHERS)}")
         check_texts(row, ["target"], where, blank=False)
         check_outside_text(row["target"], where)
         by_id = translations.setdefault(row["tgt_lang"], {})
@@ -280,16 +260,14 @@ def speech_targets(pairs: str, file: Path, translations: dict[str, dict]) -> lis
     """The languages that English speech is translated into: ``en-de,en-fr``, or all that there are."""
     if pairs == "all":
         return [code for code in LANGUAGES if code in translations]
-    directions = [parse_pair(pair) for pair in parse_pairs(pairs)]
-    if any(src != "en" for src, _ in directions):
-        raise UserError(f"--pairs {pairs}: speech is English", "such as en-de,en-fr")
-    targets = [tgt for _, tgt in directions]
-    for code in targets:
-        if code not in translations:
-            raise UserError(
-                f"{file} holds no translations into {language(code).name} ({code})",
-                f"it has: {', '.join(translations)}",
-            )
+    targets = []
+    for src, tgt in map(parse_pair, parse_pairs(pairs)):
+        if src != "en":
+            raise UserError(f"--pairs {pairs}: speech is English", "such as en-de,en-fr")
+        if tgt not in translations:
+            problem = f"{file} holds no translations into {language(tgt).name} ({tgt})"
+            raise UserError(problem, f"it has: {', '.join(translations)}")
+        targets.append(tgt)
     return targets
 
 

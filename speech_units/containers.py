@@ -22,6 +22,7 @@ KBITS = {
     (V2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (V2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+SAMPLES_A_FRAME = {(V1, 1): 384, (V1, 2): 1152, (V1, 3): 1152, (V2, 1): 384, (V2, 2): 1152, (V2, 3): 576}
 RATES = (44100, 48000, 32000)
 MPEG_1 = 3  # its code in a frame's header
 RATE_DIVISORS = {MPEG_1: 1, 2: 2, 0: 4}  # of MPEG 1, 2 and 2.5
@@ -130,13 +131,8 @@ def _mp3_ends_early(data: bytes, num_samples: int) -> bool:
     head = data[first : first + _mp3_frame(data, first)]
     xing = max(head[:64].find(b"Xing"), head[:64].find(b"Info"))
     counted = xing > 0 and int.from_bytes(head[xing + 4 : xing + 8], "big") & 1
-    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
-    samples_a_frame = 1152
-    if layer == 1:
-        samples_a_frame = 384
-    elif layer == 3 and version != MPEG_1:
-        samples_a_frame = 576
-    if num_samples < (frames - UNHEARD_FRAMES) * samples_a_frame:
+    kind = V1 if head[1] >> 3 & 3 == MPEG_1 else V2, 4 - (head[1] >> 1 & 3)
+    if num_samples < (frames - UNHEARD_FRAMES) * SAMPLES_A_FRAME[kind]:
         return True
     # The header's own frame is among ours, and some programs count it too: one missing frame (24 to 72 ms) may pass.
     return bool(counted) and frames < int.from_bytes(head[xing + 8 : xing + 12], "big")
@@ -149,8 +145,8 @@ def _mp3_frame(data: bytes, place: int) -> int:
     kbits, rate, padding = head >> 12 & 15, head >> 10 & 3, head >> 9 & 1
     if head >> 21 != 0x7FF or version not in RATE_DIVISORS or layer == 4 or kbits in (0, 15) or rate == 3:
         return 0
-    bits = 1000 * KBITS[V1 if version == MPEG_1 else V2, layer][kbits]
+    kind = V1 if version == MPEG_1 else V2, layer
+    slot = 4 if layer == 1 else 1  # bytes; a frame is of whole slots
+    bytes_a_second = 125 * KBITS[kind][kbits]
     rate = RATES[rate] // RATE_DIVISORS[version]
-    if layer == 1:
-        return (12 * bits // rate + padding) * 4
-    return (72 if layer == 3 and version != MPEG_1 else 144) * bits // rate + padding
+    return (SAMPLES_A_FRAME[kind] * bytes_a_second // (slot * rate) + padding) * slot

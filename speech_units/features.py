@@ -109,29 +109,19 @@ def read_audio(path: Path, where: str, min_samples: int = 1, said_s: float | Non
 
 
 # --- MFCC -----------------------------------------------------------------------------------------
-def mel_filters():
-    """Triangular filters, evenly spaced on the HTK mel scale from 0 to 8000 Hz: (FFT_SIZE // 2 + 1, NUM_MELS)."""
-    import numpy as np
-
-    top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, NUM_MELS + 2) / 2595) - 1)  # Hz
-    frequencies = np.linspace(0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1)[:, None]
-    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
-    return np.maximum(0, np.minimum(rising, falling))
-
-
 def static_mfcc(samples):
-    """Plain MFCC, (frames, NUM_MFCC): pre-emphasis, Hann window, power, mel, natural log, orthonormal DCT-II."""
+    """Plain MFCC, (frames, NUM_MFCC): pre-emphasis, Hann window, power, HTK mel, natural log, orthonormal DCT-II."""
     import numpy as np
     from scipy.fft import dct
+    from transformers.audio_utils import mel_filter_bank
 
+    filters = mel_filter_bank(FFT_SIZE // 2 + 1, NUM_MELS, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
     samples = np.asarray(samples, dtype=np.float64)
     emphasised = np.append(samples[:1] * (1 - PRE_EMPHASIS), samples[1:] - PRE_EMPHASIS * samples[:-1])
     frames = np.lib.stride_tricks.sliding_window_view(emphasised, WINDOW)[::HOP]
     window = np.hanning(WINDOW + 1)[:-1]  # periodic
     power = np.abs(np.fft.rfft(frames * window, FFT_SIZE)) ** 2
-    mels = np.log(np.maximum(power @ mel_filters(), LOG_FLOOR))
+    mels = np.log(np.maximum(power @ filters, LOG_FLOOR))
     return dct(mels, type=2, norm="ortho", axis=1)[:, :NUM_MFCC]
 
 
@@ -152,23 +142,8 @@ def mfcc(samples):
 
 
 # --- HuBERT ---------------------------------------------------------------------------------------
-def pick_device(device: str) -> str:
-    """Resolve "auto": cuda if there is one, else cpu."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}, but PyTorch sees no GPU", "use --device auto or cpu")
-    return device
-
-
 def hubert_config(name: str, layer: int) -> FeatureConfig:
-    """What the model's config says: that it is a HuBERT with such a layer, and how its convolutions cut up audio.
-
-    Raises:
-        UserError: No such model, or it has fewer layers.
-    """
+    """What the model's config, which must be a HuBERT's with such a layer, says: how its convolutions cut up audio."""
     from transformers import AutoConfig
 
     with _loading(name):
@@ -210,7 +185,10 @@ def load_hubert(name: str, layer: int, device: str) -> Callable:
     from transformers import HubertModel
 
     hubert_config(name, layer)
-    device = pick_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}, but PyTorch sees no GPU", "use --device auto or cpu")
     with _loading(name):
         model, loaded = HubertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         model = model.eval().to(device)

@@ -12,14 +12,7 @@ import random
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from speech_units.features import (
-    FeatureConfig,
-    extractor,
-    features_json,
-    fingerprint,
-    hubert_config,
-    read_audio,
-)
+from speech_units.features import FeatureConfig, extractor, features_json, fingerprint, hubert_config, read_audio
 from towerspeech.command import UserError, run
 from towerspeech.files import write_json
 from towerspeech.manifests import duration, read_manifest
@@ -86,11 +79,7 @@ def fit_once(frames, num_units: int, seed: int, **settings) -> Fit:
 
 
 def differing_start(frames, num_units: int, seed: int):
-    """Choose centroids to begin with among frames that differ: (num_units, dim).
-
-    Raises:
-        UserError: There are fewer distinct frames than units.
-    """
+    """Choose centroids to begin with among frames that differ, of which there must be enough: (num_units, dim)."""
     import numpy as np
     from sklearn.cluster import kmeans_plusplus
 
@@ -114,20 +103,15 @@ def cluster(frames, num_units: int, seed: int) -> Fit:
     frames are the same, as in digital silence, it makes more and more centroids the same. So if any centroid is used
     by no frame, k-means is fitted a second time, begun at frames that differ and without that; the better fit is kept.
     On one thread: then the same frames give the same bytes on any number of cores.
-
-    Raises:
-        UserError: There are fewer distinct frames than units, or centroids are the same.
     """
     from threadpoolctl import threadpool_limits
-
-    def quality(fit: Fit) -> tuple[int, float]:
-        return min(fit.used, fit.distinct), -fit.distance
 
     with threadpool_limits(1):
         best = fit_once(frames, num_units, seed)
         if min(best.used, best.distinct) < num_units:
             start = differing_start(frames, num_units, seed)
-            best = max(best, fit_once(frames, num_units, seed, init=start, reassignment_ratio=0), key=quality)
+            other = fit_once(frames, num_units, seed, init=start, reassignment_ratio=0)
+            best = max(best, other, key=lambda fit: (min(fit.used, fit.distinct), -fit.distance))
     if best.distinct < num_units:
         raise UserError(
             f"only {best.distinct:,} of {num_units:,} centroids are distinct",

@@ -9,24 +9,16 @@ Writes, in output_dir: units-00000-of-00001.parquet and so on (id, audio, langua
 shard is finished, or begun anew, by itself: array tasks with --shard N fill one folder together.
 """
 
-import contextlib
+import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from speech_units.features import (
-    SAMPLE_RATE,
-    FeatureConfig,
-    extractor,
-    fingerprint,
-    load_kmeans,
-    read_audio,
-)
+from speech_units.features import SAMPLE_RATE, extractor, fingerprint, load_kmeans, read_audio
 from towerspeech.command import UserError, run
-from towerspeech.files import check_exists
 from towerspeech.manifests import duration, read_manifest
 from towerspeech.stage import Stage, stage
 from towerspeech.units import collapse
@@ -48,69 +40,34 @@ def nearest(frames, centroids) -> list[int]:
     return ids
 
 
-def shard_bounds(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
-    """First row of a shard, and the one after its last."""
-    return num_rows * shard // num_shards, num_rows * (shard + 1) // num_shards
+@functools.cache  # a worker loads the k-means and the model once
+def load(kmeans: Path, device: str) -> tuple:
+    """The k-means' centroids, the settings of its features, and the function that computes them."""
+    centroids, config = load_kmeans(kmeans)
+    return centroids, config, extractor(config, device)
 
 
-def label(row: dict, audio_root: Path, config: FeatureConfig, centroids, extract: Callable) -> dict:
-    """One manifest row as a units row."""
+def label(row: dict, kmeans: Path, audio_root: Path, device: str) -> dict:
+    """One manifest row with what a units row has besides."""
+    centroids, config, extract = load(kmeans, device)
     samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
-    return {
-        "id": row["id"],
-        "audio": row["audio"],
-        "language": row["language"],
-        "duration_s": len(samples) / SAMPLE_RATE,
-        "units": collapse(nearest(extract(samples), centroids)),
-        "text": row["text"],
-    }
+    units = collapse(nearest(extract(samples), centroids))
+    return row | {"duration_s": len(samples) / SAMPLE_RATE, "units": units}
 
 
-# A worker process loads the k-means and the model once, and keeps them here.
-_label_row: Callable | UserError | None = None
-
-
-def _start_worker(kmeans: Path, audio_root: Path, device: str) -> None:
-    global _label_row
-    try:
-        centroids, config = load_kmeans(kmeans)
-        extract = extractor(config, device)
-        _label_row = partial(label, audio_root=audio_root, config=config, centroids=centroids, extract=extract)
-    except UserError as error:
-        _label_row = error  # a pool whose workers fail to start would begin new ones for ever
-
-
-def _work(row: dict) -> dict | UserError:
-    if isinstance(_label_row, UserError):
-        return _label_row
-    try:
-        return _label_row(row)
-    except UserError as error:
-        return error  # raised in the parent: what the user reads must not depend on the number of workers
-
-
-@contextlib.contextmanager
-def labeller(kmeans: Path, audio_root: Path, device: str, num_workers: int) -> Iterator[Callable]:
-    """Give a function from rows to units rows, in order, done by worker processes if more than one."""
+def label_all(rows: list[dict], num_workers: int, **inputs) -> Iterator[dict]:
+    """Label rows in order, by worker processes if more than one."""
+    label_row = partial(label, **inputs)
     if num_workers == 1:
-        _start_worker(kmeans, audio_root, device)
-        yield lambda rows: map(_work, rows)
+        yield from map(label_row, rows)
         return
     # Spawned: CUDA does not survive a fork, and a forked worker would keep the folder's lock.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(num_workers, initializer=_start_worker, initargs=(kmeans, audio_root, device)) as pool:
-        yield lambda rows: pool.imap(_work, rows, chunksize=8)
+    with multiprocessing.get_context("spawn").Pool(num_workers) as workers:
+        yield from workers.imap(label_row, rows, chunksize=8)
 
 
-def write_shard(work: Stage, name: str, labelled: Iterable[dict | UserError], num_rows: int) -> None:
+def write_shard(work: Stage, name: str, rows: list[dict]) -> None:
     """Write one shard of units rows, and say how much speech it holds."""
-    from tqdm import tqdm
-
-    rows = []
-    for row in tqdm(labelled, total=num_rows, desc=name, unit="utt"):
-        if isinstance(row, UserError):
-            raise row
-        rows.append(row)
     with work.publish(f"{name}.parquet") as path:
         write_units(path, rows)
     num_units, seconds = sum(len(row["units"]) for row in rows), sum(row["duration_s"] for row in rows)
@@ -150,26 +107,22 @@ def label_audio(
         raise UserError(f"--num_workers is {num_workers}", "give at least 1")
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
         os.environ.setdefault(variable, "1")
-    check_exists(kmeans, "run speech_units/fit_kmeans.py")
-    num_rows = sum(1 for _ in read_manifest(manifest))
-    with contextlib.ExitStack() as stack:
-        label_rows = None
-        shards = range(num_shards) if shard is None else [shard]
-        left = read_manifest(manifest, audio_root, shard_bounds(num_rows, shards[0], num_shards)[0])
-        for index in shards:
-            name, (start, end) = shard_name(index, num_shards), shard_bounds(num_rows, index, num_shards)
-            spoken = list(islice(left, end - start))
-            arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
-            with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
-                if work.done:
-                    continue
-                if label_rows is None:  # the first shard that is not done yet
-                    load_kmeans(kmeans)  # bad input is found before workers start
-                    if shard is None:
-                        for _ in read_manifest(manifest, audio_root):
-                            pass
-                    label_rows = stack.enter_context(labeller(kmeans, audio_root, device, num_workers))
-                write_shard(work, name, label_rows(spoken), len(spoken))
+    from tqdm import tqdm
+
+    load_kmeans(kmeans)  # bad input is found before workers start
+    num_rows = sum(1 for _ in read_manifest(manifest, audio_root if shard is None else None))
+
+    shards = range(num_shards) if shard is None else [shard]
+    begins = [num_rows * index // num_shards for index in range(num_shards + 1)]  # the first row of each shard
+    left = read_manifest(manifest, audio_root, begins[shards[0]])
+    for index in shards:
+        name = shard_name(index, num_shards)
+        spoken = list(islice(left, begins[index + 1] - begins[index]))
+        arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
+        with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
+            if not work.done:
+                labelled = label_all(spoken, num_workers, kmeans=kmeans, audio_root=audio_root, device=device)
+                write_shard(work, name, list(tqdm(labelled, total=len(spoken), desc=name, unit="utt")))
     print(output_dir)
 
 

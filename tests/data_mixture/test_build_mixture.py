@@ -482,7 +482,7 @@ def encoders(tokenizer_dir, byte_level_dir) -> dict[str, Encoder]:
 def test_encoder_equals_the_tokenizer(encoders, base, rows):
     encoder = encoders[base]
     stand_in = units.to_text([0])
-    batch = [(prompts.speech_document(stand_in if run else "", text), np.array(run, np.uint32)) for run, text in rows]
+    batch = [(prompts.speech_document(stand_in if run else "", text), units.to_text(run)) for run, text in rows]
     got = [ids.tolist() for ids in encoder(batch)]
     texts = documents_of([{"units": run, "text": text} for run, text in rows])
     assert got == [encoder.tokenizer.encode(text, add_special_tokens=False) for text in texts]

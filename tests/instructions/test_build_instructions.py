@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from instructions import build_instructions as script
-from instructions.build_instructions import build_instructions
 from towerspeech import prompts, records, units
 from towerspeech.command import UserError
 from towerspeech.languages import language
@@ -18,6 +17,10 @@ from towerspeech.units_parquet import shard_name, write_units
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TOWERSPEECH_TEST_DATA is not set")
 CODES = {"de": "deu_Latn", "en": "eng_Latn", "zh": "zho_Hans"}
+
+
+def build_instructions(*flags, **named_flags) -> None:
+    script.build_instructions(script.Request(*flags, **named_flags))
 
 
 def write_flores(root: Path, lines: int = 20, splits=("dev", "devtest"), codes=("de", "en", "zh")) -> Path:

@@ -10,14 +10,18 @@ from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
+from instructions import build_instructions as command
 from instructions import read_test_sets as script
-from instructions.build_instructions import build_instructions
 from towerspeech import records
 from towerspeech.command import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TOWERSPEECH_TEST_DATA is not set")
+
+
+def build_instructions(*flags, **named_flags) -> None:
+    command.build_instructions(command.Request(*flags, **named_flags))
 
 
 # --- FLORES in the hub's form ---------------------------------------------------------------------
