@@ -256,7 +256,7 @@ def test_asr_from_units_equals_asr_from_prompts(tmp_path, checkpoints, make_unit
     write_jsonl(tmp_path / "asr/clean.jsonl", rows)
     settings = {"max_new_tokens": 8}
     generate_ASR(checkpoints[:1], tmp_path / "a", units=[folder], **settings)
-    generate(checkpoints[:1], [tmp_path / "asr/clean.jsonl"], tmp_path / "b", **settings)
+    generate_ASR(checkpoints[:1], tmp_path / "b", prompts=[tmp_path / "asr/clean.jsonl"], **settings)
     ours, theirs = (tmp_path / name / "checkpoint-1/asr/clean.jsonl" for name in "ab")
     assert ours.read_bytes() == theirs.read_bytes()
     assert len(read_jsonl(ours)) == 12
@@ -312,6 +312,10 @@ def test_wrong_folders_are_named(tmp_path, model_dir, base_model_dir, make_units
     folder = make_units(tmp_path / "units", 3)
     with pytest.raises(UserError, match="speech_units.json is missing"):
         generate_ASR([base_model_dir], tmp_path / "out", units=[folder])
+    with pytest.raises(UserError, match="either --units or --prompts"):
+        generate_ASR([model_dir], tmp_path / "out")
+    with pytest.raises(UserError, match="--style is of prompts made from units"):
+        generate_ASR([model_dir], tmp_path / "out", prompts=[tmp_path / "p.jsonl"], style="chat")
     with pytest.raises(UserError, match="--data_parallel_size is 0"):
         generate([model_dir], [tmp_path / "p.jsonl"], tmp_path / "out", data_parallel_size=0)
     with pytest.raises(UserError, match="--max_model_len is 513, but the context of"):
