@@ -9,11 +9,11 @@ Writes, in output_dir: units-00000-of-00001.parquet and so on (id, audio, langua
 shard is finished, or begun anew, by itself: array tasks with --shard N fill one folder together.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -55,15 +55,15 @@ def label(row: dict, kmeans: Path, audio_root: Path, device: str) -> dict:
     return row | {"duration_s": len(samples) / SAMPLE_RATE, "units": units}
 
 
-def label_all(rows: list[dict], num_workers: int, **inputs) -> Iterator[dict]:
-    """Label rows in order, by worker processes if more than one."""
-    label_row = partial(label, **inputs)
+@contextlib.contextmanager
+def mapper(num_workers: int) -> Iterator[Callable]:
+    """Give ``map``, by worker processes if more than one."""
     if num_workers == 1:
-        yield from map(label_row, rows)
+        yield map
         return
     # Spawned: CUDA does not survive a fork, and a forked worker would keep the folder's lock.
     with multiprocessing.get_context("spawn").Pool(num_workers) as workers:
-        yield from workers.imap(label_row, rows, chunksize=8)
+        yield functools.partial(workers.imap, chunksize=8)
 
 
 def write_shard(work: Stage, name: str, rows: list[dict]) -> None:
@@ -111,18 +111,23 @@ def label_audio(
 
     load_kmeans(kmeans)  # bad input is found before workers start
     num_rows = sum(1 for _ in read_manifest(manifest, audio_root if shard is None else None))
-
     shards = range(num_shards) if shard is None else [shard]
     begins = [num_rows * index // num_shards for index in range(num_shards + 1)]  # the first row of each shard
     left = read_manifest(manifest, audio_root, begins[shards[0]])
-    for index in shards:
-        name = shard_name(index, num_shards)
-        spoken = list(islice(left, begins[index + 1] - begins[index]))
-        arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
-        with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
-            if not work.done:
-                labelled = label_all(spoken, num_workers, kmeans=kmeans, audio_root=audio_root, device=device)
-                write_shard(work, name, list(tqdm(labelled, total=len(spoken), desc=name, unit="utt")))
+    label_row = functools.partial(label, kmeans=kmeans, audio_root=audio_root, device=device)
+    with contextlib.ExitStack() as stack:
+        map_rows = None
+        for index in shards:
+            name = shard_name(index, num_shards)
+            spoken = list(islice(left, begins[index + 1] - begins[index]))
+            arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
+            with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
+                if work.done:
+                    continue
+                if map_rows is None:  # workers start with the first shard that is not done yet
+                    map_rows = stack.enter_context(mapper(num_workers))
+                labelled = tqdm(map_rows(label_row, spoken), total=len(spoken), desc=name, unit="utt")
+                write_shard(work, name, list(labelled))
     print(output_dir)
 
 
