@@ -18,12 +18,9 @@ The speech is eSpeak NG's (pip install -r tiny/requirements.txt), one of several
 
 import ctypes
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
-import sys
-import traceback
-import wave
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -94,46 +91,26 @@ def speak(text: str, voice: str, rate: int, pitch: int) -> bytes:
 def write_wav(path: Path, samples: bytes) -> None:
     """Resample what eSpeak said to 16 kHz and publish it."""
     import numpy as np
+    from scipy.io import wavfile
     from scipy.signal import resample_poly
 
     at_16_khz = resample_poly(np.frombuffer(samples, dtype=np.int16).astype(np.float64), SAMPLE_RATE, espeak()[1])
-    with publish(path) as temporary, wave.open(str(temporary), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.clip(np.rint(at_16_khz), -32768, 32767).astype("<i2").tobytes())
+    with publish(path) as temporary:
+        wavfile.write(temporary, SAMPLE_RATE, np.clip(np.rint(at_16_khz), -32768, 32767).astype("<i2"))
 
 
-def speak_chunk(chunk: list[tuple]) -> int:
-    """Write those wavs of a chunk (path, text, voice, rate, pitch) that are not there yet; return its length.
+def speak_chunk(chunk: list[tuple]) -> None:
+    """Write those wavs of a chunk (path, text, voice, rate, pitch) that are not there yet.
 
     eSpeak keeps state between utterances: the same words sound slightly different the second time. So a chunk is
-    always spoken whole and in order, by a forked child of a process that has not spoken: the same bytes, whichever
-    worker does it and however often it is begun anew.
+    always spoken whole and in order, by a process that has not spoken: the same bytes, whichever worker does it and
+    however often it is begun anew.
     """
-    if all(os.path.exists(path) for path, *_ in chunk):
-        return len(chunk)
-    import scipy.signal  # noqa: F401  (loaded once, here, and not in every child)
-
-    espeak()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            espeak()[0].espeak_ng_SetRandSeed(ctypes.c_long(0))  # breath noise; else seeded with the time
-            for path, *sound in chunk:
-                samples = speak(*sound)
-                if not os.path.exists(path):
-                    write_wav(Path(path), samples)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)  # never return into the parent's code
-    if os.waitpid(child, 0)[1]:
-        raise RuntimeError(f"speaking the chunk of {chunk[0][0]} failed; its error stands above")
-    return len(chunk)
+    espeak()[0].espeak_ng_SetRandSeed(ctypes.c_long(0))  # breath noise; else seeded with the time
+    for path, *sound in chunk:
+        samples = speak(*sound)
+        if not os.path.exists(path):
+            write_wav(Path(path), samples)
 
 
 def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> list[list[tuple]]:
@@ -147,16 +124,27 @@ def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> lis
 
 
 def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
-    """Speak the chunks in worker processes."""
+    """Speak the chunks, each in a process of its own."""
     from tqdm import tqdm
 
-    # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
-    with (
-        multiprocessing.get_context("spawn").Pool(num_workers) as pool,
-        tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress,
-    ):
-        for count in pool.imap_unordered(speak_chunk, chunks):
-            progress.update(count)
+    # Not forked from this process: a worker would keep the folder's lock after its parent was killed.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny.make_data", "scipy.io.wavfile", "scipy.signal"])
+    left = [chunk for chunk in chunks if not all(os.path.exists(path) for path, *_ in chunk)]
+    speaking = {}
+    with tqdm(total=sum(map(len, left)), desc="speech", unit="wav") as progress:
+        while left or speaking:
+            while left and len(speaking) < num_workers:
+                chunk = left.pop(0)
+                process = context.Process(target=speak_chunk, args=(chunk,), daemon=True)
+                process.start()
+                speaking[process.sentinel] = process, chunk
+            for sentinel in multiprocessing.connection.wait(speaking):
+                process, chunk = speaking.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise RuntimeError(f"speaking the chunk of {chunk[0][0]} failed; its error stands above")
+                progress.update(len(chunk))
 
 
 # --- Text -----------------------------------------------------------------------------------------
