@@ -156,17 +156,14 @@ def make_splits(
     Raises:
         UserError: The grammar has fewer sentences than are asked for.
     """
-    wanted = sum(sizes.values())
-    sentences = list(itertools.islice(grammar.sentences(codes, seed, templates, most), wanted))
-    if len(sentences) < wanted:
+    drawn = grammar.sentences(codes, seed, templates, most)
+    splits = {name: list(itertools.islice(drawn, size)) for name, size in sizes.items()}
+    wanted, given = sum(sizes.values()), sum(map(len, splits.values()))
+    if given < wanted:
         raise UserError(
-            f"{wanted:,} sentences are asked for, the grammar gives {len(sentences):,}",
-            "lower --num_train or --num_text, or allow more --templates or --max_concepts",
+            f"{wanted:,} sentences are asked for, the grammar gives {given:,}",
+            "lower --num_train, or allow more --templates or --max_concepts",
         )
-    splits, start = {}, 0
-    for name, size in sizes.items():
-        splits[name] = sentences[start : start + size]
-        start += size
     return splits
 
 
@@ -193,9 +190,8 @@ def parallel_rows(sentences: list[dict[str, str]]) -> Iterator[dict]:
 
 def write_text(work, splits: dict[str, list[dict[str, str]]]) -> None:
     """Write mono.jsonl, parallel.jsonl and flores/ of ``make_splits``' sentences."""
-    text = splits["train"] + splits["text"]
-    work.counts["mono"] = write_jsonl(work.output_dir / "mono.jsonl", mono_rows(text))
-    work.counts["parallel"] = write_jsonl(work.output_dir / "parallel.jsonl", parallel_rows(text))
+    work.counts["mono"] = write_jsonl(work.output_dir / "mono.jsonl", mono_rows(splits["train"]))
+    work.counts["parallel"] = write_jsonl(work.output_dir / "parallel.jsonl", parallel_rows(splits["train"]))
     for split, name in (("tuning", "dev"), ("test", "devtest")):
         for code in splits[split][0]:
             with work.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
@@ -205,8 +201,6 @@ def write_text(work, splits: dict[str, list[dict[str, str]]]) -> None:
 def write_speech(work, splits: dict[str, list[dict[str, str]]], voices: int, seed: int, num_workers: int) -> None:
     """Write audio/ of ``make_splits``' English sentences."""
     audio, chunks, manifests = work.output_dir / "audio", [], {}
-    for leftover in audio.rglob(".tmp-*"):  # a killed attempt's
-        leftover.unlink(missing_ok=True)
     for split in ("train", "tuning", "test"):
         names = [f"{split}-{number:06d}" for number in range(len(splits[split]))]
         manifests[split] = [
@@ -215,10 +209,9 @@ def write_speech(work, splits: dict[str, list[dict[str, str]]], voices: int, see
         ]
         chunks += speech_chunks(audio, manifests[split], voices, seed)
     speak_all(chunks, num_workers)
-    num_samples = 0
     for split, rows in manifests.items():
         work.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", rows)
-        num_samples += sum(((audio / row["audio"]).stat().st_size - WAV_HEADER_BYTES) // 2 for row in rows)
+    num_samples = sum((path.stat().st_size - WAV_HEADER_BYTES) // 2 for path in audio.glob("*/*.wav"))
     work.counts["audio_hours"] = round(num_samples / SAMPLE_RATE / 3600, 3)
 
 
@@ -227,7 +220,6 @@ def make_data(
     num_train: int = 3000,
     num_tuning: int = 200,
     num_test: int = 200,
-    num_text: int = 0,
     voices: int = 3,
     templates: list[str] | None = None,
     max_concepts: int | None = None,
@@ -239,10 +231,9 @@ def make_data(
 
     Args:
         output_dir: Folder to write.
-        num_train: Training sentences that are spoken.
+        num_train: Training sentences.
         num_tuning: Held-out sentences to choose settings with.
         num_test: Held-out sentences to report on.
-        num_text: Further training sentences that are written only.
         voices: Number of voices, 1 to 8.
         templates: Templates of the grammar to use; default: all.
         max_concepts: Use the first so many concepts of each slot; default: all.
@@ -251,7 +242,7 @@ def make_data(
         overwrite: Replace the folder's content if it was made with other arguments.
     """
     arguments = dict(locals())
-    least = {"num_train": 1, "num_tuning": 1, "num_test": 1, "num_text": 0, "max_concepts": 2, "num_workers": 1}
+    least = {"num_train": 1, "num_tuning": 1, "num_test": 1, "max_concepts": 2, "num_workers": 1}
     for name, value in least.items():
         if arguments[name] is not None and arguments[name] < value:
             raise UserError(f"--{name} is {arguments[name]}", f"give at least {value}")
@@ -267,12 +258,12 @@ def make_data(
             return
         espeak()  # missing: said before any work
         codes = grammar.languages()
-        sizes = {"tuning": num_tuning, "test": num_test, "train": num_train, "text": num_text}
+        sizes = {"tuning": num_tuning, "test": num_test, "train": num_train}
         splits = make_splits(codes, sizes, seed, templates, max_concepts)
         write_text(work, splits)
         write_speech(work, splits, voices, seed, num_workers)
         print(
-            f"{num_train + num_text:,} training sentences in {', '.join(codes)}; "
+            f"{num_train:,} training sentences in {', '.join(codes)}; "
             f"{num_train + num_tuning + num_test:,} spoken, {work.counts['audio_hours']:.2f} h"
         )
     print(output_dir)
