@@ -44,8 +44,8 @@ AUDIO_OUTPUT_SYNCHRONOUS, CHARS_UTF8, RATE, PITCH = 2, 1, 1, 3
 
 # --- Speech ---------------------------------------------------------------------------------------
 @cache
-def espeak() -> tuple:
-    """Load and start eSpeak NG: (library, its sample rate in Hz, chunks that its callback fills, the callback).
+def espeak() -> tuple[ctypes.CDLL, int]:
+    """Load and start eSpeak NG: the library, and its sample rate in Hz.
 
     Raises:
         UserError: espeakng-loader is not installed, or its library does not start.
@@ -61,31 +61,30 @@ def espeak() -> tuple:
     rate = library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
     if rate <= 0:
         raise UserError("eSpeak NG does not start", "pip install --force-reinstall -r tiny/requirements.txt")
-    chunks: list[bytes] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples, count, _events) -> int:
-        if count > 0:
-            chunks.append(ctypes.string_at(samples, 2 * count))
-        return 0  # go on
-
-    library.espeak_SetSynthCallback(collect)
-    return library, rate, chunks, collect  # the callback must outlive the library's use of it
+    return library, rate
 
 
 def speak(text: str, voice: str, rate: int, pitch: int) -> bytes:
     """Synthesise 16-bit mono samples at eSpeak's own sample rate."""
-    library, _, chunks, _ = espeak()
-    chunks.clear()
+    library, _ = espeak()
     text_bytes = text.encode() + b"\0"
+    spoken: list[bytes] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples, count, _events) -> int:
+        if count > 0:
+            spoken.append(ctypes.string_at(samples, 2 * count))
+        return 0  # go on
+
+    library.espeak_SetSynthCallback(collect)
     if library.espeak_SetVoiceByName(voice.encode()):
         raise RuntimeError(f"eSpeak NG has no voice {voice!r}")
     library.espeak_SetParameter(RATE, rate, 0)
     library.espeak_SetParameter(PITCH, pitch, 0)
     library.espeak_Synth(text_bytes, len(text_bytes), 0, 0, 0, CHARS_UTF8, None, None)
-    if not chunks:
+    if not spoken:
         raise RuntimeError(f"eSpeak NG said nothing for {text!r} with voice {voice!r}")
-    return b"".join(chunks)
+    return b"".join(spoken)
 
 
 def write_wav(path: Path, samples: bytes) -> None:
