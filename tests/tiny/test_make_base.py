@@ -9,6 +9,7 @@ from tiny import grammar, make_base
 from towerspeech import prompts
 from towerspeech.command import UserError
 from towerspeech.files import hash_file
+from towerspeech.records import read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,15 @@ def test_ids_are_bos_and_sentencepieces_own(base, line):
     assert tokenizer(line).input_ids == [1, *ids]
     assert tokenizer(line, add_special_tokens=False).input_ids == ids
     assert tokenizer.decode(ids) == reference.decode(ids)
+
+
+def test_all_of_the_text_and_the_prompts_are_bos_and_sentencepieces_own(base, mono):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    lines = [row["text"] for row in read_jsonl(mono)] + make_base.prompt_lines(["de", "en"])
+    assert tokenizer(lines).input_ids == [[1, *ids] for ids in reference.encode(lines)]
 
 
 def test_specials_are_llamas(base):
