@@ -1,9 +1,9 @@
 """Run the whole pipeline in miniature: the pocket language's audio -> units -> ... -> results table and plot.
 
-Usage: python tiny/pipeline.py --output_dir runs/tiny
+Usage: python tiny/pipeline.py --size tiny/ci.yaml --output_dir runs/tiny
 
-Reads the stages' settings, tiny/ci.yaml; runs the same scripts that a cluster runs, one after the other, each shown
-as the command that one would type. What is done is skipped, and what was killed goes on, because every script does so.
+Reads a YAML of stage settings; runs the same scripts that a cluster runs, one after the other, each shown as the
+command that one would type. What is done is skipped, and what was killed goes on, because every script does so.
 Writes everything below output_dir; third-party logs go to files there.
 """
 
@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from towerspeech.command import UserError, run
-from towerspeech.files import hash_file, read_json, write_json
+from towerspeech.files import check_exists, hash_file, read_json, write_json
 from towerspeech.model_folder import checkpoints
 
 REPO = Path(__file__).resolve().parent.parent
-SETTINGS = REPO / "tiny/ci.yaml"
-LIMITS = REPO / "tiny/ci_limits.yaml"
 FINISHED = "finished.json"
 PAIRS = ("de-en", "en-de")
 
@@ -32,10 +30,12 @@ def flags(settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
         words.append(f"--{name}")
-        if isinstance(value, list) and not isinstance(value[0], dict):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, list):
             words += map(str, value)
         else:
-            words.append(str(value) if isinstance(value, str | Path) else json.dumps(value))
+            words.append(str(value).lower() if isinstance(value, bool) else str(value))
     return words
 
 
@@ -141,8 +141,8 @@ class Pipeline:
         inputs = {"model": model, "data": examples / "sft.jsonl", "seed": self.seed}
         self.do("instruction_tuning/train.py", output_dir=self.models / "sft", **inputs, **tuning)
 
-    def evaluate(self) -> None:
-        """Controls, prompts, outputs and scores; on the test split, compared with the limits."""
+    def evaluate(self, limits: Path) -> None:
+        """Controls, prompts, outputs and scores; on the test split, compared with the limits if there are any."""
         test, shuffled = self.units / self.split, self.units / f"{self.split}_shuffled"
         control, results = self.root / "generations/control_nearest", self.root / "results"
         inputs = {"train": self.units / "train", "nearest_dir": control, "test": test, "shuffled_dir": shuffled}
@@ -155,8 +155,8 @@ class Pipeline:
         facts = {"model": "tiny", "mixture": "5to1"}
         self.do("results/score.py", generations=outputs, **facts, output_dir=results / "tiny")
         self.do("results/summarize.py", results=[results], output_dir=self.root / "summary")
-        if self.split == "test":
-            self.do("tiny/check_scores.py", results=results / "tiny", limits=LIMITS)
+        if self.split == "test" and limits.is_file():
+            self.do("tiny/check_scores.py", results=results / "tiny", limits=limits)
 
     def decode(self, style: str, names: list[str], units: list[Path]) -> list[Path]:
         """Have models translate the test sentences and transcribe units, asked in one style; returns the outputs."""
@@ -201,6 +201,7 @@ def finished(root: Path, request: dict) -> bool:
 
 def pipeline(
     output_dir: Path,
+    size: Path = REPO / "tiny/ci.yaml",
     split: Literal["test", "tuning"] = "test",
     seed: int = 0,
     processes: int = 2,
@@ -209,13 +210,15 @@ def pipeline(
 
     Args:
         output_dir: Where everything goes.
+        size: YAML of stage settings.
         split: Sentences to evaluate on. Settings are chosen on tuning alone.
         seed: Seed of initialisation, data order and sampling; the pocket language itself stays.
         processes: Processes of both trainings, under torchrun.
     """
     import yaml
 
-    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    check_exists(size, "name a YAML such as tiny/ci.yaml")
+    settings = yaml.safe_load(size.read_text(encoding="utf-8"))
     root = output_dir.resolve()
     request = {"settings": settings, "split": split, "seed": seed, "processes": processes}
     where = f"Scores: {output_dir}/results/tiny/*.csv; plot: {output_dir}/summary/scores.png"
@@ -229,7 +232,7 @@ def pipeline(
     steps.extend_base()
     steps.pretrain()
     steps.tune()
-    steps.evaluate()
+    steps.evaluate(limits=size.with_name(f"{size.stem}_limits.yaml"))
     write_json(root / FINISHED, {**request, "outputs": score_hashes(root)})
     print(f"\nall done in {steps.runner.seconds()}. {where}")
 
