@@ -18,7 +18,7 @@ The speech is eSpeak NG's (pip install -r tiny/requirements.txt), one of several
 
 import ctypes
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 from collections.abc import Iterator
@@ -98,8 +98,8 @@ def write_wav(path: Path, samples: bytes) -> None:
         wavfile.write(temporary, SAMPLE_RATE, np.clip(np.rint(at_16_khz), -32768, 32767).astype("<i2"))
 
 
-def speak_chunk(chunk: list[tuple]) -> int:
-    """Write those wavs of a chunk (path, text, voice, rate, pitch) that are not there yet; return its length.
+def speak_chunk(chunk: list[tuple]) -> None:
+    """Write those wavs of a chunk (path, text, voice, rate, pitch) that are not there yet.
 
     eSpeak keeps state between utterances: the same words sound slightly different the second time. So a chunk is
     always spoken whole and in order, by a process that has not spoken: the same bytes, whichever worker does it and
@@ -110,7 +110,6 @@ def speak_chunk(chunk: list[tuple]) -> int:
         samples = speak(*sound)
         if not os.path.exists(path):
             write_wav(Path(path), samples)
-    return len(chunk)
 
 
 def speech_chunks(folder: Path, rows: list[dict], voices: int, seed: int) -> list[list[tuple]]:
@@ -131,12 +130,20 @@ def speak_all(chunks: list[list[tuple]], num_workers: int) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny.make_data", "scipy.io.wavfile", "scipy.signal"])
     left = [chunk for chunk in chunks if not all(os.path.exists(path) for path, *_ in chunk)]
-    with (
-        context.Pool(num_workers, maxtasksperchild=1) as pool,
-        tqdm(total=sum(map(len, left)), desc="speech", unit="wav") as progress,
-    ):
-        for count in pool.imap_unordered(speak_chunk, left):
-            progress.update(count)
+    speaking = {}
+    with tqdm(total=sum(map(len, left)), desc="speech", unit="wav") as progress:
+        while left or speaking:
+            while left and len(speaking) < num_workers:
+                chunk = left.pop(0)
+                process = context.Process(target=speak_chunk, args=(chunk,), daemon=True)
+                process.start()
+                speaking[process.sentinel] = process, chunk
+            for sentinel in multiprocessing.connection.wait(speaking):
+                process, chunk = speaking.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise RuntimeError(f"speaking the chunk of {chunk[0][0]} failed; its error stands above")
+                progress.update(len(chunk))
 
 
 # --- Text -----------------------------------------------------------------------------------------
