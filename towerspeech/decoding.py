@@ -91,10 +91,8 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
                 problem = f"{where}: the chat template of {checkpoint} does not take this chat: {error}"
                 raise UserError(problem, "mend the messages") from None
             if len(ids) >= limit:
-                raise UserError(
-                    f"{where}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}",
-                    "use fewer shots or a model with a longer context",
-                )
+                problem = f"{where}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}"
+                raise UserError(problem, "use fewer shots or a model with a longer context")
             encoded[name].append(ids)
     return tokenizer, encoded
 
@@ -106,16 +104,14 @@ def partial_file(output_dir: Path, name: str) -> Path:
 
 def finished_rows(partial: Path, rows: list[dict]) -> dict[str, dict]:
     """Results that an earlier, killed run left, by id. Its last line may be cut off."""
-    results = {}
-    if partial.is_file():
-        hashes = {row["id"]: prompt_hash(row) for row in rows}
-        lines = partial.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        for result in map(json.loads, whole):
-            if hashes.get(result["id"]) == result["prompt_sha256"]:
-                results[result["id"]] = result
-        os.truncate(partial, sum(map(len, whole)))
-    return results
+    if not partial.is_file():
+        return {}
+    hashes = {row["id"]: prompt_hash(row) for row in rows}
+    data = partial.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    os.truncate(partial, len(whole))
+    results = map(json.loads, whole.splitlines())
+    return {result["id"]: result for result in results if hashes.get(result["id"]) == result["prompt_sha256"]}
 
 
 def decode(

@@ -113,11 +113,7 @@ PARALLEL_FIELDS = ("src_lang", "tgt_lang", "source", "target")
 
 
 def iter_parallel(path: Path, required: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """Stream sentence pairs from JSONL, each with its ``file:line``.
-
-    Args:
-        path: The file.
-        required: Fields that every row must have besides ``PARALLEL_FIELDS``.
+    """Stream sentence pairs from JSONL, each with its ``file:line``, and ``required`` fields besides theirs.
 
     Raises:
         UserError: A row lacks a field, its languages are not two of the ten, or a side is no text or spells units.
@@ -214,9 +210,7 @@ def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list
 
     A file in a folder such as 5_shot/, asr/ or st/ keeps that folder's name. Rows without an id get their number.
 
-    Args:
-        files: The files.
-        facts: What rows are about (of METADATA), where they do not say it; else their file's name says it.
+    What rows are about (of METADATA), ``facts`` say where rows do not, else their file's name.
 
     Raises:
         UserError: Malformed rows, ids that repeat, a reference that no output can equal; or two files that would be

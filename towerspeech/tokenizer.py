@@ -32,12 +32,8 @@ def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
     (units from U+F0000 on, in order) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
     order; first_unit_id is None if the units' ids are not in their order).
 
-    Args:
-        tokenizer_dir: The folder.
-        required: If not, a tokenizer without units has num_units 0.
-
     Raises:
-        UserError: The tokenizer knows no units.
+        UserError: The tokenizer knows no units; if they are not ``required``, it has num_units 0.
     """
     path = Path(tokenizer_dir) / "speech_units.json"
     remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
@@ -50,11 +46,7 @@ def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither.
-
-    Raises:
-        UserError: The file is malformed.
-    """
+    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither."""
     if (folder / "tokenizer.json").is_file():
         saved = read_json(folder / "tokenizer.json", "copy it anew", ["model"])
         known = saved["model"]["vocab"]

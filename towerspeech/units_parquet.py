@@ -30,11 +30,7 @@ def write_units(path: Path, rows: list[dict]) -> None:
 
 
 def unit_shards(folder: Path) -> list[Path]:
-    """The shards of a units folder, in order.
-
-    Raises:
-        UserError: There are none, or some of the ``-of-N`` are not there (yet).
-    """
+    """The shards of a units folder, in order; UserError if some of the ``-of-N`` are not there (yet)."""
     check_exists(Path(folder), REMAKE)
     if Path(folder).is_file():
         return [Path(folder)]
@@ -84,11 +80,7 @@ def read_units(folder: Path, num_units: int | None = None) -> Iterator[dict]:
 
 
 def read_unit_texts(folder: Path, num_units: int, offset: int = dsu.OFFSET) -> Iterator[str]:
-    """Stream the utterances of a units folder (or one file) as ``units.to_text`` writes them, as arrays are read.
-
-    Raises:
-        UserError: As ``read_units``.
-    """
+    """Stream the utterances of a units folder (or one file) as ``units.to_text`` writes them, as arrays are read."""
     for units, ends, *_ in read_unit_arrays(folder, num_units):
         yield from dsu.split_units(units, ends, offset)
 
