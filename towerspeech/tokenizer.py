@@ -26,11 +26,11 @@ CHAT_TEMPLATE = (
 
 
 def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
-    """Read what a tokenizer folder knows about units: num_units, offset, first_unit_id, merges, special tokens, sizes.
+    """Read what a tokenizer folder knows about units: num_units, offset, merges, special tokens, sizes.
 
-    Folders of merge_tokenizer.py have it in speech_units.json. Of others it is found in the vocabulary: SpireLM's
-    (units from U+F0000 on, in order) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
-    order; first_unit_id is None if the units' ids are not in their order).
+    Folders of merge_tokenizer.py have it in speech_units.json, with more. Of others it is found in the vocabulary:
+    SpireLM's (units from U+F0000 on) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
+    order).
 
     Raises:
         UserError: The tokenizer knows no units; if they are not ``required``, it has num_units 0.
@@ -79,8 +79,6 @@ def _find_units(folder: Path) -> tuple[dict | None, str]:
             f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
             f"from {' or '.join(map(str, OFFSETS))} on"
         )
-    unit_ids = [ids[chr(char)] for char in chars]
-    in_order = unit_ids == list(range(unit_ids[0], unit_ids[0] + len(chars)))
     # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
     specials = (*SPECIAL_TOKENS, *CHAT_TOKENS)
     special_ids = {ids[token] for token in (*specials, "<pad>") if token in ids}
@@ -90,7 +88,6 @@ def _find_units(folder: Path) -> tuple[dict | None, str]:
     return {
         "num_units": len(chars),
         "offset": chars[0],
-        "first_unit_id": unit_ids[0] if in_order else None,
         "merges": len(pieces) - len(chars),
         "special_tokens": {token: ids[token] for token in specials if token in ids},
         "base_vocab_size": base,
