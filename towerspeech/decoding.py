@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from towerspeech import engine, prompts
+from towerspeech import engine
 from towerspeech.command import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits
@@ -204,7 +204,10 @@ class Generation:
             stream = f"{self.decoding.seed} {name} {row['id']}"
             seed = int(hashlib.sha256(stream.encode()).hexdigest()[:8], 16)
             max_tokens = min(self.decoding.max_new_tokens, self.limit - len(ids))
-            requests.append(engine.Request(key, ids, max_tokens, seed, prompts.stop_strings(chat="messages" in row)))
+            # A completion ends at a newline or at an end-of-sequence id; a chat answer at an id alone. Ids, never
+            # strings such as "<\s>", which the original waited for in vain.
+            stop = [] if "messages" in row else ["\n"]
+            requests.append(engine.Request(key, ids, max_tokens, seed, stop))
         return requests
 
     def engine_arguments(self, requests: list[engine.Request]) -> dict:

@@ -65,11 +65,9 @@ class Stage:
 
     def asked_to_stop(self) -> bool:
         """Whether somebody (sbatch/job.sh, before a time limit) has put STOP into the folder; takes it out."""
-        try:
-            (self.output_dir / STOP).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        asked = (self.output_dir / STOP).is_file()
+        (self.output_dir / STOP).unlink(missing_ok=True)
+        return asked
 
     @contextlib.contextmanager
     def publish(self, name: str = "") -> Iterator[Path]:

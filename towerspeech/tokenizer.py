@@ -39,10 +39,34 @@ def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
     remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
     if path.is_file():
         return read_json(path, remedy)
-    metadata, problem = _find_units(Path(tokenizer_dir))
-    if not metadata and required:
+    ids = vocabulary(Path(tokenizer_dir)) or {}
+    plane, problem = range(OFFSET, OFFSET + MAX_NUM_UNITS), ""
+    pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
+    chars = sorted(ord(token) for token in pieces if len(token) == 1)
+    if not chars:
+        problem = "knows no speech units"
+    elif chars[0] not in OFFSETS or chars[-1] - chars[0] + 1 != len(chars):
+        problem = (
+            f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
+            f"from {' or '.join(map(str, OFFSETS))} on"
+        )
+    if problem and required:
         raise UserError(f"{path} is missing: this tokenizer {problem}", remedy)
-    return metadata or {"num_units": 0, "offset": OFFSET}
+    if problem:
+        return {"num_units": 0, "offset": OFFSET}
+    # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
+    special_tokens = {token: ids[token] for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if token in ids}
+    base = min(pieces.values())
+    while base - 1 in {*special_tokens.values(), ids.get("<pad>")}:
+        base -= 1
+    return {
+        "num_units": len(chars),
+        "offset": chars[0],
+        "merges": len(pieces) - len(chars),
+        "special_tokens": special_tokens,
+        "base_vocab_size": base,
+        "vocab_size": max(ids.values()) + 1,
+    }
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -62,37 +86,6 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
             raise UserError(f"{folder}/tokenizer.model is no SentencePiece model: {error}", "copy it anew") from None
         return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
     return None
-
-
-def _find_units(folder: Path) -> tuple[dict | None, str]:
-    """``read_metadata`` of a folder without speech_units.json, or why there are no units in its vocabulary."""
-    ids = vocabulary(folder)
-    if ids is None:
-        return None, "knows no speech units"
-    plane = range(OFFSET, OFFSET + MAX_NUM_UNITS)
-    pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
-    chars = sorted(ord(token) for token in pieces if len(token) == 1)
-    if not chars:
-        return None, "knows no speech units"
-    if chars[0] not in OFFSETS or chars[-1] - chars[0] + 1 != len(chars):
-        return None, (
-            f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
-            f"from {' or '.join(map(str, OFFSETS))} on"
-        )
-    # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
-    specials = (*SPECIAL_TOKENS, *CHAT_TOKENS)
-    special_ids = {ids[token] for token in (*specials, "<pad>") if token in ids}
-    base = min(pieces.values())
-    while base - 1 in special_ids:
-        base -= 1
-    return {
-        "num_units": len(chars),
-        "offset": chars[0],
-        "merges": len(pieces) - len(chars),
-        "special_tokens": {token: ids[token] for token in specials if token in ids},
-        "base_vocab_size": base,
-        "vocab_size": max(ids.values()) + 1,
-    }, ""
 
 
 def unit_tokens(tokenizer, num_units: int, offset: int = OFFSET) -> dict[int, list[int]]:

@@ -115,11 +115,11 @@ def read_unit_arrays(folder: Path, num_units: int | None, columns: Iterable[str]
                 units = column.flatten().to_numpy(zero_copy_only=False)
                 ends = pc.list_value_length(column).to_numpy().cumsum(dtype="i8")
                 place = functools.partial(_place, shard, first, batch)
-                most = num_units or dsu.MAX_NUM_UNITS
-                if len(units) and (units.min() < 0 or units.max() >= most):  # before any cast
-                    bad = int(((units < 0) | (units >= most)).argmax())
-                    row = int(ends.searchsorted(bad, side="right"))
-                    dsu.check_range([int(units[bad])], most, place(row))
+                most = dsu.MAX_NUM_UNITS if num_units is None else num_units
+                bad = ((units < 0) | (units >= most)).nonzero()[0]  # before any cast
+                if len(bad):
+                    row = int(ends.searchsorted(bad[0], side="right"))
+                    dsu.check_range([int(units[bad[0]])], most, place(row))
                 yield units.astype("<u4"), ends, batch, place
                 first += len(batch)
         except (pa.ArrowException, OSError) as error:
