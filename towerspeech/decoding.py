@@ -127,13 +127,8 @@ def decode(
     A generations row: id, the prompt's metadata, reference, prompt_sha256, text (raw, as decoded), finish_reason
     (stop, length), num_tokens. It carries the reference so that no score can ever use another one.
 
-    Args:
-        checkpoints: Model folders, decoded in turn.
-        load: Function from a checkpoint to its {output file: prompt rows}.
-        output_dir: Folder of the checkpoints' folders.
-        decoding: How to decode.
-        arguments: The command's other arguments.
-        inputs: Names of those arguments that are paths.
+    ``load`` gives a checkpoint's {output file: prompt rows}; ``arguments`` are the command's other ones, of which
+    ``inputs`` are paths.
     """
     for name in ("data_parallel_size", "tensor_parallel_size", "max_new_tokens"):
         if getattr(decoding, name) < 1:

@@ -24,11 +24,8 @@ def speech_rows(
 
     ``source`` is what a score is computed against beside the reference: the transcript of speech that is translated;
     of ASR, which has no such thing, the audio file's path. Styles are original, chat and spire (speech has one
-    template, so the last two are the same).
-
-    Args:
-        wanted: Row numbers, from 1; default: all.
-        targets: The translations by id, if ``tgt_lang`` is not English.
+    template, so the last two are the same); ``wanted`` are row numbers, from 1; ``targets`` the translations by id, if
+    ``tgt_lang`` is not English.
 
     Raises:
         UserError: A row is not English, has no units, transcript or translation, repeats an id, or its transcript
