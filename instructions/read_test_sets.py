@@ -282,17 +282,14 @@ def find_transcriptions(root: Path) -> list[Path]:
 
 def read_transcriptions(path: Path) -> list[tuple[str, dict]]:
     """Read ASR generations, each with its ``file:line``; an empty output is one too."""
-    rows, seen = [], set()
-    for where, row in iter_jsonl(path, ["task", "dataset"], texts=("id", "text", "reference")):
+    rows = []
+    for where, row in iter_jsonl(path, ["task", "dataset"], texts=("id", "text", "reference"), unique_ids=True):
         if row["task"] != "asr":
             raise UserError(
                 f"{where}: task is {row['task']!r}", "a cascade starts from generations of generate_ASR.py"
             )
         check_texts(row, ("id", "reference"), where, blank=False)
-        if row["id"] in seen:
-            raise UserError(f"{where}: id {row['id']!r} repeats", "ids must be unique in a file")
         if rows and row["dataset"] != rows[0][1]["dataset"]:
             raise UserError(f"{where}: data sets {rows[0][1]['dataset']!r} and {row['dataset']!r}", "keep one a file")
-        seen.add(row["id"])
         rows.append((where, row))
     return rows

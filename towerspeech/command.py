@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -51,19 +52,12 @@ def run(function: Callable, settings: type | None = None) -> None:
 
 def _gather(words: list[str], lists: set[str]) -> list[str]:
     """Turn ``--flag a b`` into ``--flag ["a", "b"]`` for the flags of ``lists``."""
-    gathered, position = [], 0
-    while position < len(words):
-        word = words[position]
-        gathered.append(word)
-        position += 1
-        if word in lists:
-            end = position
-            while end < len(words) and not words[end].startswith("--"):
-                end += 1
-            values = words[position:end]
-            if values and not values[0].startswith("["):
-                gathered.append(json.dumps(values))  # jsonargparse makes numbers of them where numbers are wanted
-                position = end
+    gathered: list[str] = []
+    for are_flags, group in itertools.groupby(words, lambda word: word.startswith("--")):
+        values = list(group)
+        if not are_flags and gathered and gathered[-1] in lists and not values[0].startswith("["):
+            values = [json.dumps(values)]  # jsonargparse makes numbers of them where numbers are wanted
+        gathered += values
     return gathered
 
 
@@ -89,10 +83,8 @@ def space_needed(where: Path | None = None) -> Iterator[None]:
     folder = where and next(path for path in (where, *where.parents) if path.is_dir())
     try:
         yield
-    except UserError:
-        raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if not no_space(error, folder):
+        if isinstance(error, UserError) or not no_space(error, folder):
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

@@ -6,18 +6,18 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from towerspeech import engine, prompts
+from towerspeech import engine
 from towerspeech.command import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import METADATA, dumps, prompt_hash, write_jsonl
 from towerspeech.stage import Stage, stage
-from towerspeech.tokenizer import stop_token_ids
+from towerspeech.tokenizer import read_metadata, stop_token_ids
 
 MODEL_FOLDER = "export it with continued_pretraining/export_checkpoint.py"
 CONFIG_FIELDS = ("vocab_size", "max_position_embeddings")
@@ -54,10 +54,7 @@ class Decoding:
 def token_ids(tokenizer, row: dict, mark: Callable[[str], str] = str) -> list[int]:
     """A prompt's ids. A plain instruction begins with BOS, once; a chat begins as in training, without it.
 
-    Args:
-        tokenizer: Of ``text_tokenizer``, where prompts are marked.
-        row: The prompt.
-        mark: Of ``marker``: what the prompt spells is text.
+    With a ``marker`` and its ``text_tokenizer``, what the prompt spells is text.
     """
     if "messages" in row:
         messages = [{**turn, "content": mark(turn["content"])} for turn in row["messages"]]
@@ -66,15 +63,9 @@ def token_ids(tokenizer, row: dict, mark: Callable[[str], str] = str) -> list[in
 
 
 def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows: int):
-    """Load the tokenizer and encode all prompts; refuse any that is too long for the model.
-
-    Returns:
-        The tokenizer, and {output file: [ids of each prompt]}.
-    """
+    """The tokenizer, and {output file: [ids of each prompt]}; none may be too long for the model."""
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
-
-    from towerspeech.tokenizer import read_metadata
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
@@ -100,10 +91,8 @@ def encode(checkpoint: Path, tasks: dict[str, list[dict]], limit: int, num_rows:
                 problem = f"{where}: the chat template of {checkpoint} does not take this chat: {error}"
                 raise UserError(problem, "mend the messages") from None
             if len(ids) >= limit:
-                raise UserError(
-                    f"{where}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}",
-                    "use fewer shots or a model with a longer context",
-                )
+                problem = f"{where}: prompt {row['id']!r} has {len(ids):,} tokens, the model's context is {limit:,}"
+                raise UserError(problem, "use fewer shots or a model with a longer context")
             encoded[name].append(ids)
     return tokenizer, encoded
 
@@ -113,23 +102,16 @@ def partial_file(output_dir: Path, name: str) -> Path:
     return output_dir / f".{name.replace('/', '-')}.partial"
 
 
-def told(reasons: Counter) -> str:
-    """Finish reasons and their counts: 980 stop, 32 length."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), reverse=True))
-
-
 def finished_rows(partial: Path, rows: list[dict]) -> dict[str, dict]:
     """Results that an earlier, killed run left, by id. Its last line may be cut off."""
-    results = {}
-    if partial.is_file():
-        hashes = {row["id"]: prompt_hash(row) for row in rows}
-        lines = partial.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        for result in map(json.loads, whole):
-            if hashes.get(result["id"]) == result["prompt_sha256"]:
-                results[result["id"]] = result
-        os.truncate(partial, sum(map(len, whole)))
-    return results
+    if not partial.is_file():
+        return {}
+    hashes = {row["id"]: prompt_hash(row) for row in rows}
+    data = partial.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    os.truncate(partial, len(whole))
+    results = map(json.loads, whole.splitlines())
+    return {result["id"]: result for result in results if hashes.get(result["id"]) == result["prompt_sha256"]}
 
 
 def decode(
@@ -145,13 +127,8 @@ def decode(
     A generations row: id, the prompt's metadata, reference, prompt_sha256, text (raw, as decoded), finish_reason
     (stop, length), num_tokens. It carries the reference so that no score can ever use another one.
 
-    Args:
-        checkpoints: Model folders, decoded in turn.
-        load: Function from a checkpoint to its {output file: prompt rows}.
-        output_dir: Folder of the checkpoints' folders.
-        decoding: How to decode.
-        arguments: The command's other arguments, for run_info.json.
-        inputs: Names of those arguments that are paths.
+    ``load`` gives a checkpoint's {output file: prompt rows}; ``arguments`` are the command's other ones, of which
+    ``inputs`` are paths.
     """
     for name in ("data_parallel_size", "tensor_parallel_size", "max_new_tokens"):
         if getattr(decoding, name) < 1:
@@ -206,10 +183,8 @@ class Generation:
         self.work.counts["prompts"] = total
         self.work.counts["new_tokens"] = sum(row["num_tokens"] for row in rows)
         self.work.counts["finish_reasons"] = dict(sorted(reasons.items()))
-        print(
-            f"{self.checkpoint.name}: {total:,} generations, finished by {told(reasons)}: {self.work.output_dir}",
-            flush=True,
-        )
+        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        print(f"{self.checkpoint.name}: {total:,} generations, finished by {told}: {self.work.output_dir}", flush=True)
 
     def finish(self, name: str) -> None:
         """Publish a task's file, in the order of its prompts."""
@@ -224,7 +199,10 @@ class Generation:
             stream = f"{self.decoding.seed} {name} {row['id']}"
             seed = int(hashlib.sha256(stream.encode()).hexdigest()[:8], 16)
             max_tokens = min(self.decoding.max_new_tokens, self.limit - len(ids))
-            requests.append(engine.Request(key, ids, max_tokens, seed, prompts.stop_strings(chat="messages" in row)))
+            # A completion ends at a newline or at an end-of-sequence id; a chat answer at an id alone. Ids, never
+            # strings such as "<\s>", which the original waited for in vain.
+            stop = [] if "messages" in row else ["\n"]
+            requests.append(engine.Request(key, ids, max_tokens, seed, stop))
         return requests
 
     def engine_arguments(self, requests: list[engine.Request]) -> dict:
@@ -252,64 +230,48 @@ class Generation:
         return arguments
 
     def decode_missing(self) -> None:
-        """Decode the missing prompts; every result is written to its task's partial file as it comes."""
+        """Decode the missing prompts with vLLM; every result is kept as it comes."""
         from tqdm import tqdm
 
         checkpoint, log = self.checkpoint.name, self.work.output_dir / "vllm.log"
         requests = self.requests()
-        arguments = self.engine_arguments(requests)
-        stop_ids = stop_token_ids(self.tokenizer)
         sampling = {
             "temperature": self.decoding.temperature,
             "top_p": self.decoding.top_p,
-            "stop_token_ids": stop_ids,
+            "stop_token_ids": stop_token_ids(self.tokenizer),
         }
-        undone = Counter(name for name, _ in self.missing)
+        ranks = self.decoding.data_parallel_size
         print(f"{checkpoint}: starting vLLM for {len(requests):,} prompts (its log: {log})", flush=True)
-        started, ready, last, num_tokens, cached = time.monotonic(), None, None, 0, 0
-        with ExitStack() as files, tqdm(total=len(requests), unit=" prompts", desc=checkpoint, mininterval=1) as bar:
-            partials = {}
-            for result in engine.run_engines(requests, arguments, sampling, self.decoding.data_parallel_size, log):
-                if result is None:
-                    if ready is None:
-                        ready = time.monotonic()
-                        bar.reset()  # the rate is that of decoding, not of loading
-                    continue
+        started = time.monotonic()
+        num_tokens, cached = 0, 0
+        with closing(engine.run_engines(requests, self.engine_arguments(requests), sampling, ranks, log)) as results:
+            next(results)  # an engine is up
+            ready = time.monotonic()
+            answers = filter(None, results)  # without the other engines' word that they are up
+            bar = tqdm(answers, desc=checkpoint, total=len(requests), unit=" prompts", mininterval=1)
+            for result in bar:
                 last = time.monotonic()
-                name, i = self.missing[result.key]
-                row = self.result_row(self.tasks[name][i], result)
-                self.results[name][row["id"]] = row
-                if name not in partials:
-                    path = partial_file(self.work.output_dir, name)
-                    partials[name] = files.enter_context(open(path, "a", encoding="utf-8"))
-                partials[name].write(dumps(row) + "\n")
-                partials[name].flush()
+                self.keep(result)
                 num_tokens, cached = num_tokens + result.num_tokens, cached + result.cached
-                bar.set_postfix(tokens_per_s=f"{num_tokens / (time.monotonic() - ready):,.0f}", refresh=False)
-                bar.update()
-                undone[name] -= 1
-                if not undone[name]:
-                    self.finish(name)
-                    reasons = Counter(done["finish_reason"] for done in self.results[name].values())
-                    bar.write(
-                        f"{checkpoint}: {name}: {len(self.tasks[name]):,} generations, finished by {told(reasons)}"
-                    )
-        seconds = last - ready  # of decoding: not of the engine's start and end
-        prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+                bar.set_postfix(tokens_per_s=f"{num_tokens / (last - ready):,.0f}", refresh=False)
         self.work.counts["last_attempt"] = {  # a run that was killed before did a part of the work then
             "start_s": round(ready - started, 1),
-            "decode_s": round(seconds, 1),
+            "decode_s": round(last - ready, 1),  # not the engine's start and end
             "new_tokens": num_tokens,
             "prompts": len(requests),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),
             "cached_tokens": cached,
         }
-        print(
-            f"{checkpoint}: {num_tokens:,} new tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s), "
-            f"after {ready - started:.1f} s of starting; {cached / prompt_tokens:.0%} of {prompt_tokens:,} prompt "
-            "tokens came from the prefix cache",
-            flush=True,
-        )
+
+    def keep(self, result: engine.Result) -> None:
+        """Write a result to its task's partial file; the task's last one finishes it."""
+        name, i = self.missing[result.key]
+        row = self.result_row(self.tasks[name][i], result)
+        with open(partial_file(self.work.output_dir, name), "a", encoding="utf-8") as file:
+            file.write(dumps(row) + "\n")
+        self.results[name][row["id"]] = row
+        if len(self.results[name]) == len(self.tasks[name]):
+            self.finish(name)
 
     @staticmethod
     def result_row(prompt: dict, result: engine.Result) -> dict:

@@ -55,8 +55,9 @@ def run_engines(
 ) -> Iterator[Result | None]:
     """Decode requests with ``ranks`` engines; yield results in order of completion, and None when an engine is up.
 
+    Neighbours share prefixes, as far as prompts do; ranks take turns in them.
+
     Args:
-        requests: Neighbours share prefixes, as far as prompts do; ranks take turns in them.
         engine: Arguments of ``vllm.LLM``.
         sampling: Arguments of ``vllm.SamplingParams`` that all requests share.
         ranks: Engines, each with tensor_parallel_size GPUs (or its share of the CPU's cores).
@@ -150,11 +151,7 @@ def run_engine(sender: Connection, requests: list[Request], engine: dict, sampli
 
 
 def environment(rank: int, ranks: int, gpus: int) -> dict[str, str]:
-    """A rank's share of the machine, as environment variables for its process. Those that are set already win.
-
-    Raises:
-        UserError: CUDA_VISIBLE_DEVICES names fewer GPUs than are wanted.
-    """
+    """A rank's share of the machine, as environment variables for its process. Those that are set already win."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}  # the engine is in our process already
     if on_gpu():
         if ranks > 1:
@@ -176,12 +173,8 @@ def environment(rank: int, ranks: int, gpus: int) -> dict[str, str]:
 def kv_cache_bytes(config: dict, lengths: list[int], ranks: int) -> int:
     """What a CPU engine's cache is to hold: 256 requests (vLLM's own limit), the longest ones, in float32.
 
-    An eighth of the memory at most: the cache is cleared at the start, which takes a second a gigabyte.
-
-    Args:
-        config: The model's config.json.
-        lengths: Tokens of each request, prompt and generation together.
-        ranks: Engines that share the memory.
+    An eighth of the memory at most: the cache is cleared at the start, which takes a second a gigabyte. ``lengths``
+    are tokens of each request, prompt and generation together; ``ranks`` engines share the memory.
     """
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 // ranks
     if not {"num_hidden_layers", "num_attention_heads", "hidden_size"} <= config.keys():
@@ -195,6 +188,6 @@ def kv_cache_bytes(config: dict, lengths: list[int], ranks: int) -> int:
 
 def last_error(log: Path, start: int) -> str:
     """The last line of a log that tells of an error, from byte ``start`` on."""
-    lines = log.read_bytes()[start:].decode(errors="replace").splitlines() if log.is_file() else []
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     told = [line.strip() for line in lines if "Error" in line]
     return told[-1][:300] if told else "no word of why in its log"

@@ -34,16 +34,13 @@ def publish(target: Path) -> Iterator[Path]:
                 for path in [*temporary.rglob("*"), temporary]:
                     sync(path)
                 if target.is_dir():  # a rename cannot replace a folder that holds files
-                    shutil.rmtree(target)
+                    remove(target)
             else:
                 sync(temporary)
             os.replace(temporary, target)
             sync(target.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def remove(path: Path) -> None:

@@ -88,16 +88,13 @@ def read_generations(path: Path, sha256: str, prompts: list[dict] | None = None)
     Raises:
         UserError: A malformed row, a repeated id, rows of two test sets or of other prompts; names file and line.
     """
-    rows, seen = [], set()
-    for where, row in iter_jsonl(path, GENERATED):
+    rows = []
+    for where, row in iter_jsonl(path, GENERATED, unique_ids=True):
         rows.append({**row, "where": where})
         for name in FACTS:
             if row[name] != rows[0][name]:
                 raise UserError(f"{where}: {name} is {row[name]!r}, above {rows[0][name]!r}", "generate anew")
         check_texts(row, ("text", "reference"), where)
-        if row["id"] in seen:
-            raise UserError(f"{where}: id {row['id']!r} is there twice", "generate anew, from unique ids")
-        seen.add(row["id"])
     if prompts is not None:
         check_prompts(path, rows, prompts)
     sources = [row.get("source") for row in rows]

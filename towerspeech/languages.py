@@ -30,11 +30,7 @@ LANGUAGES = {
 
 
 def language(code: str) -> Language:
-    """Look a language up by its ISO 639-1 code.
-
-    Raises:
-        UserError: The code is not one of the ten.
-    """
+    """Look a language up by its ISO 639-1 code, which must be one of the ten."""
     if code not in LANGUAGES:
         raise UserError(f"unknown language {code!r}", f"name one of: {', '.join(LANGUAGES)}")
     return LANGUAGES[code]

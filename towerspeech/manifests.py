@@ -28,15 +28,10 @@ def read_manifest(manifest: Path, audio_root: Path | None = None, start: int = 0
         UserError: A line is malformed or speaks of a part of its recording, an id occurs twice, an audio file is
             missing; names manifest:line.
     """
-    ids: set[str] = set()
-    for number, (where, row) in enumerate(iter_jsonl(manifest, texts=("id", "audio", "language", "text"))):
+    rows = iter_jsonl(manifest, texts=("id", "audio", "language", "text"), unique_ids=True)
+    for number, (where, row) in enumerate(rows):
         _check_whole(row, where)
         check_outside_text(row["text"], where)
-        if row["id"] in ids:  # where it stood is looked up only now: a set of ids alone is small
-            first = next(place for place, other in iter_jsonl(manifest) if other["id"] == row["id"])
-            line = re.search(r"\d+$", first)[0]
-            raise UserError(f"{where}: id {row['id']!r} stands in line {line} already", "make ids unique")
-        ids.add(row["id"])
         if number < start:
             continue
         if audio_root is not None and not os.path.isfile(audio_root / row["audio"]):

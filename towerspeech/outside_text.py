@@ -46,10 +46,8 @@ def marker(tokenizer) -> Callable[[str], str]:
 def text_tokenizer(tokenizer):
     """Copy a fast tokenizer so that marks leave no trace; texts without control tokens get the very same ids.
 
-    The copy is for encoding alone: save the original.
-
-    Raises:
-        UserError: It is no fast tokenizer, or makes a control token of its mere characters.
+    The copy is for encoding alone: save the original. A tokenizer that is not fast, or that makes a control token of
+    its mere characters, is refused.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path} is no fast tokenizer", "it needs a tokenizer.json")
@@ -65,8 +63,7 @@ def text_tokenizer(tokenizer):
         if token["content"] in controls:
             token["normalized"] = False  # looked for before the marks are taken out
     if merges := saved["model"].get("merges"):
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-        saved["model"]["merges"] = [list(pair) for pair in pairs if "".join(pair) not in controls]
+        saved["model"]["merges"] = [pair for pair in merges if "".join(pair) not in controls]
     made = copy.copy(tokenizer)
     made._tokenizer = Tokenizer.from_str(json.dumps(saved))
     mark, ids = marker(tokenizer), set(tokenizer.convert_tokens_to_ids(tokens))
@@ -91,15 +88,9 @@ def check_outside_text(text: str, where: str) -> None:
 def check_units(text: str, task: str | None, num_units: int, offset: int, where: str) -> None:
     """Check the speech units in a text that may hold some: a prompt, or a turn of a chat.
 
-    Args:
-        text: The text.
-        task: The row's task; where it is no speech task, or none is named, units must follow ``Speech:``.
-        num_units: The tokenizer's; 0 if it knows no units.
-        offset: Code point of its unit 0.
-        where: Names file and row.
-
     Raises:
-        UserError: A character of plane 15 is none of the tokenizer's units, or one of a text that is not speech.
+        UserError: A character of plane 15 is none of the tokenizer's ``num_units`` units, of which 0 has the code
+            point ``offset``; or one does not follow ``Speech:``, and the row's task is no speech task.
     """
     for char in {*PLANE_15.findall(text)}:
         if not offset <= ord(char) < offset + num_units:

@@ -1,4 +1,4 @@
-"""Every prompt template and stop rule, once.
+"""Every prompt template, once.
 
 ``original`` marks templates that must equal the original TowerSpeech's byte for byte; ``P`` those of
 SpireLM's paper (arXiv 2503.10620, table 1); ``S`` those of its repository, utter-project/SpireLM, file
@@ -68,14 +68,6 @@ def prompt_row(style: str, row_id: str, instruction: str, output: str, **facts) 
     if style != "original":
         asked = {"messages": [{"role": "user", "content": instruction}]}
     return {"id": row_id, **asked, "output": output, **facts}
-
-
-# --- Stop rules -----------------------------------------------------------------------------------
-# A completion ends at a newline or at an end-of-sequence id; a chat answer at an id alone. Ids, never
-# strings such as "<\s>", which the original waited for in vain.
-def stop_strings(chat: bool) -> list[str]:
-    """Strings that end a generation; they are left out of its text."""
-    return [] if chat else ["\n"]
 
 
 def check_reference(reference: str, where: str) -> None:

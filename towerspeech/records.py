@@ -17,7 +17,9 @@ from towerspeech.prompts import check_reference
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is half a character, or half of a pair
 
 
-def iter_jsonl(path: Path, required: Sequence[str] = (), texts: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+def iter_jsonl(
+    path: Path, required: Sequence[str] = (), texts: Sequence[str] = (), unique_ids: bool = False
+) -> Iterator[tuple[str, dict]]:
     """Stream the rows of a JSONL file, each with its ``file:line``. Blank lines are passed over.
 
     Args:
@@ -25,12 +27,13 @@ def iter_jsonl(path: Path, required: Sequence[str] = (), texts: Sequence[str] = 
             is read whole.
         required: Fields that every row must have.
         texts: Fields that every row must have, as strings.
+        unique_ids: Whether a row's id must be no other row's.
 
     Raises:
-        UserError: The file is missing, empty or malformed, a row lacks a field, or has something else where a text is
-            wanted; names file and line.
+        UserError: The file is missing, empty or malformed, a row lacks a field, has something else where a text is
+            wanted, or an earlier row's id; names file and line.
     """
-    path, fields = _file(path), [*required, *texts]
+    path, fields, ids = _file(path), [*required, *texts], set()
     number_of_rows = 0
     for where, row in _json_rows(path):
         if not isinstance(row, dict):
@@ -39,6 +42,11 @@ def iter_jsonl(path: Path, required: Sequence[str] = (), texts: Sequence[str] = 
             if name not in row:
                 raise UserError(f"{where}: field {name!r} is missing", f"every row needs: {', '.join(fields)}")
         check_texts(row, texts, where)
+        if unique_ids:
+            if row["id"] in ids:  # where it stood is looked up only now: a set of ids alone is small
+                first = next(place for place, other in _json_rows(path) if other["id"] == row["id"])
+                raise UserError(f"{where}: id {row['id']!r} is there twice, first at {first}", "make ids unique")
+            ids.add(row["id"])
         yield where, row
         number_of_rows += 1
     if not number_of_rows:
@@ -113,11 +121,7 @@ PARALLEL_FIELDS = ("src_lang", "tgt_lang", "source", "target")
 
 
 def iter_parallel(path: Path, required: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """Stream sentence pairs from JSONL, each with its ``file:line``.
-
-    Args:
-        path: The file.
-        required: Fields that every row must have besides ``PARALLEL_FIELDS``.
+    """Stream sentence pairs from JSONL, each with its ``file:line``, and ``required`` fields besides theirs.
 
     Raises:
         UserError: A row lacks a field, its languages are not two of the ten, or a side is no text or spells units.
@@ -214,9 +218,7 @@ def read_prompts(files: list[Path], facts: dict | None = None) -> dict[str, list
 
     A file in a folder such as 5_shot/, asr/ or st/ keeps that folder's name. Rows without an id get their number.
 
-    Args:
-        files: The files.
-        facts: What rows are about (of METADATA), where they do not say it; else their file's name says it.
+    What rows are about (of METADATA), ``facts`` say where rows do not, else their file's name.
 
     Raises:
         UserError: Malformed rows, ids that repeat, a reference that no output can equal; or two files that would be

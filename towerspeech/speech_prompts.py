@@ -23,17 +23,9 @@ def speech_rows(
     """The prompts of a units folder, in the order of its rows: ASR, or direct speech translation into ``tgt_lang``.
 
     ``source`` is what a score is computed against beside the reference: the transcript of speech that is translated;
-    of ASR, which has no such thing, the audio file's path.
-
-    Args:
-        folder: Units Parquet.
-        dataset: Name of the test set.
-        style: original, chat or spire (speech has one template, so the last two are the same).
-        offset: Code point of unit 0.
-        num_units: If given, every id must lie below it.
-        wanted: Row numbers, from 1; default: all.
-        tgt_lang: Language to write.
-        targets: The translations by id, if it is not English.
+    of ASR, which has no such thing, the audio file's path. Styles are original, chat and spire (speech has one
+    template, so the last two are the same); ``wanted`` are row numbers, from 1; ``targets`` the translations by id, if
+    ``tgt_lang`` is not English.
 
     Raises:
         UserError: A row is not English, has no units, transcript or translation, repeats an id, or its transcript

@@ -56,21 +56,18 @@ class Stage:
         self.output_dir = output_dir
         self.part = part  # "" for a stage that owns its folder, else the beginning of its files' names
         self.request = request  # stage, arguments and inputs' hashes: what decides the output
+        self.note = output_dir / (f".{part}{UNFINISHED}" if part else UNFINISHED)
+        self.lock = output_dir / f".{part or 'folder'}.lock"
+        self.run_info = output_dir / (f"{part}.{RUN_INFO}" if part else RUN_INFO)
         self.done = False
         self.resumed = False
         self.counts: dict = {}
 
     def asked_to_stop(self) -> bool:
         """Whether somebody (sbatch/job.sh, before a time limit) has put STOP into the folder; takes it out."""
-        try:
-            (self.output_dir / STOP).unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
-    def own(self, name: str) -> Path:
-        """The path of a file of ours in the output folder, told apart from other parts' files."""
-        return self.output_dir / (f"{self.part}.{name}" if self.part else name)
+        asked = (self.output_dir / STOP).is_file()
+        (self.output_dir / STOP).unlink(missing_ok=True)
+        return asked
 
     @contextlib.contextmanager
     def publish(self, name: str = "") -> Iterator[Path]:
@@ -149,17 +146,17 @@ def stage(
         "inputs": {name: [hash_path(path) for path in _paths(arguments[name])] for name in inputs},
     }
     work = Stage(output_dir, part, request)
-    with locked(output_dir / f".{part or 'folder'}.lock"):
+    with locked(work.lock):
         _admit(work, bool(arguments.get("overwrite")), late)
         if work.done:
             print(f"already done: {output_dir}{f' ({part})' if part else ''}", flush=True)
             yield work
             return
-        write_json(_note(work), request)
+        write_json(work.note, request)
         started = time.time()
         yield work
         write_json(
-            work.own(RUN_INFO),
+            work.run_info,
             {
                 **request,
                 "settings": _plain({name: arguments[name] for name in ignore}),
@@ -172,7 +169,7 @@ def stage(
                 "outputs": {str(path.relative_to(output_dir)): hash_file(path) for path in work.outputs()},
             },
         )
-        _note(work).unlink()
+        work.note.unlink()
 
 
 def _paths(value) -> list[Path]:
@@ -186,30 +183,23 @@ def _plain(value):
     return json.loads(json.dumps(value, default=lambda v: asdict(v) if is_dataclass(v) else str(v)))
 
 
-def _note(work: Stage) -> Path:
-    return work.output_dir / (f".{work.part}{UNFINISHED}" if work.part else UNFINISHED)
-
-
-def _admit(work: Stage, overwrite: bool, late: Sequence[str] = ()) -> None:
+def _admit(work: Stage, overwrite: bool, late: Sequence[str]) -> None:
     """Decide between new, resumed and done; refuse a folder that holds anything else."""
-    notes = [path for path in (work.own(RUN_INFO), _note(work)) if path.is_file()]
+    notes = [path for path in (work.run_info, work.note) if path.is_file()]
     if not notes:
-        foreign = work.files()
-        if foreign:
+        if foreign := work.files():
             raise UserError(
                 f"{work.output_dir} already holds {foreign[0].name}, which this stage did not write",
                 "name another --output_dir",
             )
     else:
         earlier = read_json(notes[0], "remove this folder, or name another --output_dir")
-        finished = notes[0].name.endswith(RUN_INFO)
+        finished = notes[0] == work.run_info
         differing = _differences(earlier, work.request, () if finished else late)
         if not differing and finished:
-            for name in earlier["outputs"]:
-                if not (work.output_dir / name).is_file():
-                    differing.append(f"{name} is gone")
-            work.done = not differing
+            differing = [f"{name} is gone" for name in earlier["outputs"] if not (work.output_dir / name).is_file()]
         work.resumed = not differing
+        work.done = finished and not differing
         begun = [path for path in _hidden(work) if not path.name.startswith(".tmp-")]
         nothing_yet = not finished and not begun and all(path.suffix == ".log" for path in work.files())
         another = earlier.get("stage") != work.request["stage"]  # never overwritten: a mistyped folder
@@ -220,7 +210,7 @@ def _admit(work: Stage, overwrite: bool, late: Sequence[str] = ()) -> None:
             )
         if differing:
             if finished:  # first, so that a half-emptied folder is never taken for a finished one
-                os.replace(notes[0], _note(work))
+                os.replace(work.run_info, work.note)
             for path in [*work.files(), *_hidden(work)]:
                 remove(path)
     # What a killed attempt left; we hold the lock, so nobody writes to it.
@@ -231,11 +221,11 @@ def _admit(work: Stage, overwrite: bool, late: Sequence[str] = ()) -> None:
 
 def _hidden(work: Stage) -> list[Path]:
     """Work in progress that a stage keeps in its folder under hidden names, but not lock and note."""
-    kept = {_note(work).name, f".{work.part or 'folder'}.lock"}
-    return [path for path in work.output_dir.glob(f".{work.part}.*" if work.part else ".*") if path.name not in kept]
+    hidden = work.output_dir.glob(f".{work.part}.*" if work.part else ".*")
+    return [path for path in hidden if path not in (work.note, work.lock)]
 
 
-def _differences(earlier: dict, wanted: dict, skipped: Sequence[str] = ()) -> list[str]:
+def _differences(earlier: dict, wanted: dict, skipped: Sequence[str]) -> list[str]:
     if earlier.get("stage") != wanted["stage"]:
         return [f"it is the output of {earlier.get('stage', 'something else')}"]
     differing = []

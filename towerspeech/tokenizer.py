@@ -26,35 +26,51 @@ CHAT_TEMPLATE = (
 
 
 def read_metadata(tokenizer_dir: Path, required: bool = True) -> dict:
-    """Read what a tokenizer folder knows about units: num_units, offset, first_unit_id, merges, special tokens, sizes.
+    """Read what a tokenizer folder knows about units: num_units, offset, merges, special tokens, sizes.
 
-    Folders of merge_tokenizer.py have it in speech_units.json. Of others it is found in the vocabulary: SpireLM's
-    (units from U+F0000 on, in order) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
-    order; first_unit_id is None if the units' ids are not in their order).
-
-    Args:
-        tokenizer_dir: The folder.
-        required: If not, a tokenizer without units has num_units 0.
+    Folders of merge_tokenizer.py have it in speech_units.json, with more. Of others it is found in the vocabulary:
+    SpireLM's (units from U+F0000 on) and the original TowerSpeech's (from 990000 on, with BPE pieces over them, in any
+    order).
 
     Raises:
-        UserError: The tokenizer knows no units.
+        UserError: The tokenizer knows no units; if they are not ``required``, it has num_units 0.
     """
     path = Path(tokenizer_dir) / "speech_units.json"
     remedy = "make one with train_bpe_tokenizer/merge_tokenizer.py"
     if path.is_file():
         return read_json(path, remedy)
-    metadata, problem = _find_units(Path(tokenizer_dir))
-    if not metadata and required:
+    ids = vocabulary(Path(tokenizer_dir)) or {}
+    plane, problem = range(OFFSET, OFFSET + MAX_NUM_UNITS), ""
+    pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
+    chars = sorted(ord(token) for token in pieces if len(token) == 1)
+    if not chars:
+        problem = "knows no speech units"
+    elif chars[0] not in OFFSETS or chars[-1] - chars[0] + 1 != len(chars):
+        problem = (
+            f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
+            f"from {' or '.join(map(str, OFFSETS))} on"
+        )
+    if problem and required:
         raise UserError(f"{path} is missing: this tokenizer {problem}", remedy)
-    return metadata or {"num_units": 0, "offset": OFFSET}
+    if problem:
+        return {"num_units": 0, "offset": OFFSET}
+    # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
+    special_tokens = {token: ids[token] for token in (*SPECIAL_TOKENS, *CHAT_TOKENS) if token in ids}
+    base = min(pieces.values())
+    while base - 1 in {*special_tokens.values(), ids.get("<pad>")}:
+        base -= 1
+    return {
+        "num_units": len(chars),
+        "offset": chars[0],
+        "merges": len(pieces) - len(chars),
+        "special_tokens": special_tokens,
+        "base_vocab_size": base,
+        "vocab_size": max(ids.values()) + 1,
+    }
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither.
-
-    Raises:
-        UserError: The file is malformed.
-    """
+    """All tokens of a folder's tokenizer.json, else tokenizer.model, with their ids; None if it has neither."""
     if (folder / "tokenizer.json").is_file():
         saved = read_json(folder / "tokenizer.json", "copy it anew", ["model"])
         known = saved["model"]["vocab"]
@@ -70,40 +86,6 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
             raise UserError(f"{folder}/tokenizer.model is no SentencePiece model: {error}", "copy it anew") from None
         return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
     return None
-
-
-def _find_units(folder: Path) -> tuple[dict | None, str]:
-    """``read_metadata`` of a folder without speech_units.json, or why there are no units in its vocabulary."""
-    ids = vocabulary(folder)
-    if ids is None:
-        return None, "knows no speech units"
-    plane = range(OFFSET, OFFSET + MAX_NUM_UNITS)
-    pieces = {token: index for token, index in ids.items() if token and all(ord(char) in plane for char in token)}
-    chars = sorted(ord(token) for token in pieces if len(token) == 1)
-    if not chars:
-        return None, "knows no speech units"
-    if chars[0] not in OFFSETS or chars[-1] - chars[0] + 1 != len(chars):
-        return None, (
-            f"has {len(chars)} characters of plane 15 from {chars[0]} to {chars[-1]}, but units follow one another "
-            f"from {' or '.join(map(str, OFFSETS))} on"
-        )
-    unit_ids = [ids[chr(char)] for char in chars]
-    in_order = unit_ids == list(range(unit_ids[0], unit_ids[0] + len(chars)))
-    # The new tokens begin with the special ones right below the units; the original had a <pad> among its own.
-    specials = (*SPECIAL_TOKENS, *CHAT_TOKENS)
-    special_ids = {ids[token] for token in (*specials, "<pad>") if token in ids}
-    base = min(pieces.values())
-    while base - 1 in special_ids:
-        base -= 1
-    return {
-        "num_units": len(chars),
-        "offset": chars[0],
-        "first_unit_id": unit_ids[0] if in_order else None,
-        "merges": len(pieces) - len(chars),
-        "special_tokens": {token: ids[token] for token in specials if token in ids},
-        "base_vocab_size": base,
-        "vocab_size": max(ids.values()) + 1,
-    }, ""
 
 
 def unit_tokens(tokenizer, num_units: int, offset: int = OFFSET) -> dict[int, list[int]]:

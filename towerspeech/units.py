@@ -21,11 +21,7 @@ def to_text(units: Iterable[int], offset: int = OFFSET) -> str:
 
 
 def from_text(text: str, num_units: int, offset: int = OFFSET) -> list[int]:
-    """Read unit ids back from ``to_text``'s characters.
-
-    Raises:
-        UserError: A character is no unit below ``num_units``.
-    """
+    """Read unit ids back from ``to_text``'s characters, each of which must be a unit below ``num_units``."""
     units = [ord(char) - offset for char in text]
     check_range(units, num_units, "text")
     return units
@@ -36,11 +32,11 @@ def collapse(units: Sequence[int]) -> list[int]:
     return [unit for unit, _ in groupby(units)]
 
 
-def check_num_units(num_units: int, offset: int = OFFSET) -> None:
-    """Raise UserError unless so many units have a character each: 2 to MAX_NUM_UNITS, or fewer at another offset."""
-    most = OFFSET + MAX_NUM_UNITS - offset
-    if not 2 <= num_units <= most:
-        raise UserError(f"--num_units is {num_units:,}", f"give 2 to {most:,}, for which plane 15 has characters")
+def check_num_units(num_units: int) -> None:
+    """Raise UserError unless so many units have a character each: 2 to MAX_NUM_UNITS."""
+    if not 2 <= num_units <= MAX_NUM_UNITS:
+        remedy = f"give 2 to {MAX_NUM_UNITS:,}, for which plane 15 has characters"
+        raise UserError(f"--num_units is {num_units:,}", remedy)
 
 
 def check_range(units: Sequence[int], num_units: int, where: str) -> None:

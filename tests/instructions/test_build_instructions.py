@@ -592,7 +592,7 @@ def test_5_shot_cascades_and_their_pool(tmp_path):
     ("changes", "message"),
     [
         ({"task": "mt"}, r"fleurs\.jsonl:2: task is 'mt'"),
-        ({"id": "u0"}, r"fleurs\.jsonl:2: id 'u0' repeats"),
+        ({"id": "u0"}, r"fleurs\.jsonl:2: id 'u0' is there twice, first at .*fleurs\.jsonl:1"),
         ({"id": "u9"}, r"fleurs\.jsonl:2: no translation of 'u9' into de"),
         ({"reference": None}, r"fleurs\.jsonl:2: it has no reference, but a text is wanted"),
         ({"reference": " "}, r"fleurs\.jsonl:2: its reference is blank"),

@@ -79,7 +79,6 @@ def test_stop_rules():
     def tokenizer(eos, **vocabulary):
         return SimpleNamespace(eos_token_id=eos, get_vocab=lambda: vocabulary)
 
-    assert prompts.stop_strings(chat=False) == ["\n"] and prompts.stop_strings(chat=True) == []
     assert stop_token_ids(tokenizer(2, a=0)) == [2]
     assert stop_token_ids(tokenizer(2, **{"<EOD>": 9, "<|im_end|>": 7})) == [2, 7, 9]
     assert stop_token_ids(tokenizer(None, **{"<|im_end|>": 7})) == [7]

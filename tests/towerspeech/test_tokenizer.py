@@ -56,7 +56,6 @@ def spire_pieces():
     return [*SPECIAL_TOKENS, *units.to_text(range(50)), *CHAT_TOKENS], {
         "num_units": 50,
         "offset": 0xF0000,
-        "first_unit_id": 405,
         "merges": 0,
         "special_tokens": dict(zip(SPECIAL_TOKENS, range(400, 405), strict=True))
         | {"<|im_end|>": 455, "<|im_start|>": 456},
@@ -73,7 +72,6 @@ def original_pieces():
     return ["<pad>", *pieces], {
         "num_units": 50,
         "offset": 990000,
-        "first_unit_id": None,
         "merges": 4,
         "special_tokens": {},
         "base_vocab_size": 400,
