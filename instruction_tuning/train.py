@@ -23,19 +23,16 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from instruction_tuning.checkpoints import is_last, newest_checkpoint, own_checkpoints
-from instruction_tuning.dataset import count_tokens, make_dataset, read_conversations
+from instruction_tuning.dataset import Prepared, lengths, make_dataset, read_conversations
 from towerspeech.command import UserError, quiet, run
 from towerspeech.files import check_exists, remove, write_json
 from towerspeech.model_folder import NOT_SAVED, check_tokenizer_fits, copy_files
 from towerspeech.processes import Processes
 from towerspeech.stage import RUN_INFO, stage
 from towerspeech.tokenizer import IM_END, read_metadata
-
-if TYPE_CHECKING:  # it imports big libraries, which --help does without
-    from instruction_tuning.trainer import Prepared
 
 
 # --- Before a model is loaded ---------------------------------------------------------------------
@@ -90,12 +87,11 @@ def make_sft_config(settings: dict[str, Any], sft: dict[str, Any], tokenizer, co
 
 def prepare(
     model: Path, data: Path, output_dir: Path, sft: dict[str, Any], seed: int = 0, show: bool = True
-) -> "Prepared":
+) -> Prepared:
     """Check settings, model folder and data, and tokenize; raises UserError, loads no weights."""
     check_exists(model, "give --model the folder of an extended model")
     check_exists(data, "run instruction_tuning/build_sft_data.py")
     from instruction_tuning.settings import check_settings
-    from instruction_tuning.trainer import Prepared
 
     settings = check_settings(sft)
     check_exists(model / "config.json", "make the model folder with train_bpe_tokenizer/extend_model.py")
@@ -118,7 +114,7 @@ def prepare(
 
 # --- Training -------------------------------------------------------------------------------------
 def tune(
-    model: Path, prepared: "Prepared", checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]
+    model: Path, prepared: Prepared, checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]
 ) -> dict | None:
     """Train from ``checkpoint``, or from the start.
 
@@ -143,7 +139,7 @@ def tune(
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
-def save_model(state_dict: dict, prepared: "Prepared", source: Path, folder: Path) -> None:
+def save_model(state_dict: dict, prepared: Prepared, source: Path, folder: Path) -> None:
     """Write the finished model folder, in the source model's dtype.
 
     Args:
@@ -215,13 +211,13 @@ def train(
     processes.leave()
 
 
-def tune_and_save(model: Path, prepared: "Prepared", output_dir: Path, processes: Processes, work) -> None:
+def tune_and_save(model: Path, prepared: Prepared, output_dir: Path, processes: Processes, work) -> None:
     """Go on from the newest checkpoint to the finished model folder; ``work`` is the first process's stage."""
     first = processes.rank == 0
-    checkpoint = processes.agree(newest_checkpoint(output_dir, processes.world) if first else None)
+    checkpoint = processes.agree(newest_checkpoint(output_dir) if first else None)
     if first:
         print(json.dumps(prepared.settings, indent=1))
-        print(f"{len(prepared.dataset):,} examples, {count_tokens(prepared.dataset):,} tokens")
+        print(f"{len(prepared.dataset):,} examples, {lengths(prepared.dataset).sum():,} tokens")
         if checkpoint:
             print(f"going on from {checkpoint}", flush=True)
 
@@ -231,13 +227,12 @@ def tune_and_save(model: Path, prepared: "Prepared", output_dir: Path, processes
     with quiet(output_dir / "train.log") as terminal:
         weights = tune(model, prepared, checkpoint, terminal if first else None, asked_to_stop)
     if weights is None:
-        processes.wait()  # until each has written its part of the checkpoint
-        saved = processes.on_first(lambda: newest_checkpoint(output_dir, processes.world))
+        saved = processes.on_first(lambda: newest_checkpoint(output_dir))
         processes.stop(UserError(f"asked to stop: saved {saved}", "run this again, and it goes on from there"))
     if first:
         with work.publish() as folder:
             save_model(weights, prepared, model, folder)
-        work.counts.update(examples=len(prepared.dataset), tokens=count_tokens(prepared.dataset))
+        work.counts.update(examples=len(prepared.dataset), tokens=int(lengths(prepared.dataset).sum()))
         print(f"wrote {output_dir}")
 
 
