@@ -209,10 +209,8 @@ class Run:
         self.steps = math.ceil(self.data.num_windows / settings.global_batch_size)
         self.kept_steps = sorted({*(settings.keep_steps or []), self.steps})
         if self.kept_steps[-1] > self.steps or self.kept_steps[0] < 1:
-            raise UserError(
-                f"--keep_steps {settings.keep_steps} lies outside the run's 1..{self.steps} steps",
-                "change --keep_steps",
-            )
+            problem = f"--keep_steps {settings.keep_steps} lies outside the run's 1..{self.steps} steps"
+            raise UserError(problem, "change --keep_steps")
 
     def go(self) -> None:
         """Train until the mixture's budget is spent, or until asked to stop."""
@@ -320,7 +318,7 @@ class Run:
 
         dist.all_reduce(self.loss_sum)
         mean_loss = self.loss_sum.item() / self.targets
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        norm = norm.full_tensor().item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise UserError(
                 f"at step {self.step} the loss is {mean_loss}, the gradient's norm {norm}",
@@ -349,12 +347,8 @@ class Run:
     def stop(self) -> None:
         """End before the last step."""
         self.progress.close()
-        saved = f"{self.output_dir}/checkpoint-{self.step}"
-        self.processes.stop(
-            UserError(
-                f"asked to stop: saved {saved} of {self.steps:,} steps", "run this again, and it goes on from there"
-            )
-        )
+        problem = f"asked to stop: saved {self.output_dir}/checkpoint-{self.step} of {self.steps:,} steps"
+        self.processes.stop(UserError(problem, "run this again, and it goes on from there"))
 
     def finish(self) -> None:
         """Say what has been done."""

@@ -109,15 +109,12 @@ def make_dataset(places: list[str], chats: list[list[dict]], tokenizer, max_leng
 
     text_only, mark = text_tokenizer(tokenizer), marker(tokenizer)
     columns = {"input_ids": [], "labels": []}
-    with tqdm(total=len(chats), desc="tokenizing", unit=" examples", disable=not show) as bar:
-        for start in range(0, len(chats), ENCODE_ROWS):
-            batch = slice(start, start + ENCODE_ROWS)
-            marked = [
-                [{"role": turn["role"], "content": mark(turn["content"])} for turn in chat] for chat in chats[batch]
-            ]
-            for column, rows in zip(columns.values(), encode(text_only, marked, places[batch]), strict=True):
-                column.append(pa.array(rows, pa.list_(pa.int32())))
-            bar.update(len(marked))
+    starts = range(0, len(chats), ENCODE_ROWS)
+    for start in tqdm(starts, desc="tokenizing", unit=" examples", unit_scale=ENCODE_ROWS, disable=not show):
+        batch = slice(start, start + ENCODE_ROWS)
+        marked = [[{"role": turn["role"], "content": mark(turn["content"])} for turn in chat] for chat in chats[batch]]
+        for column, rows in zip(columns.values(), encode(text_only, marked, places[batch]), strict=True):
+            column.append(pa.array(rows, pa.list_(pa.int32())))
     dataset = Dataset.from_dict({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
     sizes = lengths(dataset)
     longest = sizes.argmax()

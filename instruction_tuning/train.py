@@ -37,11 +37,7 @@ from towerspeech.tokenizer import IM_END, read_metadata
 
 # --- Before a model is loaded ---------------------------------------------------------------------
 def load_tokenizer(model: Path):
-    """Load the model folder's tokenizer and check that it can chat.
-
-    Returns:
-        The tokenizer, its EOS set to <|im_end|>, and the model's config.
-    """
+    """The model folder's tokenizer, its EOS set to <|im_end|>, and its config; UserError unless it can chat."""
     from transformers import AutoConfig, AutoTokenizer
 
     made_by = "make the model folder with train_bpe_tokenizer/extend_model.py"
@@ -94,7 +90,6 @@ def prepare(
     from instruction_tuning.settings import check_settings
 
     settings = check_settings(sft)
-    check_exists(model / "config.json", "make the model folder with train_bpe_tokenizer/extend_model.py")
     units = read_metadata(model)
     tokenizer, config = load_tokenizer(model)
     context = config.max_position_embeddings
@@ -113,13 +108,12 @@ def prepare(
 
 
 # --- Training -------------------------------------------------------------------------------------
-def tune(
-    model: Path, prepared: Prepared, checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]
-) -> dict | None:
-    """Train from ``checkpoint``, or from the start.
+def tune(model: Path, prepared: Prepared, checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]):
+    """Train from ``checkpoint``, or from the start; ``asked_to_stop`` is called after each step.
 
     Returns:
-        The final weights (all of them on the first process), or None if it was asked to stop before the last step.
+        The final weights, {name: tensor} in float32, all of them on the first process; or None if it was asked to
+        stop before the last step.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -140,14 +134,7 @@ def tune(
 
 
 def save_model(state_dict: dict, prepared: Prepared, source: Path, folder: Path) -> None:
-    """Write the finished model folder, in the source model's dtype.
-
-    Args:
-        state_dict: All weights, in float32.
-        prepared: Its tokenizer and config.
-        source: The model folder that was trained.
-        folder: An empty folder.
-    """
+    """Write the finished model folder: all weights, float32 in ``state_dict``, in the dtype of the trained model."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -220,12 +207,9 @@ def tune_and_save(model: Path, prepared: Prepared, output_dir: Path, processes: 
         print(f"{len(prepared.dataset):,} examples, {lengths(prepared.dataset).sum():,} tokens")
         if checkpoint:
             print(f"going on from {checkpoint}", flush=True)
-
-    def asked_to_stop() -> bool:
-        return processes.agree(first and work.asked_to_stop())
-
     with quiet(output_dir / "train.log") as terminal:
-        weights = tune(model, prepared, checkpoint, terminal if first else None, asked_to_stop)
+        shown = terminal if first else None
+        weights = tune(model, prepared, checkpoint, shown, lambda: processes.agree(first and work.asked_to_stop()))
     if weights is None:
         saved = processes.on_first(lambda: newest_checkpoint(output_dir))
         processes.stop(UserError(f"asked to stop: saved {saved}", "run this again, and it goes on from there"))

@@ -91,7 +91,7 @@ class Progress(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Asks after each step whether to write a checkpoint and end."""
+    """Asks after each step, on all processes, whether to write a checkpoint and end."""
 
     def __init__(self, asked_to_stop: Callable[[], bool]):
         self.asked_to_stop = asked_to_stop
@@ -104,14 +104,7 @@ class Stop(TrainerCallback):
 def make_trainer(
     model, prepared: Prepared, terminal=None, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """The Trainer of a run.
-
-    Args:
-        model: The model, in float32.
-        prepared: What ``prepare`` gives.
-        terminal: Where the progress bar is shown, if at all.
-        asked_to_stop: Called after each step, on all processes; if true, a checkpoint is written and training ends.
-    """
+    """The Trainer of a model in float32; its progress bar is shown on ``terminal``, if there is one."""
     trainer = Trainer(
         model,
         prepared.sft_config,
