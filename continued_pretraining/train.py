@@ -12,6 +12,7 @@ asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit
 """
 
 import contextlib
+import json
 import math
 import os
 import time
@@ -21,7 +22,7 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
-from continued_pretraining.checkpoints import Log, check_free, finished, load, remove_old, save
+from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
 from continued_pretraining.packing import Mixture
 from towerspeech.command import UserError, run
 from towerspeech.files import read_json
@@ -258,7 +259,7 @@ class Run:
             self.step = load(checkpoints[-1], self.network, self.optimizer)["step"]
             if self.first:
                 print(f"going on after step {self.step:,} from {checkpoints[-1]}", flush=True)
-        self.log = Log(self.output_dir / "train.log", self.step) if self.first else None
+        self.log = open_log(self.output_dir / "train.log", self.step) if self.first else None
         # Since the last line of the log:
         self.loss_sum = torch.zeros((), device=self.device)
         self.targets = 0
@@ -329,7 +330,7 @@ class Run:
         if self.first:
             now = time.monotonic()
             speed = round(self.targets / (now - self.since))
-            self.log.write({**self.info, "gradient_norm": norm, "tokens_per_s": speed})
+            print(json.dumps({**self.info, "gradient_norm": norm, "tokens_per_s": speed}), file=self.log)
             self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
             self.since = now
         self.loss_sum.zero_()

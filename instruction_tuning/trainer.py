@@ -63,11 +63,11 @@ class Trainer(SFTTrainer):
         return Order(self, lengths(self.train_dataset).tolist())
 
 
-class Progress(TrainerCallback):
-    """A progress bar on a terminal, while the Trainer's own output goes elsewhere."""
+class Watch(TrainerCallback):
+    """Shows progress on a terminal, if there is one; asks after each step whether to write a checkpoint and end."""
 
-    def __init__(self, terminal):
-        self.terminal, self.bar = terminal, None
+    def __init__(self, terminal, asked_to_stop: Callable[[], bool]):
+        self.terminal, self.asked_to_stop = terminal, asked_to_stop
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -77,45 +77,35 @@ class Progress(TrainerCallback):
             unit=" steps",
             mininterval=1,
             file=self.terminal,
+            disable=self.terminal is None,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
+        self.bar.update()
+        if self.asked_to_stop():
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar and "loss" in (logs or {}):
+        if "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
 
-class Stop(TrainerCallback):
-    """Asks after each step, on all processes, whether to write a checkpoint and end."""
-
-    def __init__(self, asked_to_stop: Callable[[], bool]):
-        self.asked_to_stop = asked_to_stop
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked_to_stop():
-            control.should_save = control.should_training_stop = True
-
-
 def make_trainer(
     model, prepared: Prepared, terminal=None, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """The Trainer of a model in float32; its progress bar is shown on ``terminal``, if there is one."""
+    """The Trainer of a model in float32; ``asked_to_stop`` is called on all processes."""
     trainer = Trainer(
         model,
         prepared.sft_config,
         train_dataset=prepared.dataset,
         processing_class=prepared.tokenizer,
-        callbacks=[Stop(asked_to_stop)],
+        callbacks=[Watch(terminal, asked_to_stop)],
     )
     trainer.checkpoint_limit = prepared.settings.get("save_total_limit")
-    if terminal:
-        trainer.add_callback(Progress(terminal))
-    else:
+    if terminal is None:  # one process alone prints what the Trainer logs
         trainer.remove_callback(PrinterCallback)
     return trainer
 
