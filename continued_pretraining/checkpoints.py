@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import TextIO
 
 from towerspeech.command import UserError
 from towerspeech.files import publish, remove, write_json
@@ -56,16 +57,10 @@ def remove_old(run_dir: Path, keep: list[int]) -> None:
             remove(path)
 
 
-class Log:
-    """train.log, one JSON object a line; lines after the step that a run goes on from are taken out."""
-
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with publish(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+def open_log(path: Path, step: int) -> TextIO:
+    """Open train.log, one JSON object a line, to go on after ``step``; lines of later steps are taken out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with publish(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8", buffering=1)  # a line is there when it is written

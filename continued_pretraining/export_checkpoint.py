@@ -35,7 +35,6 @@ def export_checkpoint(
     arguments = dict(locals())
     made_by = "name a checkpoint-<step> folder of continued_pretraining/train.py"
     info = read_json(checkpoint / RUN_INFO, made_by, ["step", "tokens", "plan"])
-    read_json(model / "config.json", "name the model folder that training began with")
     with stage(__file__, output_dir, arguments, inputs=["checkpoint", "model"]) as work:
         if work.done:
             return
@@ -48,11 +47,9 @@ def export_checkpoint(
         from transformers import AutoModelForCausalLM
 
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
-        weights = network.state_dict()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we want
-            dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
-        network.load_state_dict(weights)
+            dcp.load({"model": network.state_dict()}, checkpoint_id=checkpoint, no_dist=True)  # in place
         network.to(getattr(torch, dtype))
         with work.publish() as folder:
             network.save_pretrained(folder)

@@ -38,15 +38,12 @@ class TokenStream:
             epoch, position = divmod(start, self.epoch_tokens)
             order, ends = self.epoch(epoch)
             place = int(np.searchsorted(ends, position, side="right"))
-            while count and place < len(order):
-                document = order[place]
-                size = int(self.data.sizes[document])
-                skip = position - (int(ends[place]) - size)
-                first = int(self.data.offsets[document]) + skip
-                part = self.data.tokens[first : first + min(size - skip, count)]
-                parts.append(part)
-                start, position, count = start + len(part), position + len(part), count - len(part)
-                place += 1
+            document = order[place]
+            last = int(self.data.offsets[document]) + int(self.data.sizes[document])
+            first = last - (int(ends[place]) - position)
+            part = self.data.tokens[first : min(last, first + count)]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
 
 
@@ -57,6 +54,7 @@ class Mixture:
         manifest: What build_mixture.py wrote.
         budgets: Tokens to be trained on, (num_sources,) int64.
         num_windows: Windows of the whole run.
+        targets: Targets in each window, (num_windows,) int64.
     """
 
     def __init__(self, folder: Path, sequence_length: int):
@@ -77,6 +75,7 @@ class Mixture:
         self.place = np.empty(self.num_windows, np.int64)
         for number in range(len(sources)):
             self.place[self.owner == number] = np.arange(windows[number])
+        self.targets = np.minimum(self.budgets[self.owner] - self.place * sequence_length, sequence_length)
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of one window, (sequence_length,) int64 each; targets beyond the budget are IGNORE.
@@ -86,10 +85,9 @@ class Mixture:
         length = self.sequence_length
         if number >= self.num_windows:
             return np.zeros(length, np.int64), np.full(length, IGNORE, np.int64)
-        source, start = self.owner[number], int(self.place[number]) * length
-        tokens = self.streams[source].read(start, length + 1)
+        tokens = self.streams[self.owner[number]].read(int(self.place[number]) * length, length + 1)
         inputs, targets = tokens[:-1], tokens[1:].copy()
-        targets[max(0, int(self.budgets[source]) - start) :] = IGNORE
+        targets[self.targets[number] :] = IGNORE
         return inputs, targets
 
     def batch(self, numbers: range) -> tuple[np.ndarray, np.ndarray]:
@@ -99,12 +97,9 @@ class Mixture:
 
     def num_targets(self, numbers: range) -> int:
         """Targets in several windows, without reading them."""
-        numbers = np.arange(numbers.start, min(numbers.stop, self.num_windows))
-        left = self.budgets[self.owner[numbers]] - self.place[numbers] * self.sequence_length
-        return int(np.minimum(left, self.sequence_length).sum())
+        return int(self.targets[numbers.start : numbers.stop].sum())
 
     def tokens_seen(self, num_windows: int) -> dict[str, int]:
         """Tokens of each source in the first ``num_windows`` windows: what has been trained on by then."""
-        counts = np.bincount(self.owner[:num_windows], minlength=len(self.budgets))
-        seen = np.minimum(counts * self.sequence_length, self.budgets)
-        return {source["name"]: int(n) for source, n in zip(self.manifest["sources"], seen, strict=True)}
+        seen, owner = self.targets[:num_windows], self.owner[:num_windows]
+        return {source["name"]: int(seen[owner == i].sum()) for i, source in enumerate(self.manifest["sources"])}

@@ -12,20 +12,23 @@ asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit
 """
 
 import contextlib
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from continued_pretraining.checkpoints import Log, check_free, finished, load, remove_old, save
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
+
+from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
+from continued_pretraining.packing import Mixture
 from towerspeech.command import UserError, run
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.processes import Processes
-from towerspeech.stage import RUN_INFO, stage
+from towerspeech.stage import stage
 
 SPEED = (  # settings that change neither the losses nor the checkpoints
     "micro_batch_size",
@@ -36,6 +39,11 @@ SPEED = (  # settings that change neither the losses nor the checkpoints
     "gradient_checkpointing",
     "device",
 )
+
+# Numbers with which there is training; the command line refuses others.
+AboveZero = restricted_number_type("AboveZero", float, [(">", 0), ("<", math.inf)])
+ZeroOrMore = restricted_number_type("ZeroOrMore", float, [(">=", 0), ("<", math.inf)])
+Beta = restricted_number_type("Beta", float, [(">=", 0), ("<", 1)])
 
 
 @dataclass(frozen=True)
@@ -70,21 +78,21 @@ class Settings:
     model: Path
     mixture: Path
     output_dir: Path
-    sequence_length: int = 2048
-    global_batch_size: int = 512
-    micro_batch_size: int = 1
-    learning_rate: float = 2e-5
-    final_learning_rate_share: float = 0.1
-    warmup_share: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    sequence_length: PositiveInt = 2048
+    global_batch_size: PositiveInt = 512
+    micro_batch_size: PositiveInt = 1
+    learning_rate: AboveZero = 2e-5
+    final_learning_rate_share: ClosedUnitInterval = 0.1
+    warmup_share: ClosedUnitInterval = 0.01
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    weight_decay: ZeroOrMore = 0.1
+    clip_norm: AboveZero = 1.0
     keep_steps: list[int] | None = None
-    save_every: int = 250
-    log_every: int = 10
-    replicate: int = 1
-    shard: int | None = None
+    save_every: PositiveInt = 250
+    log_every: PositiveInt = 10
+    replicate: PositiveInt = 1
+    shard: PositiveInt | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -92,23 +100,6 @@ class Settings:
 
 
 # --- Checks ---------------------------------------------------------------------------------------
-def check_numbers(settings: Settings) -> None:
-    """Raise UserError for a number with which there is no training."""
-
-    def check(names: Sequence[str], fits: Callable[[float], bool], wanted: str) -> None:
-        for name in names:
-            value = getattr(settings, name)
-            if not fits(value):
-                raise UserError(f"--{name} is {value}", f"give {wanted}")
-
-    counts = ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate")
-    check(counts, lambda value: value >= 1, "at least 1")
-    check(("learning_rate", "clip_norm"), lambda value: 0 < value < math.inf, "more than 0")
-    check(("final_learning_rate_share", "warmup_share"), lambda value: 0 <= value <= 1, "0 to 1")
-    check(("beta1", "beta2"), lambda value: 0 <= value < 1, "0 or more, but less than 1")
-    check(("weight_decay",), lambda value: 0 <= value < math.inf, "0 or more")
-
-
 def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     """Refuse a model without weights, a mixture of another tokenizer, and windows beyond the model's context."""
     from towerspeech.tokenizer import tokenizer_hash
@@ -155,24 +146,6 @@ def mesh_shape(settings: Settings, world: int) -> tuple[int, int]:
             "change --global_batch_size or --micro_batch_size",
         )
     return replicate, shard
-
-
-def read_mixture(settings: Settings):
-    """The Mixture, the number of steps, and the steps whose checkpoints are kept, the last one among them.
-
-    Raises:
-        UserError: The mixture is not whole, or a step to keep lies outside the run.
-    """
-    from continued_pretraining.packing import Mixture
-
-    data = Mixture(settings.mixture, settings.sequence_length)
-    steps = math.ceil(data.num_windows / settings.global_batch_size)
-    kept_steps = sorted({*(settings.keep_steps or []), steps})
-    if kept_steps[-1] > steps or kept_steps[0] < 1:
-        raise UserError(
-            f"--keep_steps {settings.keep_steps} lies outside the run's 1..{steps} steps", "change --keep_steps"
-        )
-    return data, steps, kept_steps
 
 
 # --- The parts of a step --------------------------------------------------------------------------
@@ -224,15 +197,21 @@ def make_optimizer(network, settings: Settings):
 class Run:
     """A training run, from its newest checkpoint to its last step; the same calls on all processes."""
 
-    def __init__(self, settings: Settings, processes: Processes, device: str, mesh: tuple[int, int], work):
+    def __init__(self, settings: Settings, processes: Processes):
+        """Raises UserError for settings that do not fit the machine, the processes or the mixture."""
         self.settings = settings
+        self.output_dir = settings.output_dir
         self.processes = processes
         self.first = processes.rank == 0
-        self.device = device
-        self.mesh = mesh  # replicate, shard
-        self.work = work  # the first process's stage; None on the others
-        self.output_dir = settings.output_dir
-        self.data, self.steps, self.kept_steps = read_mixture(settings)
+        self.work = None  # the first process's stage
+        self.device = choose_device(settings.device)
+        self.mesh = mesh_shape(settings, processes.world)
+        self.data = Mixture(settings.mixture, settings.sequence_length)
+        self.steps = math.ceil(self.data.num_windows / settings.global_batch_size)
+        self.kept_steps = sorted({*(settings.keep_steps or []), self.steps})
+        if self.kept_steps[-1] > self.steps or self.kept_steps[0] < 1:
+            problem = f"--keep_steps {settings.keep_steps} lies outside the run's 1..{self.steps} steps"
+            raise UserError(problem, "change --keep_steps")
 
     def go(self) -> None:
         """Train until the mixture's budget is spent, or until asked to stop."""
@@ -240,7 +219,7 @@ class Run:
         self.load()
         while self.step < self.steps:
             norm = self.train_step()
-            stopping = self.step < self.steps and self.asked_to_stop()
+            stopping = self.step < self.steps and self.processes.agree(self.first and self.work.asked_to_stop())
             saving = stopping or self.step in self.kept_steps or self.step % self.settings.save_every == 0
             if saving or self.step % self.settings.log_every == 0:
                 self.log_losses(norm)
@@ -280,7 +259,7 @@ class Run:
             self.step = load(checkpoints[-1], self.network, self.optimizer)["step"]
             if self.first:
                 print(f"going on after step {self.step:,} from {checkpoints[-1]}", flush=True)
-        self.log = Log(self.output_dir / "train.log", self.step) if self.first else None
+        self.log = open_log(self.output_dir / "train.log", self.step) if self.first else None
         # Since the last line of the log:
         self.loss_sum = torch.zeros((), device=self.device)
         self.targets = 0
@@ -330,9 +309,6 @@ class Run:
         self.progress.update()
         return norm
 
-    def asked_to_stop(self) -> bool:
-        return self.processes.agree(self.first and self.work.asked_to_stop())
-
     def log_losses(self, norm) -> None:
         """Write a line of the log, for the steps since the last one.
 
@@ -343,7 +319,7 @@ class Run:
 
         dist.all_reduce(self.loss_sum)
         mean_loss = self.loss_sum.item() / self.targets
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        norm = norm.full_tensor().item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise UserError(
                 f"at step {self.step} the loss is {mean_loss}, the gradient's norm {norm}",
@@ -354,7 +330,7 @@ class Run:
         if self.first:
             now = time.monotonic()
             speed = round(self.targets / (now - self.since))
-            self.log.write({**self.info, "gradient_norm": norm, "tokens_per_s": speed})
+            print(json.dumps({**self.info, "gradient_norm": norm, "tokens_per_s": speed}), file=self.log)
             self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
             self.since = now
         self.loss_sum.zero_()
@@ -372,12 +348,8 @@ class Run:
     def stop(self) -> None:
         """End before the last step."""
         self.progress.close()
-        saved = f"{self.output_dir}/checkpoint-{self.step}"
-        self.processes.stop(
-            UserError(
-                f"asked to stop: saved {saved} of {self.steps:,} steps", "run this again, and it goes on from there"
-            )
-        )
+        problem = f"asked to stop: saved {self.output_dir}/checkpoint-{self.step} of {self.steps:,} steps"
+        self.processes.stop(UserError(problem, "run this again, and it goes on from there"))
 
     def finish(self) -> None:
         """Say what has been done."""
@@ -391,19 +363,15 @@ class Run:
 
 def train(settings: Settings) -> None:
     """Train until the mixture's budget is spent."""
-    check_numbers(settings)
     check_inputs(settings.model, settings.mixture, settings.sequence_length)
-    device = choose_device(settings.device)
     processes = Processes()
-    mesh = mesh_shape(settings, processes.world)
-    if settings.overwrite or not (settings.output_dir / RUN_INFO).is_file():  # else the stage's answer is enough
-        read_mixture(settings)  # before a finished run is replaced
-    processes.join(device)
+    training = Run(settings, processes)  # before a finished run is replaced
+    processes.join(training.device)
     with contextlib.ExitStack() as stack:
         begin = stage(__file__, settings.output_dir, vars(settings), inputs=["model", "mixture"], ignore=SPEED)
-        work = processes.on_first(lambda: stack.enter_context(begin))
-        if not processes.agree(work and work.done):
-            Run(settings, processes, device, mesh, work).go()
+        training.work = processes.on_first(lambda: stack.enter_context(begin))
+        if not processes.agree(training.first and training.work.done):
+            training.go()
     processes.leave()
 
 

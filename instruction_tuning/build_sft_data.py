@@ -85,20 +85,19 @@ def translations(rows: list[dict], size: int, few_shot_share: float, rng: random
     num_few_shot = round(few_shot_share * size)
     for number, row in enumerate(rng.sample(rows, size)):
         src, tgt, source = row["src_lang"], row["tgt_lang"], row["source"]
+        shots = NUM_SHOTS if number < num_few_shot else 0
+        prompt = prompts.mt_0_shot(src, tgt, source)
+        if shots:
+            pool = pools[src, tgt]
+            if len(pool) <= shots:
+                raise UserError(
+                    f"{src}-{tgt} has {len(pool)} different sources; a {shots}-shot prompt needs {shots + 1}",
+                    "add parallel text of this direction, or set --few_shot_share 0",
+                )
+            shown = [pair for pair in rng.sample(pool, shots + 1) if pair[0] != source][:shots]
+            prompt = prompts.mt_few_shot(src, tgt, source, shown)
         name = f"mt_{src}-{tgt}_{row['id']}"
-        if number >= num_few_shot:
-            prompt = prompts.mt_0_shot(src, tgt, source)
-            examples.append(example(name, "mt_0_shot", prompt, row["target"].strip()))
-            continue
-        pool = pools[src, tgt]
-        if len(pool) <= NUM_SHOTS:
-            raise UserError(
-                f"{src}-{tgt} has {len(pool)} different sources; a {NUM_SHOTS}-shot prompt needs {NUM_SHOTS + 1}",
-                "add parallel text of this direction, or set --few_shot_share 0",
-            )
-        shown = [pair for pair in rng.sample(pool, NUM_SHOTS + 1) if pair[0] != source][:NUM_SHOTS]
-        prompt = prompts.mt_few_shot(src, tgt, source, shown)
-        examples.append(example(name, f"mt_{NUM_SHOTS}_shot", prompt, row["target"].strip()))
+        examples.append(example(name, f"mt_{shots}_shot", prompt, row["target"].strip()))
     return examples
 
 

@@ -1,15 +1,29 @@
 """Chat examples as token ids, with labels on the assistant's turns alone."""
 
+import bisect
 import functools
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from towerspeech.command import UserError
 from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import check_messages, iter_jsonl
 from towerspeech.tokenizer import IM_END
 
-IGNORED = -100  # the label of a token without loss
+IGNORE = -100  # the label of a token without loss
 ENCODE_ROWS = 1000  # conversations tokenized at once
+
+
+@dataclass
+class Prepared:
+    """Everything that is known to be right before a model is loaded."""
+
+    settings: dict[str, Any]  # in full, as sft_config.json keeps them
+    sft_config: Any  # trl.SFTConfig
+    tokenizer: Any
+    config: Any  # the model's
+    dataset: Any  # datasets.Dataset of input_ids, labels
 
 
 def read_conversations(data: Path, num_units: int, offset: int) -> tuple[list[str], list[list[dict]]]:
@@ -39,24 +53,15 @@ def read_conversations(data: Path, num_units: int, offset: int) -> tuple[list[st
 
 
 def encode(tokenizer, conversations: list[list[dict]], places: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokenize conversations with the chat template.
-
-    Args:
-        tokenizer: Has the template.
-        conversations: Each a list of turns.
-        places: Names each one's row.
+    """Tokenize conversations with the chat template; ``places`` names their rows.
 
     Returns:
         Ids and, of the same lengths, labels: the ids of each assistant turn's content and of the <|im_end|> that
-        closes it, else ``IGNORED``.
+        closes it, else ``IGNORE``.
 
     Raises:
         UserError: The template refuses a conversation, or the ids of a prompt are not the beginning of it.
     """
-
-    def ids_of(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     template = "use the template of towerspeech/prompts.py (train_bpe_tokenizer/extend_model.py)"
     texts, answers = [], []  # conversations; of each assistant turn its place, what asks for it and what ends with it
@@ -69,24 +74,26 @@ def encode(tokenizer, conversations: list[list[dict]], places: list[str]) -> tup
         except Exception as error:  # the template is a program, which may raise anything
             remedy = f"mend the row, or {template}"
             raise UserError(f"{place}: the chat template refuses it: {error}", remedy) from None
-    ids = ids_of(texts)
-    labels = [[IGNORED] * len(row) for row in ids]
-    prompts, upto = (ids_of([answer[part] for answer in answers]) for part in (2, 3))
-    for (i, k, prompt_text, closed_text), prompt, closed in zip(answers, prompts, upto, strict=True):
-        if not (texts[i].startswith(closed_text) and closed_text.startswith(prompt_text)):
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    labels = [[IGNORE] * len(row) for row in ids]
+    for i, k, prompt, closed in answers:
+        if not (texts[i].startswith(closed) and closed.startswith(prompt)):
             raise UserError(f"{places[i]}: the chat template changes earlier turns when more follow", template)
-        if ids[i][: len(closed)] != closed or closed[: len(prompt)] != prompt:
+        last_character = closed.rfind(IM_END, len(prompt))
+        starts, ends = zip(*encoded["offset_mapping"][i], strict=True)  # of each token, in characters
+        first, last = bisect.bisect_right(ends, len(prompt)), bisect.bisect_right(ends, last_character)
+        if last_character < 0 or ids[i][last] != tokenizer.eos_token_id:
+            raise UserError(f"{places[i]}: the chat template closes no answer with {IM_END}", template)
+        if starts[first] < len(prompt):
             answer = conversations[i][k]["content"]
-            start = answer[: len(answer) - len(answer.lstrip())] or answer[0]
+            space = answer[: len(answer) - len(answer.lstrip())] or answer[0]
             raise UserError(
-                f"{places[i]}, message {k + 1}: the answer begins with {start!r}, which this tokenizer joins with the "
+                f"{places[i]}, message {k + 1}: the answer begins with {space!r}, which this tokenizer joins with the "
                 "end of the prompt into one token, so that no prompt could lead to it",
                 "take white space off the beginnings of the answers",
             )
-        if tokenizer.eos_token_id not in closed[len(prompt) :]:
-            raise UserError(f"{places[i]}: the chat template closes no answer with {IM_END}", template)
-        end = len(closed) - closed[::-1].index(tokenizer.eos_token_id)
-        labels[i][len(prompt) : end] = ids[i][len(prompt) : end]
+        labels[i][first : last + 1] = ids[i][first : last + 1]
     return ids, labels
 
 
@@ -102,32 +109,26 @@ def make_dataset(places: list[str], chats: list[list[dict]], tokenizer, max_leng
 
     text_only, mark = text_tokenizer(tokenizer), marker(tokenizer)
     columns = {"input_ids": [], "labels": []}
-    too_long, longest, longest_place = 0, 0, None
-    with tqdm(total=len(chats), desc="tokenizing", unit=" examples", disable=not show) as bar:
-        for start in range(0, len(chats), ENCODE_ROWS):
-            batch = slice(start, start + ENCODE_ROWS)
-            marked = [
-                [{"role": turn["role"], "content": mark(turn["content"])} for turn in chat] for chat in chats[batch]
-            ]
-            ids, labels = encode(text_only, marked, places[batch])
-            for place, row_ids in zip(places[batch], ids, strict=True):
-                too_long += len(row_ids) > max_length
-                if len(row_ids) > longest:
-                    longest, longest_place = len(row_ids), place
-            columns["input_ids"].append(pa.array(ids, pa.list_(pa.int32())))
-            columns["labels"].append(pa.array(labels, pa.list_(pa.int32())))
-            bar.update(len(marked))
-    if too_long:
+    starts = range(0, len(chats), ENCODE_ROWS)
+    for start in tqdm(starts, desc="tokenizing", unit=" examples", unit_scale=ENCODE_ROWS, disable=not show):
+        batch = slice(start, start + ENCODE_ROWS)
+        marked = [[{"role": turn["role"], "content": mark(turn["content"])} for turn in chat] for chat in chats[batch]]
+        for column, rows in zip(columns.values(), encode(text_only, marked, places[batch]), strict=True):
+            column.append(pa.array(rows, pa.list_(pa.int32())))
+    dataset = Dataset.from_dict({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
+    sizes = lengths(dataset)
+    longest = sizes.argmax()
+    if sizes[longest] > max_length:
         raise UserError(
-            f"{too_long:,} of {len(chats):,} examples are longer than {max_length:,} tokens; "
-            f"the longest, {longest_place}, has {longest:,}",
+            f"{(sizes > max_length).sum():,} of {len(chats):,} examples are longer than {max_length:,} tokens; "
+            f"the longest, {places[longest]}, has {sizes[longest]:,}",
             "take them out, or raise sft.max_length (up to the model's context)",
         )
-    return Dataset.from_dict({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
+    return dataset
 
 
-def count_tokens(dataset) -> int:
-    """Number of tokens in all examples, prompts included."""
+def lengths(dataset):
+    """Tokens of each example, prompt included, (num_examples,) int32."""
     import pyarrow.compute as pc
 
-    return pc.sum(pc.list_value_length(dataset.data.column("input_ids"))).as_py()
+    return pc.list_value_length(dataset.data.column("input_ids")).to_numpy()

@@ -63,7 +63,7 @@ POSITIVE = (  # the Trainer divides by these numbers, or takes them for somethin
     "pad_to_multiple_of",
 )
 NOT_NEGATIVE = ("max_grad_norm", "warmup_steps", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
-FSDP_CONFIG = {  # what transformers reads (the last three it sets itself); it passes other names over
+FSDP_CONFIG = {  # what transformers reads for FSDP2, or sets itself; it passes other names over
     "version",
     "transformer_layer_cls_to_wrap",
     "min_num_params",
@@ -73,11 +73,6 @@ FSDP_CONFIG = {  # what transformers reads (the last three it sets itself); it p
     "activation_checkpointing",
     "state_dict_type",
     "cpu_ram_efficient_loading",
-    "forward_prefetch",
-    "backward_prefetch",
-    "use_orig_params",
-    "sync_module_states",
-    "limit_all_gathers",
     "xla",
     "xla_fsdp_v2",
     "xla_fsdp_grad_ckpt",

@@ -23,10 +23,10 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from instruction_tuning.checkpoints import is_last, newest_checkpoint, own_checkpoints
-from instruction_tuning.dataset import count_tokens, make_dataset, read_conversations
+from instruction_tuning.dataset import Prepared, lengths, make_dataset, read_conversations
 from towerspeech.command import UserError, quiet, run
 from towerspeech.files import check_exists, remove, write_json
 from towerspeech.model_folder import NOT_SAVED, check_tokenizer_fits, copy_files
@@ -34,17 +34,10 @@ from towerspeech.processes import Processes
 from towerspeech.stage import RUN_INFO, stage
 from towerspeech.tokenizer import IM_END, read_metadata
 
-if TYPE_CHECKING:  # it imports big libraries, which --help does without
-    from instruction_tuning.trainer import Prepared
-
 
 # --- Before a model is loaded ---------------------------------------------------------------------
 def load_tokenizer(model: Path):
-    """Load the model folder's tokenizer and check that it can chat.
-
-    Returns:
-        The tokenizer, its EOS set to <|im_end|>, and the model's config.
-    """
+    """The model folder's tokenizer, its EOS set to <|im_end|>, and its config; UserError unless it can chat."""
     from transformers import AutoConfig, AutoTokenizer
 
     made_by = "make the model folder with train_bpe_tokenizer/extend_model.py"
@@ -90,15 +83,13 @@ def make_sft_config(settings: dict[str, Any], sft: dict[str, Any], tokenizer, co
 
 def prepare(
     model: Path, data: Path, output_dir: Path, sft: dict[str, Any], seed: int = 0, show: bool = True
-) -> "Prepared":
+) -> Prepared:
     """Check settings, model folder and data, and tokenize; raises UserError, loads no weights."""
     check_exists(model, "give --model the folder of an extended model")
     check_exists(data, "run instruction_tuning/build_sft_data.py")
     from instruction_tuning.settings import check_settings
-    from instruction_tuning.trainer import Prepared
 
     settings = check_settings(sft)
-    check_exists(model / "config.json", "make the model folder with train_bpe_tokenizer/extend_model.py")
     units = read_metadata(model)
     tokenizer, config = load_tokenizer(model)
     context = config.max_position_embeddings
@@ -117,13 +108,12 @@ def prepare(
 
 
 # --- Training -------------------------------------------------------------------------------------
-def tune(
-    model: Path, prepared: "Prepared", checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]
-) -> dict | None:
-    """Train from ``checkpoint``, or from the start.
+def tune(model: Path, prepared: Prepared, checkpoint: Path | None, terminal, asked_to_stop: Callable[[], bool]):
+    """Train from ``checkpoint``, or from the start; ``asked_to_stop`` is called after each step.
 
     Returns:
-        The final weights (all of them on the first process), or None if it was asked to stop before the last step.
+        The final weights, {name: tensor} in float32, all of them on the first process; or None if it was asked to
+        stop before the last step.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -143,15 +133,8 @@ def tune(
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
-def save_model(state_dict: dict, prepared: "Prepared", source: Path, folder: Path) -> None:
-    """Write the finished model folder, in the source model's dtype.
-
-    Args:
-        state_dict: All weights, in float32.
-        prepared: Its tokenizer and config.
-        source: The model folder that was trained.
-        folder: An empty folder.
-    """
+def save_model(state_dict: dict, prepared: Prepared, source: Path, folder: Path) -> None:
+    """Write the finished model folder: all weights, float32 in ``state_dict``, in the dtype of the trained model."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -215,29 +198,25 @@ def train(
     processes.leave()
 
 
-def tune_and_save(model: Path, prepared: "Prepared", output_dir: Path, processes: Processes, work) -> None:
+def tune_and_save(model: Path, prepared: Prepared, output_dir: Path, processes: Processes, work) -> None:
     """Go on from the newest checkpoint to the finished model folder; ``work`` is the first process's stage."""
     first = processes.rank == 0
-    checkpoint = processes.agree(newest_checkpoint(output_dir, processes.world) if first else None)
+    checkpoint = processes.agree(newest_checkpoint(output_dir) if first else None)
     if first:
         print(json.dumps(prepared.settings, indent=1))
-        print(f"{len(prepared.dataset):,} examples, {count_tokens(prepared.dataset):,} tokens")
+        print(f"{len(prepared.dataset):,} examples, {lengths(prepared.dataset).sum():,} tokens")
         if checkpoint:
             print(f"going on from {checkpoint}", flush=True)
-
-    def asked_to_stop() -> bool:
-        return processes.agree(first and work.asked_to_stop())
-
     with quiet(output_dir / "train.log") as terminal:
-        weights = tune(model, prepared, checkpoint, terminal if first else None, asked_to_stop)
+        shown = terminal if first else None
+        weights = tune(model, prepared, checkpoint, shown, lambda: processes.agree(first and work.asked_to_stop()))
     if weights is None:
-        processes.wait()  # until each has written its part of the checkpoint
-        saved = processes.on_first(lambda: newest_checkpoint(output_dir, processes.world))
+        saved = processes.on_first(lambda: newest_checkpoint(output_dir))
         processes.stop(UserError(f"asked to stop: saved {saved}", "run this again, and it goes on from there"))
     if first:
         with work.publish() as folder:
             save_model(weights, prepared, model, folder)
-        work.counts.update(examples=len(prepared.dataset), tokens=count_tokens(prepared.dataset))
+        work.counts.update(examples=len(prepared.dataset), tokens=int(lengths(prepared.dataset).sum()))
         print(f"wrote {output_dir}")
 
 

@@ -2,11 +2,9 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from tqdm import tqdm
@@ -15,31 +13,21 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from instruction_tuning.checkpoints import own_checkpoints
+from instruction_tuning.checkpoints import mark_whole, own_checkpoints
+from instruction_tuning.dataset import Prepared, lengths
 from instruction_tuning.settings import make_config
 from towerspeech.command import UserError, no_space, quiet
 from towerspeech.files import remove
 
 
-@dataclass
-class Prepared:
-    """Everything that is known to be right before a model is loaded."""
-
-    settings: dict[str, Any]  # in full, as sft_config.json keeps them
-    sft_config: Any  # trl.SFTConfig
-    tokenizer: Any
-    config: Any  # the model's
-    dataset: Dataset  # input_ids, labels
-
-
 class Order(torch.utils.data.Sampler):
     """Indices of an epoch, from seed and epoch alone; the Trainer's own samplers draw from the global random state."""
 
-    def __init__(self, trainer: SFTTrainer, lengths: list[int]):
-        self.trainer, self.lengths = trainer, lengths
+    def __init__(self, trainer: SFTTrainer, sizes: list[int]):
+        self.trainer, self.sizes = trainer, sizes
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[int]:
         args = self.trainer.args
@@ -47,7 +35,7 @@ class Order(torch.utils.data.Sampler):
         if args.train_sampling_strategy == "random":
             return iter(torch.randperm(len(self), generator=generator).tolist())
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return iter(get_length_grouped_indices(self.lengths, size, generator=generator))
+        return iter(get_length_grouped_indices(self.sizes, size, generator=generator))
 
 
 class Trainer(SFTTrainer):
@@ -64,19 +52,22 @@ class Trainer(SFTTrainer):
         if target.is_file():
             raise UserError(f"{target} is a file, but a checkpoint must be written there", "move it away")
         super()._save_checkpoint(model, trial)
-        if self.args.should_save and self.checkpoint_limit:
-            for path in own_checkpoints(folder)[: -self.checkpoint_limit]:
-                remove(path)
+        self.accelerator.wait_for_everyone()  # each process writes random states of its own
+        if self.args.should_save:
+            mark_whole(target, self.state.global_step, self.state.max_steps)
+            if self.checkpoint_limit:
+                for path in own_checkpoints(folder)[: -self.checkpoint_limit]:
+                    remove(path)
 
     def _get_train_sampler(self, train_dataset=None):
-        return Order(self, pc.list_value_length(self.train_dataset.data.column("input_ids")).to_pylist())
+        return Order(self, lengths(self.train_dataset).tolist())
 
 
-class Progress(TrainerCallback):
-    """A progress bar on a terminal, while the Trainer's own output goes elsewhere."""
+class Watch(TrainerCallback):
+    """Shows progress on a terminal, if there is one; asks after each step whether to write a checkpoint and end."""
 
-    def __init__(self, terminal):
-        self.terminal, self.bar = terminal, None
+    def __init__(self, terminal, asked_to_stop: Callable[[], bool]):
+        self.terminal, self.asked_to_stop = terminal, asked_to_stop
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -86,52 +77,35 @@ class Progress(TrainerCallback):
             unit=" steps",
             mininterval=1,
             file=self.terminal,
+            disable=self.terminal is None,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
+        self.bar.update()
+        if self.asked_to_stop():
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar and "loss" in (logs or {}):
+        if "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
 
-class Stop(TrainerCallback):
-    """Asks after each step whether to write a checkpoint and end."""
-
-    def __init__(self, asked_to_stop: Callable[[], bool]):
-        self.asked_to_stop = asked_to_stop
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked_to_stop():
-            control.should_save = control.should_training_stop = True
-
-
 def make_trainer(
     model, prepared: Prepared, terminal=None, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """The Trainer of a run.
-
-    Args:
-        model: The model, in float32.
-        prepared: What ``prepare`` gives.
-        terminal: Where the progress bar is shown, if at all.
-        asked_to_stop: Called after each step, on all processes; if true, a checkpoint is written and training ends.
-    """
+    """The Trainer of a model in float32; ``asked_to_stop`` is called on all processes."""
     trainer = Trainer(
         model,
         prepared.sft_config,
         train_dataset=prepared.dataset,
         processing_class=prepared.tokenizer,
-        callbacks=[Stop(asked_to_stop)],
+        callbacks=[Watch(terminal, asked_to_stop)],
     )
     trainer.checkpoint_limit = prepared.settings.get("save_total_limit")
-    if terminal:
-        trainer.add_callback(Progress(terminal))
-    else:
+    if terminal is None:  # one process alone prints what the Trainer logs
         trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from instruction_tuning import checkpoints
 from instruction_tuning import train as script
-from instruction_tuning.checkpoints import is_whole, newest_checkpoint, own_checkpoints
+from instruction_tuning.checkpoints import newest_checkpoint, own_checkpoints
 from instruction_tuning.dataset import encode, read_conversations
 from instruction_tuning.settings import check_settings, check_sharding, make_config
-from instruction_tuning.trainer import make_trainer, rehearse
+from instruction_tuning.trainer import Trainer, make_trainer, rehearse
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.command import UserError
@@ -408,29 +409,31 @@ def test_killed_while_publishing(tmp_path, model_dir, data, monkeypatch):
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_half_written_checkpoints_are_passed_over(tmp_path, model_dir, data, monkeypatch):
-    """Any file of a checkpoint missing, or its last bytes: not whole."""
+@pytest.mark.parametrize(
+    ("owner", "writer"),
+    [(Trainer, "_save_optimizer_and_scheduler"), (Trainer, "_save_rng_state"), (checkpoints, "write_json")],
+)
+def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
+    owner, writer, tmp_path, model_dir, data, tuned, monkeypatch
+):
+    """Only weights are there, or all but the random states, or all but run_info.json: not whole; the same bytes."""
+    settings, out = {**QUICK, "num_train_epochs": 2, "save_steps": 3}, tmp_path / "out"
+    write = getattr(owner, writer)
 
-    monkeypatch.setattr(script, "save_model", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        script.train(model_dir, data, tmp_path / "out", {**QUICK, "save_steps": 3})
-    old, new = own_checkpoints(tmp_path / "out")
-    assert is_whole(old, 1) and is_whole(new, 1)
-    assert not is_whole(new, 2)  # two processes leave two random states
-    kept = tmp_path / "kept"
-    shutil.copytree(new, kept)
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
-        content = (kept / name).read_bytes()
-        (new / name).unlink()
-        assert not is_whole(new, 1), name
-        if name != "model.safetensors":  # written first, so never the half one of a killed process
-            (new / name).write_bytes(content[: len(content) // 2])
-            assert not is_whole(new, 1), name
-        (new / name).write_bytes(content)
-        assert is_whole(new, 1)
-    (new / "trainer_state.json").unlink()
-    assert newest_checkpoint(tmp_path / "out", 1) == old
-    assert not new.exists()
+    def die(*arguments):
+        if (out / "checkpoint-6").exists():
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, writer, die)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(model_dir, data, out, settings)
+    assert [path.name for path in own_checkpoints(out)] == ["checkpoint-3", "checkpoint-6"]
+    assert newest_checkpoint(out) == out / "checkpoint-3"
+    assert not (out / "checkpoint-6").exists()
+    script.train(model_dir, data, out, settings)
+    assert (out / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
 
 
 STRANGERS = [f"checkpoint-{end}" for end in ("4-backup", "old-7", "", "07", "²", "1.5", "6~")]
