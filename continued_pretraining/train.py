@@ -28,7 +28,7 @@ from towerspeech.command import UserError, run
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.processes import Processes
-from towerspeech.stage import stage
+from towerspeech.stage import RUN_INFO, stage
 
 SPEED = (  # settings that change neither the losses nor the checkpoints
     "micro_batch_size",
@@ -198,7 +198,7 @@ class Run:
     """A training run, from its newest checkpoint to its last step; the same calls on all processes."""
 
     def __init__(self, settings: Settings, processes: Processes):
-        """Raises UserError for settings that do not fit the machine, the processes or the mixture."""
+        """Raises UserError for settings that do not fit the machine or the processes."""
         self.settings = settings
         self.output_dir = settings.output_dir
         self.processes = processes
@@ -206,11 +206,14 @@ class Run:
         self.work = None  # the first process's stage
         self.device = choose_device(settings.device)
         self.mesh = mesh_shape(settings, processes.world)
-        self.data = Mixture(settings.mixture, settings.sequence_length)
-        self.steps = math.ceil(self.data.num_windows / settings.global_batch_size)
-        self.kept_steps = sorted({*(settings.keep_steps or []), self.steps})
+
+    def read_mixture(self) -> None:
+        """Read what is to be trained on; UserError if it is not whole, or a step to keep lies outside the run."""
+        self.data = Mixture(self.settings.mixture, self.settings.sequence_length)
+        self.steps = math.ceil(self.data.num_windows / self.settings.global_batch_size)
+        self.kept_steps = sorted({*(self.settings.keep_steps or []), self.steps})
         if self.kept_steps[-1] > self.steps or self.kept_steps[0] < 1:
-            problem = f"--keep_steps {settings.keep_steps} lies outside the run's 1..{self.steps} steps"
+            problem = f"--keep_steps {self.settings.keep_steps} lies outside the run's 1..{self.steps} steps"
             raise UserError(problem, "change --keep_steps")
 
     def go(self) -> None:
@@ -365,7 +368,9 @@ def train(settings: Settings) -> None:
     """Train until the mixture's budget is spent."""
     check_inputs(settings.model, settings.mixture, settings.sequence_length)
     processes = Processes()
-    training = Run(settings, processes)  # before a finished run is replaced
+    training = Run(settings, processes)
+    if settings.overwrite or not (settings.output_dir / RUN_INFO).is_file():  # else the stage's answer is enough
+        training.read_mixture()  # before a finished run is replaced
     processes.join(training.device)
     with contextlib.ExitStack() as stack:
         begin = stage(__file__, settings.output_dir, vars(settings), inputs=["model", "mixture"], ignore=SPEED)
