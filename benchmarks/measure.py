@@ -1,25 +1,29 @@
 """Runs of commands, measured, and how two of them compare."""
 
+import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from towerspeech.command import UserError
 
 REPO = Path(__file__).resolve().parent.parent
+LEAST_SAME = 0.98  # share of outputs below which no goal holds
 
 
-@dataclass
-class Measured:
+class Measured(NamedTuple):
     """One run of a command, as seen from outside and as the kernel counts it."""
 
     seconds: float
     memory_gb: float  # peak resident memory, in 1e9 bytes
-    load: float  # the machine's over the last minute, before the start: above 1, others were at work
 
 
 def measure(command: list, log: Path) -> Measured:
@@ -32,14 +36,14 @@ def measure(command: list, log: Path) -> Measured:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     os.sync()  # not to wait for what an earlier one wrote
-    load, began = os.getloadavg()[0], time.perf_counter()
+    began = time.perf_counter()
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"{log.stem} ended with status {process.returncode}", f"see {log}")
-    return Measured(time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9, load)
+    return Measured(time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9)
 
 
 def run_script(script: str, output_dir: Path, *words) -> Measured:
@@ -50,12 +54,31 @@ def run_script(script: str, output_dir: Path, *words) -> Measured:
     return measure(command, output_dir.with_suffix(".log"))
 
 
+def apart(function: Callable, *arguments) -> None:
+    """Call a function in a process of its own, so that this one stays small; see ``measure``."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(function, *arguments).result()
+
+
+def copy_mistral_tokenizer(folder: Path) -> None:
+    """Copy the 32,000-piece SentencePiece model of the package mistral-common to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    package = metadata.distribution("mistral-common")
+    shutil.copy(package.locate_file("mistral_common/data/tokenizer.model.v1"), folder / "tokenizer.model")
+
+
 def comparison(
-    name: str, ours: float, theirs: float, goal: float | None = None, unit: str = "s", equal: bool = True, **facts
+    name: str,
+    ours: float,
+    theirs: float,
+    goal: float | None = None,
+    same: float | None = None,
+    unit: str = "s",
+    **facts,
 ) -> dict:
     """One comparison: what both took, in ``unit``; theirs has to be ``goal`` times as much at least, if there is one.
 
-    Without ``equal`` results no goal holds.
+    ``same`` is the share of equal outputs, where they are compared; below 98% no goal holds.
     """
     ratio = theirs / ours
     return {
@@ -65,6 +88,13 @@ def comparison(
         "unit": unit,
         "ratio": round(ratio, 2),
         "goal": None if goal is None else round(goal, 2),
-        "holds": None if goal is None else ratio >= goal and equal,
+        "holds": None if goal is None else ratio >= goal and (same is None or same >= LEAST_SAME),
+        "same": same,
         **facts,
     }
+
+
+def report(lines: list[dict]) -> None:
+    """Print one JSON line a comparison."""
+    for line in lines:
+        print(json.dumps(line))

@@ -17,8 +17,9 @@ from typing import Literal
 from towerspeech.command import run
 from towerspeech.files import check_exists, write_json
 from towerspeech.tokenizer import EOD, read_metadata
+from train_bpe_tokenizer.merging import UNIT_BPE
 
-VOCAB_SIZE = 8000  # as bench_tokenizer.py's
+VOCAB_SIZE = 8000
 
 
 def with_sentencepiece(source: Path, output_dir: Path) -> None:
@@ -28,19 +29,9 @@ def with_sentencepiece(source: Path, output_dir: Path) -> None:
     SentencePieceTrainer.train(
         input=str(source),
         model_prefix=str(output_dir / "model"),
-        model_type="bpe",
         vocab_size=1 + VOCAB_SIZE,
-        character_coverage=1.0,
         max_sentence_length=1_000_000,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        split_by_unicode_script=False,
-        split_by_number=False,
-        hard_vocab_limit=False,
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
+        **UNIT_BPE,
     )
 
 

@@ -11,6 +11,20 @@ from towerspeech.files import check_exists, read_json
 
 AS_PUBLISHED = "start from the base as published, or leave out what it has: see --special_tokens and --chat"
 
+UNIT_BPE = {  # SentencePiece's options
+    "model_type": "bpe",
+    "character_coverage": 1.0,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "split_by_unicode_script": False,
+    "split_by_number": False,
+    "hard_vocab_limit": False,  # we say ourselves how many merges there are
+    "bos_id": -1,
+    "eos_id": -1,
+    "pad_id": -1,
+}
+
 
 def read_proto(path: Path):
     """Read a SentencePiece model file as a protocol buffer.

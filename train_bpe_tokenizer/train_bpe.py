@@ -29,6 +29,7 @@ from towerspeech.command import UserError, quiet, run
 from towerspeech.files import check_exists, write_json
 from towerspeech.stage import stage
 from towerspeech.units_parquet import check_one_kmeans, read_unit_texts
+from train_bpe_tokenizer.merging import UNIT_BPE
 
 LEAST_SENTENCE_BYTES = 10  # SentencePiece's own limit on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
@@ -160,21 +161,11 @@ def train_sentencepiece(texts: list[str], vocab_size: int, log: Path):
         SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
-            model_type="bpe",
             vocab_size=1 + vocab_size,  # 1: it needs an <unk>. Units that the texts lack leave room for more merges
-            character_coverage=1.0,
             # Longer lines would be dropped with no more than a line in the log.
             max_sentence_length=max(LEAST_SENTENCE_BYTES, UTF8_BYTES * max(map(len, texts)) + 1),
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_by_unicode_script=False,
-            split_by_number=False,
-            hard_vocab_limit=False,  # we say ourselves how many merges there are
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
             minloglevel=0,
+            **UNIT_BPE,
         )
     with open(log, "rb") as file:
         file.seek(logged)
