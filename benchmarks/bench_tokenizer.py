@@ -14,11 +14,11 @@ times SentencePiece's seconds (0.83 times as fast), encoding 5 times as fast, wi
 
 import filecmp
 import json
-import math
 import random
 from pathlib import Path
 
 from benchmarks.measure import REPO, apart, comparison, copy_mistral_tokenizer, report, run_script
+from benchmarks.other_tokenizers import line_by_line, with_sentencepiece, with_tokenizers
 from towerspeech import units as dsu
 from towerspeech.command import run
 from towerspeech.files import publish, read_json
@@ -89,22 +89,18 @@ def bench_training(corpus: Path, units: int, output_dir: Path) -> list[dict]:
     The tokenizers trainer comes after them: during its minute a virtual machine may give its free memory back to its
     host, and who runs next waits for it.
     """
-    ours, theirs = "train_bpe_tokenizer/train_bpe.py", "benchmarks/other_tokenizers.py"
+    output_dir.mkdir(exist_ok=True)
     sizes = ["--num_units", NUM_UNITS, "--vocab_size", VOCAB_SIZE, "--max_units", units]
-    text = ["--source", corpus / "corpus.txt"]
-    commands = {
-        "sentencepiece": [theirs, "--way", "sentencepiece", *text],
-        ".km": [ours, "--units", corpus / "corpus.km", *sizes],
-        "Parquet": [ours, "--units", corpus / "units", *sizes],
-        "tokenizers": [theirs, "--way", "tokenizers", *text],
-    }
-    seconds = dict.fromkeys(commands, math.inf)
-    for ways in (("sentencepiece", ".km", "Parquet"), ("tokenizers",)):
-        for _ in range(TIMES):
-            for way in ways:
-                script, *words = commands[way]
-                took = run_script(script, output_dir / way.removeprefix("."), *words)
-                seconds[way] = min(seconds[way], took.seconds)
+    theirs = [corpus / "corpus.txt", VOCAB_SIZE, output_dir]
+    runs = {"sentencepiece": [], ".km": [], "Parquet": [], "tokenizers": []}
+    for _ in range(TIMES):
+        runs["sentencepiece"].append(apart(with_sentencepiece, *theirs)[0])
+        for name, source in ((".km", corpus / "corpus.km"), ("Parquet", corpus / "units")):
+            out = output_dir / source.stem
+            runs[name].append(run_script("train_bpe_tokenizer/train_bpe.py", out, "--units", source, *sizes).seconds)
+    for _ in range(TIMES):
+        runs["tokenizers"].append(apart(with_tokenizers, *theirs)[0])
+    seconds = {name: min(took) for name, took in runs.items()}
     return [
         comparison(f"training from {source}, beside {way}", seconds[source], seconds[way], goal)
         for source in (".km", "Parquet")
@@ -116,15 +112,13 @@ def bench_encoding(name: str, tokenizer: Path, corpus: Path, units: int, output_
     """build_mixture.py beside the tokenizer called line by line, for one tokenizer; the best of three runs each."""
     source = {"name": "speech", "kind": "speech", "paths": [str(corpus / "units")], "budget": 1}
     our_words = ["--tokenizer", tokenizer, "--sources", json.dumps([source])]
-    their_words = ["--way", "lines", "--source", corpus / "units", "--tokenizer", tokenizer]
     ours, theirs = [], []
     for _ in range(TIMES):
-        run_script("benchmarks/other_tokenizers.py", output_dir / "lines", *their_words)
-        theirs.append(read_json(output_dir / "lines/seconds.json", "run again")["seconds"])
+        theirs.append(apart(line_by_line, corpus / "units", tokenizer, output_dir / "lines.bin")[1])
         run_script("data_mixture/build_mixture.py", output_dir / "mixture", *our_words)
         counts = read_json(output_dir / "mixture/run_info.json", "run again")["counts"]
         ours.append(counts["last_attempt"]["tokenize_s"])
-    same = filecmp.cmp(output_dir / "lines/tokens.bin", output_dir / "mixture/speech.bin", False)
+    same = filecmp.cmp(output_dir / "lines.bin", output_dir / "mixture/speech.bin", False)
     rates = {"our_units_per_s": round(units / min(ours)), "their_units_per_s": round(units / min(theirs))}
     return comparison(f"encoding, {name}", min(ours), min(theirs), 5.0, same, **rates)
 
@@ -149,7 +143,7 @@ def bench_tokenizer(output_dir: Path, units: int = 20_000_000, smollm2: Path | N
     for name, base in bases.items():
         if base:
             folder = output_dir / f"encoding_{base.name}"
-            words = ["--base", base, "--units_bpe", output_dir / "training/Parquet"]
+            words = ["--base", base, "--units_bpe", output_dir / "training/units"]
             run_script("train_bpe_tokenizer/merge_tokenizer.py", folder / "tokenizer", *words)
             lines.append(bench_encoding(name, folder / "tokenizer", corpus, units, folder))
     report(lines)
