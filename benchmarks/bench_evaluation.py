@@ -18,10 +18,11 @@ steady ones do not.
 
 from pathlib import Path
 
-from benchmarks.measure import comparison, report, run_script
+from benchmarks.measure import apart, comparison, report, run_script
+from benchmarks.other_ways import with_transformers, with_vllm
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, read_json
-from towerspeech.records import read_jsonl
+from towerspeech.records import read_jsonl, read_prompts
 
 MAX_NEW_TOKENS = 64
 
@@ -34,20 +35,12 @@ def ours(models: list[Path], prompts: list[Path], output_dir: Path) -> tuple[flo
     return whole, sum(info["counts"]["last_attempt"]["decode_s"] for info in infos)
 
 
-def theirs(way: str, model: Path, prompts: list[Path], output_dir: Path, *words) -> tuple[float, float]:
-    """other_ways.py on some prompt files; seconds as of ``ours``."""
-    words = ["--way", way, "--model", model, "--prompts", *prompts, "--max_new_tokens", MAX_NEW_TOKENS, *words]
-    whole = run_script("benchmarks/other_ways.py", output_dir, *words).seconds
-    return whole, read_json(output_dir / "seconds.json", "run again")["decode_s"]
-
-
-def compare(left: Path, right: Path) -> list[bool]:
-    """Whether each output of the right folder is the left one's: the same text (but for its borders) and tokens."""
+def compare(folder: Path, outputs: dict[str, list[tuple[str, int]]]) -> list[bool]:
+    """Whether each of our outputs in a folder is theirs: the same text (but for its borders) and number of tokens."""
     same = []
-    for path in sorted(right.rglob("*.jsonl")):
-        for a, b in zip(read_jsonl(left / path.relative_to(right)), read_jsonl(path), strict=True):
-            alike = [(row["id"], row["text"].strip(), row["num_tokens"]) for row in (a, b)]
-            same.append(alike[0] == alike[1])
+    for name, told in outputs.items():
+        for row, (text, num_tokens) in zip(read_jsonl(folder / name), told, strict=True):
+            same.append((row["text"].strip(), row["num_tokens"]) == (text.strip(), num_tokens))
     return same
 
 
@@ -61,18 +54,17 @@ def bench_tiny(root: Path, output_dir: Path) -> list[dict]:
     prompts.append(output_dir / "prompts/asr/test.jsonl")
     whole, steady = ours(models, prompts, output_dir / "tiny")
     lines = []
-    for way, groups, label, goal in (
-        ("vllm", [[path] for path in prompts], "an engine a test set", 5.0),
-        ("transformers", [prompts], "transformers, batches of 16", 1.0),
+    for way, options, groups, label, goal in (
+        (with_vllm, [], [[path] for path in prompts], "an engine a test set", 5.0),
+        (with_transformers, [16], [prompts], "transformers, batches of 16", 1.0),
     ):
         their_whole, their_steady, equal = 0.0, 0.0, []
         for model in models:
-            for number, group in enumerate(groups):
-                folder = output_dir / way / model.name / f"{number}"
-                seconds = theirs(way, model, group, folder)
-                their_whole += seconds[0]
-                their_steady += seconds[1]
-                equal += compare(output_dir / "tiny" / model.name, folder)
+            for group in groups:
+                seconds, (outputs, decoding) = apart(way, model, read_prompts(group), MAX_NEW_TOKENS, *options)
+                their_whole += seconds
+                their_steady += decoding
+                equal += compare(output_dir / "tiny" / model.name, outputs)
         same = sum(equal) / len(equal)
         lines += [
             comparison(f"tiny suite, whole run, beside {label}", whole, their_whole, goal, same),
@@ -95,12 +87,12 @@ def bench_smollm2(model: Path, flores: Path, output_dir: Path) -> list[dict]:
         run_script("instructions/build_instructions.py", folder / "prompts", *common, *words)
         prompts = sorted((folder / "prompts").glob("*_shot/*.jsonl"))
         _, steady = ours([model], prompts, folder / "ours")
-        others = {}
+        outputs, others = {}, {}
         for size in (8, 16):
-            out = folder / f"batch_{size}"
-            _, others[size] = theirs("transformers", model, prompts, out, "--batch_size", size)
+            told = apart(with_transformers, model, read_prompts(prompts), MAX_NEW_TOKENS, size)[1]
+            outputs[size], others[size] = told
         fastest = min(others, key=others.get)
-        equal = compare(folder / "ours" / model.name, folder / f"batch_{fastest}")
+        equal = compare(folder / "ours" / model.name, outputs[fastest])
         counts = read_json(folder / "ours" / model.name / "run_info.json", "run again")["counts"]["last_attempt"]
         facts = {"batch_size": fastest, "cached": f"{counts['cached_tokens'] / counts['prompt_tokens']:.0%}"}
         name = f"SmolLM2 {kind}, beside transformers, decoding alone"
