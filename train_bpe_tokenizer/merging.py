@@ -72,11 +72,8 @@ def read_units_bpe(folder: Path) -> UnitBpe:
         UserError: The folder is not finished, or its model does not hold exactly the units that it claims.
     """
     remedy = "run train_bpe_tokenizer/train_bpe.py"
-    path = folder / "units_bpe.json"
-    check_exists(folder, remedy)
-    check_exists(path, remedy)
+    facts = read_json(folder / "units_bpe.json", remedy, ["num_units", "corpora_sha256"])
     check_exists(folder / "units_bpe.model", remedy)
-    facts = read_json(path, remedy, ["num_units", "corpora_sha256"])
     num_units = facts["num_units"]
     proto = read_proto(folder / "units_bpe.model")
     pieces = [piece.piece for piece in proto.pieces if piece.type == piece.NORMAL]
