@@ -13,13 +13,13 @@ GPT-2's scheme writes each byte as one character, and a unit is four bytes: F3 B
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from towerspeech import units as dsu
 from towerspeech.command import UserError
 from towerspeech.files import read_json
+from towerspeech.model_folder import copy_files
 from towerspeech.tokenizer import CHAT_TEMPLATE, PAD
 from train_bpe_tokenizer.merging import AS_PUBLISHED, Merged, UnitBpe, bpe_merges
 
@@ -160,13 +160,11 @@ def load_beside(base: Path, folder: Path):
     """Load the new tokenizer as beside the base's model: the class depends on the type of the model too."""
     from transformers import AutoTokenizer
 
-    config = folder / "config.json"
-    if (base / config.name).is_file():
-        shutil.copyfile(base / config.name, config)
+    copy_files(base, folder, ["config.json"])
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     finally:
-        config.unlink(missing_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 def save(
@@ -182,11 +180,10 @@ def save(
     tokenizer.save(str(folder / "tokenizer.json"))
     text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    template = "chat_template.jinja"
     if chat_tokens:
-        (folder / template).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    elif (base / template).is_file():
-        shutil.copyfile(base / template, folder / template)
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    else:
+        copy_files(base, folder, ["chat_template.jinja"])
 
 
 def merge_byte_level(

@@ -319,14 +319,6 @@ def load_rows(path: Path, name: str, count: int):
         return file.get_slice(name)[:count]
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it (another file system, a file system without links)."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def write_weights(work, entries: dict[str, dict], matrices: list[str], *rows) -> None:
     """Rewrite the weight files that hold one of the matrices, see ``rewrite``, and link the others."""
     from tqdm import tqdm
@@ -338,8 +330,11 @@ def write_weights(work, entries: dict[str, dict], matrices: list[str], *rows) ->
         with work.publish(path.name) as temporary:
             if path in rewritten:
                 rewrite(path, temporary, matrices, *rows)
-            else:
-                link_or_copy(path, temporary)
+                continue
+            try:
+                os.link(path.resolve(), temporary)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, temporary)
 
 
 def write_settings(model: Path, folder: Path, config: dict, padding: dict, grown: int) -> None:

@@ -257,8 +257,6 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
     lines += dsu.to_text(range(units_bpe.num_units))
     ids = [[*start, *(first_unit + number for number in numbers)] for numbers in units_bpe.encode(lines)]
     same(lines, fast([f"x{line}" for line in lines], add_special_tokens=False)["input_ids"], ids, "unit tokens")
-    single = [[*start, first_unit + unit] for unit in range(units_bpe.num_units)]
-    same(lines[-units_bpe.num_units :], ids[-units_bpe.num_units :], single, "a unit's ids")
     return len(plain) + len(lines) + len(mixed)
 
 
