@@ -100,13 +100,6 @@ def bench_smollm2(model: Path, flores: Path, output_dir: Path) -> list[dict]:
     return lines
 
 
-def bench_published(data: Path, output_dir: Path) -> dict:
-    """Score all of the saved outputs."""
-    words = ["--outputs", data / "towerspeech_outputs", "--flores", data / "flores200", "--wmt23", data / "wmt23"]
-    seconds = run_script("results/published/score_published.py", output_dir, *words).seconds
-    return comparison("all of results/published, with intervals: under 180 s", seconds, 180, 1.0)
-
-
 def bench_evaluation(
     output_dir: Path, tiny: Path | None = None, smollm2: Path | None = None, test_data: Path | None = None
 ) -> None:
@@ -123,7 +116,10 @@ def bench_evaluation(
             check_exists(path, "see --help for what makes it")
     lines = []
     if test_data:
-        lines.append(bench_published(test_data, output_dir / "published"))
+        words = ["--outputs", test_data / "towerspeech_outputs", "--flores", test_data / "flores200"]
+        words += ["--wmt23", test_data / "wmt23"]
+        scored = run_script("results/published/score_published.py", output_dir / "published", *words)
+        lines.append(comparison("all of results/published, with intervals: under 180 s", scored.seconds, 180, 1.0))
     if tiny:
         lines += bench_tiny(tiny, output_dir / "tiny")
     if smollm2 and test_data:

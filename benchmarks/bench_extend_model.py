@@ -13,28 +13,16 @@ model folders are deleted, the logs stay. Needs 36 GB of disk, and 15 GB of memo
 """
 
 import random
+import resource
 import shutil
-import sys
-import textwrap
 from pathlib import Path
 
-from benchmarks.measure import apart, comparison, copy_mistral_tokenizer, measure, report, run_script
+from benchmarks.measure import apart, comparison, copy_mistral_tokenizer, report, run_script
 from towerspeech.command import run
 from towerspeech.files import read_json
 
 NUM_UNITS, NUM_MERGES = 5000, 3000
 LIMIT_GB = 2 * 32_000 * 4096 * 4 / 1e9 + 1
-THEIRS = textwrap.dedent("""
-    import sys
-    from pathlib import Path
-
-    from transformers import AutoModelForCausalLM
-
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, end this and nobody else
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", local_files_only=True)
-    model.resize_token_embeddings(int(sys.argv[2]), pad_to_multiple_of=64)
-    model.save_pretrained(sys.argv[3])
-""")
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -60,6 +48,17 @@ def make_tokenizer(model: Path, root: Path) -> Path:
     return root / "tokenizer"
 
 
+def resize(model: Path, tokens: int, target: Path) -> float:
+    """Give a model rows for so many tokens as transformers does; returns the peak resident memory, in 1e9 bytes."""
+    from transformers import AutoModelForCausalLM
+
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, end this and nobody else
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
+    loaded.resize_token_embeddings(tokens, pad_to_multiple_of=64)
+    loaded.save_pretrained(target)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def bench_extend_model(output_dir: Path, layers: int = 32, theirs: bool = True) -> None:
     """Run the comparisons.
 
@@ -78,13 +77,11 @@ def bench_extend_model(output_dir: Path, layers: int = 32, theirs: bool = True) 
         lines = [comparison(f"{layers} layers: peak memory, at most", ours.memory_gb, LIMIT_GB, 1.0, unit="GB")]
         if theirs:
             tokens = read_json(tokenizer / "speech_units.json", "run again")["vocab_size"]
-            log = output_dir / "theirs.log"
-            print(f"$ from_pretrained({model}), resize_token_embeddings, save_pretrained", flush=True)
-            other = measure([sys.executable, "-c", THEIRS, model, tokens, output_dir / "theirs"], log)
+            seconds, memory_gb = apart(resize, model, tokens, output_dir / "theirs")
             title = f"{layers} layers, beside resize_token_embeddings"
             lines += [
-                comparison(f"{title}: peak memory", ours.memory_gb, other.memory_gb, 1.0, unit="GB"),
-                comparison(f"{title}: whole run", ours.seconds, other.seconds, 1.0),
+                comparison(f"{title}: peak memory", ours.memory_gb, memory_gb, 1.0, unit="GB"),
+                comparison(f"{title}: whole run", ours.seconds, seconds, 1.0),
             ]
     finally:
         for name in ("model", "ours", "theirs"):

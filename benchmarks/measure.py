@@ -26,36 +26,32 @@ class Measured(NamedTuple):
     memory_gb: float  # peak resident memory, in 1e9 bytes
 
 
-def measure(command: list, log: Path) -> Measured:
-    """Run a command; its output goes to ``log``.
+def run_script(script: str, output_dir: Path, *words) -> Measured:
+    """Run a script of the repo anew; its output goes to a file beside output_dir.
 
     The kernel counts what the starting process held in at first, so this one must stay small.
 
     Raises:
         UserError: It failed.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    command = list(map(str, [sys.executable, REPO / script, *words, "--output_dir", output_dir]))
+    print(" ".join(["$ python", script, *command[2:]])[:300], flush=True)
+    log = output_dir.with_suffix(".log")
     os.sync()  # not to wait for what an earlier one wrote
     began = time.perf_counter()
     with open(log, "w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise UserError(f"{log.stem} ended with status {process.returncode}", f"see {log}")
+        raise UserError(f"{script} ended with status {process.returncode}", f"see {log}")
     return Measured(time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9)
 
 
-def run_script(script: str, output_dir: Path, *words) -> Measured:
-    """Run a script of the repo anew; its output goes to a file beside output_dir."""
-    shutil.rmtree(output_dir, ignore_errors=True)
-    command = [sys.executable, REPO / script, *words, "--output_dir", output_dir]
-    print(" ".join(["$ python", script, *map(str, command[2:])])[:300], flush=True)
-    return measure(command, output_dir.with_suffix(".log"))
-
-
 def apart(function: Callable, *arguments) -> tuple[float, Any]:
-    """Call a function in a process of its own, so that this one stays small; see ``measure``.
+    """Call a function in a process of its own, so that this one stays small; see ``run_script``.
 
     Returns:
         The seconds that the process took, start and imports included, and what the function returned.
