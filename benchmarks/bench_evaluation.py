@@ -16,56 +16,32 @@ the same text and number of tokens; below 98% no goal holds. Whole-run seconds i
 steady ones do not.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import comparison, run_script
+from benchmarks.measure import apart, comparison, report, run_script
+from benchmarks.other_ways import with_transformers, with_vllm
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, read_json
-from towerspeech.records import read_jsonl
+from towerspeech.records import read_jsonl, read_prompts
 
 MAX_NEW_TOKENS = 64
-LEAST_SAME = 0.98  # share of outputs below which no goal holds
 
 
-@dataclass
-class Seconds:
-    """What one side took: whole runs, and the decoding in them."""
-
-    whole: float = 0.0
-    steady: float = 0.0
-
-
-def ours(models: list[Path], prompts: list[Path], output_dir: Path) -> Seconds:
-    """generate.py over all models and prompt files at once."""
+def ours(models: list[Path], prompts: list[Path], output_dir: Path) -> tuple[float, float]:
+    """generate.py over all models and prompt files at once; seconds of the whole run, and of the decoding in it."""
     words = ["--checkpoints", *models, "--prompts", *prompts, "--dtype", "float32"]
     whole = run_script("generate/generate.py", output_dir, *words, "--max_new_tokens", MAX_NEW_TOKENS).seconds
     infos = [read_json(output_dir / model.name / "run_info.json", "run again") for model in models]
-    return Seconds(whole, sum(info["counts"]["last_attempt"]["decode_s"] for info in infos))
+    return whole, sum(info["counts"]["last_attempt"]["decode_s"] for info in infos)
 
 
-def theirs(way: str, model: Path, prompts: list[Path], output_dir: Path, *words) -> Seconds:
-    """other_ways.py on some prompt files."""
-    words = ["--way", way, "--model", model, "--prompts", *prompts, "--max_new_tokens", MAX_NEW_TOKENS, *words]
-    whole = run_script("benchmarks/other_ways.py", output_dir, *words).seconds
-    return Seconds(whole, read_json(output_dir / "seconds.json", "run again")["decode_s"])
-
-
-def compare(left: Path, right: Path) -> list[bool]:
-    """Whether each output of the right folder is the left one's: the same text (but for its borders) and tokens."""
+def compare(folder: Path, outputs: dict[str, list[tuple[str, int]]]) -> list[bool]:
+    """Whether each of our outputs in a folder is theirs: the same text (but for its borders) and number of tokens."""
     same = []
-    for path in sorted(right.rglob("*.jsonl")):
-        for a, b in zip(read_jsonl(left / path.relative_to(right)), read_jsonl(path), strict=True):
-            alike = [(row["id"], row["text"].strip(), row["num_tokens"]) for row in (a, b)]
-            same.append(alike[0] == alike[1])
+    for name, told in outputs.items():
+        for row, (text, num_tokens) in zip(read_jsonl(folder / name), told, strict=True):
+            same.append((row["text"].strip(), row["num_tokens"]) == (text.strip(), num_tokens))
     return same
-
-
-def facts_of(same: list[bool]) -> dict:
-    """How many outputs are the same, as facts of a comparison."""
-    share = sum(same) / len(same)
-    return {"equal": share >= LEAST_SAME, "same": f"{sum(same)}/{len(same)}", "same_share": share}
 
 
 def bench_tiny(root: Path, output_dir: Path) -> list[dict]:
@@ -76,23 +52,23 @@ def bench_tiny(root: Path, output_dir: Path) -> list[dict]:
     words = ["--test_set", "units", "--data_root", root / "units/test"]
     run_script("instructions/build_instructions.py", output_dir / "prompts", *words)
     prompts.append(output_dir / "prompts/asr/test.jsonl")
-    mine, lines = ours(models, prompts, output_dir / "tiny"), []
-    for way, groups, label, goal in (
-        ("vllm", [[path] for path in prompts], "an engine a test set", 5.0),
-        ("transformers", [prompts], "transformers, batches of 16", 1.0),
+    whole, steady = ours(models, prompts, output_dir / "tiny")
+    lines = []
+    for way, options, groups, label, goal in (
+        (with_vllm, [], [[path] for path in prompts], "an engine a test set", 5.0),
+        (with_transformers, [16], [prompts], "transformers, batches of 16", 1.0),
     ):
-        other, same = Seconds(), []
+        their_whole, their_steady, equal = 0.0, 0.0, []
         for model in models:
-            for number, group in enumerate(groups):
-                folder = output_dir / way / model.name / f"{number}"
-                seconds = theirs(way, model, group, folder)
-                other.whole += seconds.whole
-                other.steady += seconds.steady
-                same += compare(output_dir / "tiny" / model.name, folder)
-        facts = {**facts_of(same), "engines": len(models) * len(groups)}
+            for group in groups:
+                seconds, (outputs, decoding) = apart(way, model, read_prompts(group), MAX_NEW_TOKENS, *options)
+                their_whole += seconds
+                their_steady += decoding
+                equal += compare(output_dir / "tiny" / model.name, outputs)
+        same = sum(equal) / len(equal)
         lines += [
-            comparison(f"tiny suite, whole run, beside {label}", mine.whole, other.whole, goal, **facts),
-            comparison(f"tiny suite, decoding alone, beside {label}", mine.steady, other.steady, 1.0),
+            comparison(f"tiny suite, whole run, beside {label}", whole, their_whole, goal, same),
+            comparison(f"tiny suite, decoding alone, beside {label}", steady, their_steady, same=same),
         ]
     return lines
 
@@ -110,33 +86,18 @@ def bench_smollm2(model: Path, flores: Path, output_dir: Path) -> list[dict]:
         folder = output_dir / kind.replace(" ", "_")
         run_script("instructions/build_instructions.py", folder / "prompts", *common, *words)
         prompts = sorted((folder / "prompts").glob("*_shot/*.jsonl"))
-        mine = ours([model], prompts, folder / "ours")
-        others = {
-            size: theirs("transformers", model, prompts, folder / f"batch_{size}", "--batch_size", size)
-            for size in (8, 16)
-        }
-        fastest = min(others, key=lambda size: others[size].steady)
+        _, steady = ours([model], prompts, folder / "ours")
+        outputs, others = {}, {}
+        for size in (8, 16):
+            told = apart(with_transformers, model, read_prompts(prompts), MAX_NEW_TOKENS, size)[1]
+            outputs[size], others[size] = told
+        fastest = min(others, key=others.get)
+        equal = compare(folder / "ours" / model.name, outputs[fastest])
         counts = read_json(folder / "ours" / model.name / "run_info.json", "run again")["counts"]["last_attempt"]
-        facts = {
-            **facts_of(compare(folder / "ours" / model.name, folder / f"batch_{fastest}")),
-            "batch_size": fastest,
-            "tokens_per_s": round(counts["new_tokens"] / mine.steady),
-            "cached": f"{counts['cached_tokens'] / counts['prompt_tokens']:.0%}",
-        }
-        name = f"SmolLM2 {kind}, beside transformers"
-        whole = min(seconds.whole for seconds in others.values())
-        lines += [
-            comparison(f"{name}, decoding alone", mine.steady, others[fastest].steady, goal, **facts),
-            comparison(f"{name}, whole run", mine.whole, whole, 1.0),
-        ]
+        facts = {"batch_size": fastest, "cached": f"{counts['cached_tokens'] / counts['prompt_tokens']:.0%}"}
+        name = f"SmolLM2 {kind}, beside transformers, decoding alone"
+        lines.append(comparison(name, steady, others[fastest], goal, sum(equal) / len(equal), **facts))
     return lines
-
-
-def bench_published(data: Path, output_dir: Path) -> list[dict]:
-    """Score all of the saved outputs."""
-    words = ["--outputs", data / "towerspeech_outputs", "--flores", data / "flores200", "--wmt23", data / "wmt23"]
-    seconds = run_script("results/published/score_published.py", output_dir / "published", *words).seconds
-    return [comparison("all of results/published, with intervals: under 180 s", seconds, 180, 1.0)]
 
 
 def bench_evaluation(
@@ -150,25 +111,22 @@ def bench_evaluation(
         smollm2: Folder that tiny/make_smollm2.py wrote; with test_data.
         test_data: Folder with flores200/, wmt23/ and towerspeech_outputs/.
     """
-    for path, remedy in (
-        (tiny, "bash tiny/run.sh"),
-        (smollm2, "python tiny/make_smollm2.py"),
-        (test_data, "check it"),
-    ):
+    for path in (tiny, smollm2, test_data):
         if path:
-            check_exists(path, remedy)
-    output_dir = output_dir.resolve()
+            check_exists(path, "see --help for what makes it")
     lines = []
     if test_data:
-        lines += bench_published(test_data.resolve(), output_dir / "published")
+        words = ["--outputs", test_data / "towerspeech_outputs", "--flores", test_data / "flores200"]
+        words += ["--wmt23", test_data / "wmt23"]
+        scored = run_script("results/published/score_published.py", output_dir / "published", *words)
+        lines.append(comparison("all of results/published, with intervals: under 180 s", scored.seconds, 180, 1.0))
     if tiny:
-        lines += bench_tiny(tiny.resolve(), output_dir / "tiny")
+        lines += bench_tiny(tiny, output_dir / "tiny")
     if smollm2 and test_data:
-        lines += bench_smollm2(smollm2.resolve(), test_data.resolve() / "flores200", output_dir / "smollm2")
+        lines += bench_smollm2(smollm2, test_data / "flores200", output_dir / "smollm2")
     if not lines:
         raise UserError("nothing to compare", "name --tiny, --test_data, or --smollm2 with --test_data")
-    for told in lines:
-        print(json.dumps(told))
+    report(lines)
 
 
 if __name__ == "__main__":

@@ -6,40 +6,28 @@ Usage: python benchmarks/bench_tokenizer.py --output_dir runs/bench_tokenizer
 Makes a corpus of synthetic units with transcripts (K = 5000, utterances of 200-1500 units), as .km, as text and as
 units Parquet, and compares, all sides in one run, each in a process of its own
   training  train_bpe.py, the whole run, beside one SentencePiece call and beside the tokenizers library's trainer
-  encoding  build_mixture.py, and its tokenization alone, beside calling the fast tokenizer line by line; for a
-            32,000-piece SentencePiece tokenizer (mistral-common's) and for SmolLM2's byte-level one
+  encoding  build_mixture.py's tokenization beside calling the fast tokenizer line by line; for a 32,000-piece
+            SentencePiece tokenizer (mistral-common's) and for SmolLM2's byte-level one
 and ends with one JSON line a comparison. ``ratio`` is how many times as fast ours is. Training has to be within 1.2
-times SentencePiece's seconds (0.83 times as fast), encoding 5 times as fast, with the same tokens. ``load`` is the
-machine's over the last minute when our side began: above 1, others were at work.
+times SentencePiece's seconds (0.83 times as fast), encoding 5 times as fast, with the same tokens.
 """
 
 import filecmp
-import importlib.util
 import json
-import multiprocessing
 import random
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.measure import Measured, comparison, run_script
+from benchmarks.measure import REPO, apart, comparison, copy_mistral_tokenizer, report, run_script
+from benchmarks.other_tokenizers import line_by_line, with_sentencepiece, with_tokenizers
 from towerspeech import units as dsu
-from towerspeech.command import UserError, run
-from towerspeech.files import read_json
+from towerspeech.command import run
+from towerspeech.files import publish, read_json
 from towerspeech.units_parquet import shard_name, write_units
 
 NUM_UNITS, VOCAB_SIZE = 5000, 8000
 UNITS_A_WORD = 14  # about 35 units and 2.5 words a second
 NUM_SHARDS = 8
 TIMES = 3  # the best of so many runs counts, for each side: other work on the machine only ever adds to it
-WORDS = """
-the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which one
-you were her all she there would their we him been has when who will more no if out so said what up its about into
-than them can only other new some could time these two may then do first any my now such like our over man even most
-made after also did many before must through years where much your way well down should because each just those people
-how too little state good very make world still own see men work long get here between both life being under never day
-same another know while last might us great old year off come since against go came right used take three
-"""
 
 
 # --- The corpus -----------------------------------------------------------------------------------
@@ -77,7 +65,7 @@ def write_corpus(num_units: int, folder: Path) -> None:
         for utterance in utterances:
             km.write(" ".join(map(str, utterance)) + "\n")
             text.write(dsu.to_text(utterance) + "\n")
-    generator, words = random.Random(0), WORDS.split()
+    generator, words = random.Random(0), (REPO / "LICENSE").read_text().split()
     rows = [
         {
             "id": f"utt{index:06d}",
@@ -95,68 +83,44 @@ def write_corpus(num_units: int, folder: Path) -> None:
 
 
 # --- Running --------------------------------------------------------------------------------------
-def fastest(runs: list[Measured]) -> Measured:
-    """The run that counts."""
-    return min(runs, key=lambda run: run.seconds)
-
-
-def line(name: str, ours: Measured, theirs: Measured, goal: float | None, **facts) -> dict:
-    """One comparison, with memory and load."""
-    memory = {"our_gb": round(ours.memory_gb, 2), "their_gb": round(theirs.memory_gb, 2), "load": round(ours.load, 1)}
-    return comparison(name, ours.seconds, theirs.seconds, goal, **memory, **facts)
-
-
 def bench_training(corpus: Path, units: int, output_dir: Path) -> list[dict]:
     """Ours from .km and from Parquet, SentencePiece's from a text file: whole runs in turn, the best of three each.
 
     The tokenizers trainer comes after them: during its minute a virtual machine may give its free memory back to its
     host, and who runs next waits for it.
     """
-    ours, theirs = "train_bpe_tokenizer/train_bpe.py", "benchmarks/other_tokenizers.py"
+    output_dir.mkdir(exist_ok=True)
     sizes = ["--num_units", NUM_UNITS, "--vocab_size", VOCAB_SIZE, "--max_units", units]
-    text = ["--source", corpus / "corpus.txt"]
-    runs = {"sentencepiece": [], "corpus.km": [], "units": [], "tokenizers": []}
+    theirs = [corpus / "corpus.txt", VOCAB_SIZE, output_dir]
+    runs = {"sentencepiece": [], ".km": [], "Parquet": [], "tokenizers": []}
     for _ in range(TIMES):
-        way = "sentencepiece"
-        runs[way].append(run_script(theirs, output_dir / way, "--way", way, *text))
-        for source in ("corpus.km", "units"):
-            out = output_dir / f"ours_{Path(source).stem}"
-            runs[source].append(run_script(ours, out, "--units", corpus / source, *sizes))
+        runs["sentencepiece"].append(apart(with_sentencepiece, *theirs)[0])
+        for name, source in ((".km", corpus / "corpus.km"), ("Parquet", corpus / "units")):
+            out = output_dir / source.stem
+            runs[name].append(run_script("train_bpe_tokenizer/train_bpe.py", out, "--units", source, *sizes).seconds)
     for _ in range(TIMES):
-        way = "tokenizers"
-        runs[way].append(run_script(theirs, output_dir / way, "--way", way, *text))
+        runs["tokenizers"].append(apart(with_tokenizers, *theirs)[0])
+    seconds = {name: min(took) for name, took in runs.items()}
     return [
-        line(f"training from {told}, beside {way}", fastest(runs[source]), fastest(runs[way]), goal)
-        for source, told in (("corpus.km", ".km"), ("units", "Parquet"))
+        comparison(f"training from {source}, beside {way}", seconds[source], seconds[way], goal)
+        for source in (".km", "Parquet")
         for way, goal in (("sentencepiece", 1 / 1.2), ("tokenizers", None))
     ]
 
 
-def bench_encoding(name: str, tokenizer: Path, corpus: Path, units: int, output_dir: Path) -> list[dict]:
+def bench_encoding(name: str, tokenizer: Path, corpus: Path, units: int, output_dir: Path) -> dict:
     """build_mixture.py beside the tokenizer called line by line, for one tokenizer; the best of three runs each."""
     source = {"name": "speech", "kind": "speech", "paths": [str(corpus / "units")], "budget": 1}
     our_words = ["--tokenizer", tokenizer, "--sources", json.dumps([source])]
-    their_words = ["--way", "lines", "--source", corpus / "units", "--tokenizer", tokenizer]
-    ours, our_calls, theirs, their_calls = [], [], [], []
+    ours, theirs = [], []
     for _ in range(TIMES):
-        whole = run_script("benchmarks/other_tokenizers.py", output_dir / "lines", *their_words)
-        theirs.append(whole)
-        seconds = read_json(output_dir / "lines/seconds.json", "run again")["seconds"]
-        their_calls.append(replace(whole, seconds=seconds))
-        whole = run_script("data_mixture/build_mixture.py", output_dir / "mixture", *our_words)
-        ours.append(whole)
+        theirs.append(apart(line_by_line, corpus / "units", tokenizer, output_dir / "lines.bin")[1])
+        run_script("data_mixture/build_mixture.py", output_dir / "mixture", *our_words)
         counts = read_json(output_dir / "mixture/run_info.json", "run again")["counts"]
-        our_calls.append(replace(whole, seconds=counts["last_attempt"]["tokenize_s"]))
-    same = filecmp.cmp(output_dir / "lines/tokens.bin", output_dir / "mixture/speech.bin", False)
-    lines = []
-    for what, mine, other, goal in (
-        ("tokenization beside the calls alone", fastest(our_calls), fastest(their_calls), 5.0),
-        ("whole run", fastest(ours), fastest(theirs), None),
-    ):
-        told = line(f"encoding, {name}: {what}", mine, other, goal, equal=same, units=units, same=same)
-        rates = {"ours": round(units / mine.seconds), "theirs": round(units / other.seconds), "unit": "units/s"}
-        lines.append({**told, **rates})
-    return lines
+        ours.append(counts["last_attempt"]["tokenize_s"])
+    same = filecmp.cmp(output_dir / "lines.bin", output_dir / "mixture/speech.bin", False)
+    rates = {"our_units_per_s": round(units / min(ours)), "their_units_per_s": round(units / min(theirs))}
+    return comparison(f"encoding, {name}", min(ours), min(theirs), 5.0, same, **rates)
 
 
 def bench_tokenizer(output_dir: Path, units: int = 20_000_000, smollm2: Path | None = None) -> None:
@@ -171,28 +135,18 @@ def bench_tokenizer(output_dir: Path, units: int = 20_000_000, smollm2: Path | N
     corpus = output_dir / f"corpus_{units}"
     if not corpus.is_dir():
         print(f"making {units:,} units", flush=True)
-        # In a process of its own: a child's peak memory begins at its parent's.
-        partial = corpus.with_name(f".{corpus.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        maker = multiprocessing.get_context("spawn").Process(target=write_corpus, args=(units, partial))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise UserError(f"the corpus could not be made: status {maker.exitcode}", "see above")
-        partial.rename(corpus)
+        with publish(corpus) as folder:
+            apart(write_corpus, units, folder)
     lines = bench_training(corpus, units, output_dir / "training")
-    mistral = output_dir / "mistral"
-    mistral.mkdir(exist_ok=True)
-    package = Path(importlib.util.find_spec("mistral_common").origin).parent
-    shutil.copy(package / "data/tokenizer.model.v1", mistral / "tokenizer.model")
-    for name, base in {"mistral-common's SentencePiece": mistral, "SmolLM2": smollm2}.items():
+    copy_mistral_tokenizer(output_dir / "mistral")
+    bases = {"mistral-common's SentencePiece": output_dir / "mistral", "SmolLM2": smollm2}
+    for name, base in bases.items():
         if base:
-            folder = output_dir / f"encoding_{Path(base).name}"
-            words = ["--base", base, "--units_bpe", output_dir / "training/ours_units"]
+            folder = output_dir / f"encoding_{base.name}"
+            words = ["--base", base, "--units_bpe", output_dir / "training/units"]
             run_script("train_bpe_tokenizer/merge_tokenizer.py", folder / "tokenizer", *words)
-            lines += bench_encoding(name, folder / "tokenizer", corpus, units, folder)
-    for told in lines:
-        print(json.dumps(told))
+            lines.append(bench_encoding(name, folder / "tokenizer", corpus, units, folder))
+    report(lines)
 
 
 if __name__ == "__main__":

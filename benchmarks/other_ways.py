@@ -1,26 +1,21 @@
-"""Decode prompt files as others do, for bench_evaluation.py to compare with.
+"""Prompts decoded as others do, for bench_evaluation.py to compare with.
 
-Usage: python benchmarks/other_ways.py --way transformers --model models/sft --prompts p.jsonl --output_dir out
-
-Reads prompt files as generate.py does; writes <output_dir>/<its folder>/<its name>.jsonl with id, text and
-num_tokens, and seconds.json: how long the decoding alone took, without start and loading.
-  vllm          a plain vLLM engine as the original TowerSpeech's scripts make it, and one call of LLM.generate a file
-  transformers  batches of generate(), sorted by length, padded on the left
+Each way takes prompts by their files' names, as ``read_prompts`` gives them, and returns the text and the number of
+tokens of each, and the seconds of the decoding alone, without start and loading.
 """
 
 import time
 from pathlib import Path
-from typing import Literal
 
 from towerspeech import decoding
-from towerspeech.command import run
-from towerspeech.files import write_json
-from towerspeech.records import read_prompts, write_jsonl
 from towerspeech.tokenizer import stop_token_ids
 
 
 def with_vllm(model: Path, tasks: dict, max_new_tokens: int) -> tuple[dict, float]:
-    """One engine for the files given; text goes in. Eager, as ours is on a CPU: compiling adds minutes to a start."""
+    """A plain engine as the original TowerSpeech's scripts make it, and one call of LLM.generate a file; text goes in.
+
+    Eager, as ours is on a CPU: compiling adds minutes to a start.
+    """
     import os
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB
@@ -39,7 +34,7 @@ def with_vllm(model: Path, tasks: dict, max_new_tokens: int) -> tuple[dict, floa
 
 
 def with_transformers(model_dir: Path, tasks: dict, max_new_tokens: int, batch_size: int) -> tuple[dict, float]:
-    """Greedy search in float32, stopping where vLLM does.
+    """Batches sorted by length, padded on the left; greedy search in float32, stopping where vLLM does.
 
     A newline ends a generation as an id: each token that holds one. (``stop_strings`` does the same, but took most of
     the time.)
@@ -85,36 +80,3 @@ def cut(tokenizer, new: list[int], stop_ids: list[int], chat: bool) -> tuple[str
         length = next(i for i in range(1, length + 1) if "\n" in tokenizer.decode(new[:i], skip_special_tokens=True))
         text = text.split("\n")[0]
     return text, length
-
-
-def other_way(
-    way: Literal["vllm", "transformers"],
-    model: Path,
-    prompts: list[Path],
-    output_dir: Path,
-    max_new_tokens: int,
-    batch_size: int = 16,
-) -> None:
-    """Decode.
-
-    Args:
-        way: vllm or transformers.
-        model: Model folder.
-        prompts: Prompt files.
-        output_dir: Folder of the outputs.
-        max_new_tokens: Limit of a generation.
-        batch_size: Prompts that transformers takes at once.
-    """
-    tasks = read_prompts(prompts)
-    if way == "vllm":
-        outputs, seconds = with_vllm(model, tasks, max_new_tokens)
-    else:
-        outputs, seconds = with_transformers(model, tasks, max_new_tokens, batch_size)
-    for name, rows in tasks.items():
-        pairs = zip(rows, outputs[name], strict=True)
-        write_jsonl(output_dir / name, ({"id": row["id"], "text": text, "num_tokens": n} for row, (text, n) in pairs))
-    write_json(output_dir / "seconds.json", {"decode_s": seconds})
-
-
-if __name__ == "__main__":
-    run(other_way)

@@ -13,13 +13,13 @@ GPT-2's scheme writes each byte as one character, and a unit is four bytes: F3 B
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from towerspeech import units as dsu
 from towerspeech.command import UserError
 from towerspeech.files import read_json
+from towerspeech.model_folder import copy_files
 from towerspeech.tokenizer import CHAT_TEMPLATE, PAD
 from train_bpe_tokenizer.merging import AS_PUBLISHED, Merged, UnitBpe, bpe_merges
 
@@ -47,14 +47,9 @@ def write(text: str) -> str:
 
 # --- Reading --------------------------------------------------------------------------------------
 def load_base(base: Path):
-    """Load a base's tokenizer as its tokenizer.json describes it.
+    """A base's tokenizer as its tokenizer.json describes it, and whether transformers itself would build another one.
 
-    Returns:
-        The tokenizer, and whether transformers by itself would build another one from code: for some
-        classes (GPT2Tokenizer, Qwen2Tokenizer) it takes no more than vocabulary and merges from the file.
-
-    Raises:
-        UserError: transformers cannot load it.
+    It does so for some classes (GPT2Tokenizer, Qwen2Tokenizer), of which it takes vocabulary and merges alone.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -78,14 +73,7 @@ def _steps(step: dict | None) -> Iterator[dict]:
 
 
 def check_base(base: Path, saved: dict, vocabulary: dict[str, int], wanted: Sequence[str]) -> None:
-    """Raise UserError if units cannot be added to the base, or if somebody has added them already.
-
-    Args:
-        base: Its folder.
-        saved: Its tokenizer.json.
-        vocabulary: All its tokens, added ones too.
-        wanted: The special tokens that it must not have yet.
-    """
+    """Raise UserError if units cannot be added to the base, or if it has them, or one of ``wanted``, already."""
     from tokenizers.decoders import ByteLevel
 
     path = base / "tokenizer.json"
@@ -119,16 +107,9 @@ def check_base(base: Path, saved: dict, vocabulary: dict[str, int], wanted: Sequ
 def extend(
     saved: dict, vocabulary: dict[str, int], units_bpe: UnitBpe, specials: Sequence[str], chat_tokens: Sequence[str]
 ) -> tuple[dict, int]:
-    """Add tokens to a tokenizer.json.
+    """Add tokens to a base's tokenizer.json; ``save`` makes the special ones special.
 
     Ids follow the base's: specials, units, merges, the ChatML tokens that it lacks, pieces of units' bytes.
-
-    Args:
-        saved: The base's tokenizer.json.
-        vocabulary: All its tokens, added ones too.
-        units_bpe: What to add.
-        specials: New special tokens.
-        chat_tokens: ChatML tokens; those that the base has stay as they are.
 
     Returns:
         The new tokenizer.json, and the number of pieces of units' bytes.
@@ -142,18 +123,10 @@ def extend(
     everything = {**vocabulary, **{token: len(vocabulary) + index for index, token in enumerate(new)}}
     last = [(write(left), write(right)) for left, right in bpe_merges(units_bpe.proto)]
     kept = [merge for merge in model["merges"] if tuple(merge) not in builds]  # of a pair's two ranks the later counts
-    known = {token["content"] for token in saved["added_tokens"]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [
-        {"id": everything[token], "content": token, **flags}
-        for token in (*specials, *chat_tokens)
-        if token not in known
-    ]
     extended = {
         **saved,
         "truncation": None,
         "padding": None,
-        "added_tokens": [*saved["added_tokens"], *added],
         "pre_tokenizer": split_units_first(saved["pre_tokenizer"], units_bpe.num_units),
         "model": {**model, "vocab": everything, "merges": [*builds, *kept, *last]},
     }
@@ -187,27 +160,30 @@ def load_beside(base: Path, folder: Path):
     """Load the new tokenizer as beside the base's model: the class depends on the type of the model too."""
     from transformers import AutoTokenizer
 
-    config = folder / "config.json"
-    if (base / config.name).is_file():
-        shutil.copyfile(base / config.name, config)
+    copy_files(base, folder, ["config.json"])
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     finally:
-        config.unlink(missing_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
 
 
-def save(folder: Path, base: Path, extended: dict, settings: dict, own_template: bool) -> None:
-    """Write tokenizer.json, tokenizer_config.json, and the base's own chat template or ours."""
-    from tokenizers import Tokenizer
+def save(
+    folder: Path, base: Path, extended: dict, settings: dict, specials: Sequence[str], chat_tokens: Sequence[str]
+) -> None:
+    """Write tokenizer.json, in which the special tokens become such, settings, and the base's own template or ours."""
+    from tokenizers import AddedToken, Tokenizer
 
-    Tokenizer.from_str(json.dumps(extended)).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(json.dumps(extended))
+    known = {token["content"] for token in extended["added_tokens"]}
+    added = [token for token in (*specials, *chat_tokens) if token not in known]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
     text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    template = "chat_template.jinja"
-    if not own_template:
-        (folder / template).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    elif (base / template).is_file():
-        shutil.copyfile(base / template, folder / template)
+    if chat_tokens:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    else:
+        copy_files(base, folder, ["chat_template.jinja"])
 
 
 def merge_byte_level(
@@ -224,7 +200,7 @@ def merge_byte_level(
         # unless the folder names code of its own. With trust_remote_code off, it then takes tokenizer_class; with
         # trust_remote_code on, it looks for that code and fails, which is better than another tokenizer.
         settings["auto_map"] = {"AutoTokenizer": [None, GENERIC]}
-    save(folder, base, extended, settings, own_template=not chat_tokens)
+    save(folder, base, extended, settings, specials, chat_tokens)
     first, (lowest, highest) = len(vocabulary) + len(specials), dsu.to_text([0, units_bpe.num_units - 1])
     runs = re.compile(f"([{lowest}-{highest}]+)")
 

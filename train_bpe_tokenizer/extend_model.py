@@ -9,7 +9,6 @@ bit for bit. Nothing is written before transformers' own loader has taken the re
 most two embedding matrices in float32, and 1 GB.
 """
 
-import functools
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from towerspeech.command import UserError, quiet, run
 from towerspeech.files import check_exists, read_json
@@ -28,7 +27,8 @@ from towerspeech.tokenizer import PAD, read_metadata, unit_tokens, vocabulary
 INDEX = "model.safetensors.index.json"
 MODEL_FOLDER = "name a Hugging Face model folder"
 LLAMA_LIKE = "use a causal language model of the Llama family, as transformers saves it"
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # by safetensors' names
+DTYPES = ("F32", "F16", "BF16")  # safetensors' names
+ROWS_MULTIPLE = 64  # the number of rows is rounded up to a multiple of this
 COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 1 << 24
@@ -41,19 +41,16 @@ def read_header(path: Path) -> tuple[dict, int]:
     Raises:
         UserError: The file is no safetensors file, or cut short.
     """
-    size = path.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        safe_open(path, framework="pt")
+    except SafetensorError as error:
+        remedy = "copy it anew; it may be a Git LFS pointer"
+        raise UserError(f"{path} is no whole safetensors file: {error}", remedy) from None
     with open(path, "rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
-        try:
-            header = json.loads(file.read(length)) if length < min(size, 1 << 28) else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is no safetensors file", "copy it anew; it may be a Git LFS pointer")
-    end = 8 + length + max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
-    if size != end:
-        raise UserError(f"{path} has {size:,} bytes, its header announces {end:,}", "copy it anew")
-    return header, 8 + length
+        length = struct.unpack("<Q", file.read(8))[0]
+        return json.loads(file.read(length)), 8 + length
 
 
 def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO) -> None:
@@ -65,42 +62,38 @@ def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO) -> No
         count -= len(chunk)
 
 
-def rewrite(source: Path, target: Path, keep_rows: int, num_rows: int, new_rows: dict[str, Callable]) -> None:
+def rewrite(
+    source: Path, target: Path, matrices: list[str], keep_rows: int, num_rows: int, new_rows: Callable[[str], Any]
+) -> None:
     """Copy a safetensors file; the named matrices keep their first ``keep_rows`` rows and get new ones after them.
 
-    Args:
-        num_rows: Old and new rows together.
-        new_rows: By tensor name, a function that gives the new rows, (num_new, hidden), in the file's dtype. It is
-            called when they are written, so that only one matrix is in memory at a time.
+    ``new_rows`` gives them by a matrix's name, (num_rows - keep_rows, hidden), in the file's dtype. It is called when
+    they are written, so that only one matrix is in memory at a time.
     """
     import torch
 
     header, data = read_header(source)
     metadata = header.pop("__metadata__", None)
-    names = sorted(header, key=lambda name: header[name]["data_offsets"])
-    changed, position = {}, 0
-    for name in names:
-        entry = header[name]
-        start, end = entry["data_offsets"]
-        shape, size = list(entry["shape"]), end - start
-        if name in new_rows:
+    changed, position = {"__metadata__": metadata} if metadata else {}, 0
+    kept = {}  # bytes of each tensor, in the order of the file
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        start, end = header[name]["data_offsets"]
+        shape, size = list(header[name]["shape"]), end - start
+        kept[name] = size
+        if name in matrices:
+            kept[name] = size // shape[0] * keep_rows
             size = size // shape[0] * num_rows
             shape[0] = num_rows
-        changed[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [position, position + size]}
+        changed[name] = {"dtype": header[name]["dtype"], "shape": shape, "data_offsets": [position, position + size]}
         position += size
-    if metadata:
-        changed = {"__metadata__": metadata, **changed}
     text = json.dumps(changed, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     with open(source, "rb") as old, open(target, "wb") as new:
         new.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            start, end = header[name]["data_offsets"]
-            if name in new_rows:
-                end = start + (end - start) // header[name]["shape"][0] * keep_rows
-            copy_bytes(old, data + start, end - start, new)
-            if name in new_rows:
-                new.write(new_rows[name]().view(torch.uint8).numpy())
+        for name, size in kept.items():
+            copy_bytes(old, data + header[name]["data_offsets"][0], size, new)
+            if name in matrices:
+                new.write(new_rows(name).view(torch.uint8).numpy())
 
 
 # --- New rows -------------------------------------------------------------------------------------
@@ -113,10 +106,9 @@ def make_rows(old, count: int, init: Init, seed: int, merges: dict[int, list[int
     Args:
         old: (num_old, hidden), any dtype; or the head's bias, (num_old,), whose rows are numbers.
         count: Number of new rows.
-        init: ``normal``: mean of the old rows and COVARIANCE times their covariance; ``mean``: equal to the mean;
-            ``merge_mean``: as ``normal``, but a merge is the mean of its units.
+        init: See ``extend_model``.
         seed: Seed of the draw.
-        merges: For ``merge_mean``: the numbers of the merges among the new rows, each with those of its units.
+        merges: For ``merge_mean``: ``merge_rows``.
 
     Returns:
         (count, hidden) or (count,), computed in float32, cast to ``old``'s dtype.
@@ -201,8 +193,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def weight_files(model: Path) -> tuple[dict[str, Path], dict[str, dict]]:
-    """The file of each tensor, and its entry in that file's header.
+def read_entries(model: Path) -> dict[str, dict]:
+    """The entry of each tensor in its file's header, with that ``file``.
 
     Raises:
         UserError: The folder holds no safetensors model, or two, or lacks a shard, or its index is wrong.
@@ -213,29 +205,28 @@ def weight_files(model: Path) -> tuple[dict[str, Path], dict[str, dict]]:
         if (model / single).is_file():
             raise UserError(f"{model} holds {single} and {INDEX}", "remove the one that is not the model")
         weight_map = read_json(model / INDEX, remedy, ["weight_map"])["weight_map"]
-    files, entries, held = {}, {}, set()
+    entries, held = {}, set()
     for name in sorted({single} if weight_map is None else {*weight_map.values()}):
         check_exists(model / name, remedy)
         header = read_header(model / name)[0]
         header.pop("__metadata__", None)
-        entries |= header
-        files |= dict.fromkeys(header, model / name)
+        entries |= {tensor: {**entry, "file": model / name} for tensor, entry in header.items()}
         held |= {(tensor, Path(name).name) for tensor in header}
     if weight_map is not None and (differing := held ^ {*weight_map.items()}):
         tensor, name = min(differing)
         raise UserError(f"{model / INDEX} and the files beside it disagree on {tensor} ({name})", remedy)
-    return files, entries
+    return entries
 
 
-def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict], tied: bool) -> list[str]:
+def find_matrices(model: Path, entries: dict[str, dict], tied: bool) -> list[str]:
     """Names of the input embeddings and, where the files have them, of the output head and its bias.
 
     Raises:
         UserError: They are not where Llama-like models have them, are quantized, or contradict one another.
     """
-    embeddings = [name for name in files if name.endswith("embed_tokens.weight")]
-    heads = [name for name in files if name.endswith("lm_head.weight")]
-    biases = [name for name in files if name.endswith("lm_head.bias")]
+    embeddings = [name for name in entries if name.endswith("embed_tokens.weight")]
+    heads = [name for name in entries if name.endswith("lm_head.weight")]
+    biases = [name for name in entries if name.endswith("lm_head.bias")]
     if len(embeddings) != 1 or len(heads) > 1 or len(biases) > 1 or not (heads or tied):
         raise UserError(
             f"{model}: one embed_tokens.weight and {'at most ' if tied else ''}one lm_head.weight are wanted, got "
@@ -245,14 +236,14 @@ def find_matrices(model: Path, files: dict[str, Path], entries: dict[str, dict],
     first = entries[embeddings[0]]
     for name in embeddings + heads + biases:
         entry = entries[name]
-        if entry["dtype"] not in DTYPE_BYTES:
-            raise UserError(f"{files[name]}: {name} is {entry['dtype']}", "use float32, float16 or bfloat16 weights")
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{entry['file']}: {name} is {entry['dtype']}", "use float32, float16 or bfloat16 weights")
         if entry["shape"] != (first["shape"][:1] if name in biases else first["shape"]):
             raise UserError(f"{name} is {entry['shape']}, {embeddings[0]} {first['shape']}", "check the model")
     if tied and heads:
         import torch
 
-        one, other = (load_rows(files[name], name, first["shape"][0]) for name in embeddings + heads)
+        one, other = (load_rows(entries[name]["file"], name, first["shape"][0]) for name in embeddings + heads)
         if one.dtype != other.dtype or not torch.equal(one, other):
             raise UserError(
                 f"{model}/config.json ties {heads[0]} to {embeddings[0]}, but they differ",
@@ -303,24 +294,16 @@ def check_belongs(model: Path, tokenizer: Path, rows: int, base_vocab_size: int)
     remedy = "give merge_tokenizer.py this very model as --base"
     if rows < base_vocab_size:
         raise UserError(f"{model} has {rows:,} embeddings, the base of {tokenizer} {base_vocab_size:,} tokens", remedy)
-    own = vocabulary(model)
-    if own is None:
-        if rows != base_vocab_size:
-            raise UserError(
-                f"{model} has no tokenizer to compare, and {rows:,} embeddings for {base_vocab_size:,} tokens", remedy
-            )
-        return
-    merged = vocabulary(tokenizer)
+    own, merged = vocabulary(model), vocabulary(tokenizer)
+    if own is None and rows != base_vocab_size:
+        problem = f"{model} has no tokenizer to compare, and {rows:,} embeddings for {base_vocab_size:,} tokens"
+        raise UserError(problem, remedy)
     if merged is None:
         raise UserError(f"{tokenizer} has no tokenizer.json and no tokenizer.model", "run merge_tokenizer.py")
     base = {token: index for token, index in merged.items() if index < base_vocab_size}
-    differing = sorted((index, token) for token, index in own.items() if base.get(token) != index)
-    if differing or len(own) != len(base):
-        example = ""
-        if differing:
-            index, token = differing[0]
-            there = next((ascii(other) for other, number in base.items() if number == index), "none")
-            example = f"; the first is {ascii(token)} ({index}), there {there}"
+    if own not in (None, base):
+        differing = sorted((index, token) for token, index in own.items() - base.items())
+        example = "".join(f"; the first is {ascii(token)} ({index})" for index, token in differing[:1])
         raise UserError(
             f"{tokenizer} was not made from the tokenizer of {model}: {len(own):,} and {len(base):,} tokens, "
             f"{len(differing):,} of them different{example}",
@@ -336,27 +319,22 @@ def load_rows(path: Path, name: str, count: int):
         return file.get_slice(name)[:count]
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it (another file system, a file system without links)."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def write_weights(work, files: dict[str, Path], keep: int, rows: int, new_rows: dict[str, Callable]) -> None:
-    """Rewrite the weight files that hold one of the matrices of ``new_rows``, see ``rewrite``, and link the others."""
+def write_weights(work, entries: dict[str, dict], matrices: list[str], *rows) -> None:
+    """Rewrite the weight files that hold one of the matrices, see ``rewrite``, and link the others."""
     from tqdm import tqdm
 
-    rewritten = {files[name] for name in new_rows}
-    for path in tqdm(sorted(set(files.values())), unit=" files", disable=None):
+    rewritten = {entries[name]["file"] for name in matrices}
+    for path in tqdm(sorted({entry["file"] for entry in entries.values()}), unit=" files", disable=None):
         if (work.output_dir / path.name).is_file():  # a killed run's: it appeared whole, and the request is the same
             continue
         with work.publish(path.name) as temporary:
             if path in rewritten:
-                rewrite(path, temporary, keep, rows, new_rows)
-            else:
-                link_or_copy(path, temporary)
+                rewrite(path, temporary, matrices, *rows)
+                continue
+            try:
+                os.link(path.resolve(), temporary)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, temporary)
 
 
 def write_settings(model: Path, folder: Path, config: dict, padding: dict, grown: int) -> None:
@@ -385,7 +363,6 @@ def extend_model(
     output_dir: Path,
     init: Init = "normal",
     seed: int = 0,
-    pad_to_multiple_of: int = 64,
     overwrite: bool = False,
 ) -> None:
     """Extend a model's embeddings and head.
@@ -397,24 +374,21 @@ def extend_model(
         init: New rows: drawn around the mean of the old ones, with 1e-5 of their covariance (normal); equal to that
             mean (mean); or drawn, but a BPE merge equal to the mean of its units (merge_mean).
         seed: Seed of the draw.
-        pad_to_multiple_of: The number of rows is rounded up to a multiple of this.
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
-    if pad_to_multiple_of < 1:
-        raise UserError(f"--pad_to_multiple_of {pad_to_multiple_of} is not positive", "use 64, or 1 for no padding")
     with stage(__file__, output_dir, arguments, inputs=["model", "tokenizer"]) as work:
         if work.done:
             return
         metadata = read_metadata(tokenizer)
         config = read_json(model / "config.json", MODEL_FOLDER, ["model_type"])
         tied = getattr(parse_config(model, config), "tie_word_embeddings", False)
-        files, entries = weight_files(model)
-        matrices = find_matrices(model, files, entries, tied)
+        entries = read_entries(model)
+        matrices = find_matrices(model, entries, tied)
         old_rows, hidden = entries[matrices[0]]["shape"]
         keep = metadata["base_vocab_size"]
         check_belongs(model, tokenizer, old_rows, keep)
-        rows = math.ceil(metadata["vocab_size"] / pad_to_multiple_of) * pad_to_multiple_of
+        rows = math.ceil(metadata["vocab_size"] / ROWS_MULTIPLE) * ROWS_MULTIPLE
         merges = merge_rows(tokenizer, metadata) if init == "merge_mean" else None
         pad = metadata["special_tokens"].get(PAD)  # the base's own stays if the tokenizer has none
         padding = {} if pad is None else {"pad_token_id": pad}
@@ -427,11 +401,11 @@ def extend_model(
         def new_rows(name: str):
             # A head that is tied but stored must stay equal to the embeddings.
             source = matrices[0] if tied and name.endswith(".weight") else name
-            own_seed = seed + matrices.index(source)
-            return make_rows(load_rows(files[source], source, keep), rows - keep, init, own_seed, merges)
+            old = load_rows(entries[source]["file"], source, keep)
+            return make_rows(old, rows - keep, init, seed + matrices.index(source), merges)
 
-        write_weights(work, files, keep, rows, {name: functools.partial(new_rows, name) for name in matrices})
-        old_bytes = sum(math.prod(entries[name]["shape"]) * DTYPE_BYTES[entries[name]["dtype"]] for name in matrices)
+        write_weights(work, entries, matrices, keep, rows, new_rows)
+        old_bytes = sum(end - start for start, end in (entries[name]["data_offsets"] for name in matrices))
         with work.publish() as folder:
             copy_files(model, folder, notes(model))
             copy_files(tokenizer, folder, TOKENIZER_FILES)

@@ -25,7 +25,7 @@ from towerspeech import units as dsu
 from towerspeech.command import UserError, run
 from towerspeech.files import check_exists, hash_file, read_json
 from towerspeech.stage import stage
-from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD, SPECIAL_TOKENS
+from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD, SPECIAL_TOKENS, vocabulary
 from train_bpe_tokenizer.byte_level import merge_byte_level
 from train_bpe_tokenizer.merging import AS_PUBLISHED, Merged, UnitBpe, bpe_merges, read_proto, read_units_bpe
 
@@ -86,14 +86,12 @@ def check_sentencepiece(base: Path, proto, wanted: Sequence[str]) -> None:
     added = [piece for piece in pieces if piece in wanted or any(ord(char) >= dsu.OFFSET for char in piece)]
     if added:
         raise UserError(f"{base} already has {added[0]!r}", AS_PUBLISHED)
-    if (base / "tokenizer.json").is_file():
-        saved = read_json(base / "tokenizer.json", "copy it anew")
-        beyond = [token["content"] for token in saved.get("added_tokens", []) if token["id"] >= len(pieces)]
-        if beyond:
-            raise UserError(
-                f"{base}/tokenizer.json adds {beyond[0]!r} beyond tokenizer.model, where the units would go",
-                "start from the base model as published, before it was tuned",
-            )
+    beyond = [token for token, index in vocabulary(base).items() if index >= len(pieces)]
+    if beyond:
+        raise UserError(
+            f"{base}/tokenizer.json adds {beyond[0]!r} beyond tokenizer.model, where the units would go",
+            "start from the base model as published, before it was tuned",
+        )
 
 
 def extend_proto(proto, new_pieces: Sequence[str]):
@@ -202,12 +200,7 @@ def probe_texts(surfaces: Sequence[str], units_bpe: UnitBpe) -> tuple[list[str],
 def check_same(fast, texts: Sequence[str], got: Sequence, wanted: Sequence, what: str) -> None:
     """Raise UserError if one of the texts has something else in ``got`` than in ``wanted``; tells where, and what.
 
-    Args:
-        fast: The merged tokenizer, which has the names of all ids.
-        texts: The texts.
-        got: For each text a list of ids or of tokens, or a text.
-        wanted: The same.
-        what: What they are.
+    Both hold a list of ids of ``fast``, a list of tokens, or a text for each of the texts.
     """
 
     def name(item: int | str) -> str:  # ascii tells apart what looks the same
@@ -264,8 +257,6 @@ def prove(merged: Merged, units_bpe: UnitBpe, first_unit: int) -> int:
     lines += dsu.to_text(range(units_bpe.num_units))
     ids = [[*start, *(first_unit + number for number in numbers)] for numbers in units_bpe.encode(lines)]
     same(lines, fast([f"x{line}" for line in lines], add_special_tokens=False)["input_ids"], ids, "unit tokens")
-    single = [[*start, first_unit + unit] for unit in range(units_bpe.num_units)]
-    same(lines[-units_bpe.num_units :], ids[-units_bpe.num_units :], single, "a unit's ids")
     return len(plain) + len(lines) + len(mixed)
 
 

@@ -11,6 +11,20 @@ from towerspeech.files import check_exists, read_json
 
 AS_PUBLISHED = "start from the base as published, or leave out what it has: see --special_tokens and --chat"
 
+UNIT_BPE = {  # SentencePiece's options
+    "model_type": "bpe",
+    "character_coverage": 1.0,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "split_by_unicode_script": False,
+    "split_by_number": False,
+    "hard_vocab_limit": False,  # we say ourselves how many merges there are
+    "bos_id": -1,
+    "eos_id": -1,
+    "pad_id": -1,
+}
+
 
 def read_proto(path: Path):
     """Read a SentencePiece model file as a protocol buffer.
@@ -58,11 +72,8 @@ def read_units_bpe(folder: Path) -> UnitBpe:
         UserError: The folder is not finished, or its model does not hold exactly the units that it claims.
     """
     remedy = "run train_bpe_tokenizer/train_bpe.py"
-    path = folder / "units_bpe.json"
-    check_exists(folder, remedy)
-    check_exists(path, remedy)
+    facts = read_json(folder / "units_bpe.json", remedy, ["num_units", "corpora_sha256"])
     check_exists(folder / "units_bpe.model", remedy)
-    facts = read_json(path, remedy, ["num_units", "corpora_sha256"])
     num_units = facts["num_units"]
     proto = read_proto(folder / "units_bpe.model")
     pieces = [piece.piece for piece in proto.pieces if piece.type == piece.NORMAL]

@@ -14,7 +14,6 @@ are at most 16 units long, SentencePiece's default.
 """
 
 import codecs
-import csv
 import heapq
 import importlib
 import io
@@ -29,6 +28,7 @@ from towerspeech.command import UserError, quiet, run
 from towerspeech.files import check_exists, write_json
 from towerspeech.stage import stage
 from towerspeech.units_parquet import check_one_kmeans, read_unit_texts
+from train_bpe_tokenizer.merging import UNIT_BPE
 
 LEAST_SENTENCE_BYTES = 10  # SentencePiece's own limit on its max_sentence_length
 UTF8_BYTES = 4  # of a private-use character
@@ -160,21 +160,11 @@ def train_sentencepiece(texts: list[str], vocab_size: int, log: Path):
         SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
-            model_type="bpe",
             vocab_size=1 + vocab_size,  # 1: it needs an <unk>. Units that the texts lack leave room for more merges
-            character_coverage=1.0,
             # Longer lines would be dropped with no more than a line in the log.
             max_sentence_length=max(LEAST_SENTENCE_BYTES, UTF8_BYTES * max(map(len, texts)) + 1),
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_by_unicode_script=False,
-            split_by_number=False,
-            hard_vocab_limit=False,  # we say ourselves how many merges there are
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
             minloglevel=0,
+            **UNIT_BPE,
         )
     with open(log, "rb") as file:
         file.seek(logged)
@@ -210,11 +200,12 @@ def complete(proto, num_units: int, vocab_size: int):
 
 
 # --- The report -----------------------------------------------------------------------------------
-def compression(proto, num_units: int, texts: list[str], measured_on: str) -> list[dict]:
-    """Units a token on some texts, of a completed proto and of what it was after fewer merges.
+def compression(proto, num_units: int, texts: list[str], measured_on: str):
+    """Table of units a token on some texts, of a completed proto and of what it was after fewer merges.
 
     BPE learns its merges one after another, so its first k are the BPE with k merges.
     """
+    import pandas as pd
     from sentencepiece import SentencePieceProcessor
 
     most = len(proto.pieces) - 1 - num_units
@@ -226,18 +217,17 @@ def compression(proto, num_units: int, texts: list[str], measured_on: str) -> li
         del smaller.pieces[1 + merges : 1 + most]
         encoder = SentencePieceProcessor(model_proto=smaller.SerializeToString())
         tokens = sum(map(len, encoder.encode(texts)))
-        row = {"vocab_size": num_units + merges, "merges": merges, "units": num_read, "tokens": tokens}
-        rows.append({**row, "units_per_token": round(num_read / tokens, 4), "measured_on": measured_on})
-    return rows
+        rows.append((num_units + merges, merges, num_read, tokens, round(num_read / tokens, 4), measured_on))
+    return pd.DataFrame(rows, columns=["vocab_size", "merges", "units", "tokens", "units_per_token", "measured_on"])
 
 
-def draw_compression(rows: list[dict], measured_on: str, path: Path) -> None:
-    """Plot ``compression``'s rows."""
+def draw_compression(table, measured_on: str, path: Path) -> None:
+    """Plot ``compression``'s table."""
     from matplotlib.figure import Figure  # pyplot, for windows, would take half a second more
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row["vocab_size"] for row in rows], [row["units_per_token"] for row in rows], marker="o")
+    axes.plot(table["vocab_size"], table["units_per_token"], marker="o")
     axes.set(xlabel="vocabulary (units and merges)", ylabel="units a token", title=f"Measured on {measured_on}")
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})  # the same bytes from every version
@@ -258,17 +248,14 @@ def check_sizes(num_units: int, vocab_size: int, max_units: int, held_out: float
         raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
 
 
-def write_report(work, rows: list[dict], measured_on: str) -> None:
-    """Write compression.csv and .png, and print the rows of ``compression``."""
-    with work.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_report(work, table, measured_on: str) -> None:
+    """Write compression.csv and .png, and print the table of ``compression``."""
+    with work.publish("compression.csv") as path:
+        table.to_csv(path, index=False)
     with work.publish("compression.png") as path:
-        draw_compression(rows, measured_on, path)
+        draw_compression(table, measured_on, path)
     print(f"units a token on {measured_on}:")
-    for row in rows:
-        print(f"  vocabulary {row['vocab_size']:>7,} ({row['merges']:>6,} merges): {row['units_per_token']:.3f}")
+    print(table[["vocab_size", "merges", "units_per_token"]].to_string(index=False))
 
 
 def write_bpe(work, proto, num_units: int, counts: dict) -> None:
@@ -322,8 +309,9 @@ def train_bpe(
             raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
         sampled = sum(map(len, texts))
         print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
-        # SentencePiece trains on one core: meanwhile the plot's library is loaded, which takes half a second.
-        threading.Thread(target=importlib.import_module, args=["matplotlib.figure"]).start()
+        # SentencePiece trains on one core: meanwhile the report's libraries are loaded, which takes a second.
+        for library in ("matplotlib.figure", "pandas"):
+            threading.Thread(target=importlib.import_module, args=[library]).start()
         proto = train_sentencepiece(texts, vocab_size, output_dir / "sentencepiece.log")
         complete(proto, num_units, vocab_size)
         measured, measured_on = apart, f"{len(apart):,} held-out utterances"
@@ -332,7 +320,7 @@ def train_bpe(
             measured, _, _ = draw(iter(texts), MAX_HELD_OUT, 0, seed)
             if held_out:
                 print(f"note: no utterance is as small as {held_out:.2%} of the corpus: none are held out", flush=True)
-        rows = compression(proto, num_units, measured, measured_on)
+        table = compression(proto, num_units, measured, measured_on)
         counts = {
             **seen,
             "sampled_utterances": len(texts),
@@ -340,10 +328,10 @@ def train_bpe(
             "share_sampled": round(sampled / seen["units"], 6),
             "held_out_utterances": len(apart),
             "merges": vocab_size - num_units,
-            "units_per_token": rows[-1]["units_per_token"],
+            "units_per_token": float(table["units_per_token"].iloc[-1]),
             "measured_on": measured_on,
         }
-        write_report(work, rows, measured_on)
+        write_report(work, table, measured_on)
         write_bpe(work, proto, num_units, counts)
         work.counts.update(counts)
         print(f"{num_units:,} units + {counts['merges']:,} merges: {output_dir}")
