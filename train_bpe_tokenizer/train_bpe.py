@@ -14,6 +14,7 @@ are at most 16 units long, SentencePiece's default.
 """
 
 import codecs
+import csv
 import heapq
 import importlib
 import io
@@ -200,12 +201,11 @@ def complete(proto, num_units: int, vocab_size: int):
 
 
 # --- The report -----------------------------------------------------------------------------------
-def compression(proto, num_units: int, texts: list[str], measured_on: str):
-    """Table of units a token on some texts, of a completed proto and of what it was after fewer merges.
+def compression(proto, num_units: int, texts: list[str], measured_on: str) -> list[dict]:
+    """Units a token on some texts, of a completed proto and of what it was after fewer merges.
 
     BPE learns its merges one after another, so its first k are the BPE with k merges.
     """
-    import pandas as pd
     from sentencepiece import SentencePieceProcessor
 
     most = len(proto.pieces) - 1 - num_units
@@ -217,17 +217,18 @@ def compression(proto, num_units: int, texts: list[str], measured_on: str):
         del smaller.pieces[1 + merges : 1 + most]
         encoder = SentencePieceProcessor(model_proto=smaller.SerializeToString())
         tokens = sum(map(len, encoder.encode(texts)))
-        rows.append((num_units + merges, merges, num_read, tokens, round(num_read / tokens, 4), measured_on))
-    return pd.DataFrame(rows, columns=["vocab_size", "merges", "units", "tokens", "units_per_token", "measured_on"])
+        row = {"vocab_size": num_units + merges, "merges": merges, "units": num_read, "tokens": tokens}
+        rows.append({**row, "units_per_token": round(num_read / tokens, 4), "measured_on": measured_on})
+    return rows
 
 
-def draw_compression(table, measured_on: str, path: Path) -> None:
-    """Plot ``compression``'s table."""
+def draw_compression(rows: list[dict], measured_on: str, path: Path) -> None:
+    """Plot ``compression``'s rows."""
     from matplotlib.figure import Figure  # pyplot, for windows, would take half a second more
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(table["vocab_size"], table["units_per_token"], marker="o")
+    axes.plot([row["vocab_size"] for row in rows], [row["units_per_token"] for row in rows], marker="o")
     axes.set(xlabel="vocabulary (units and merges)", ylabel="units a token", title=f"Measured on {measured_on}")
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})  # the same bytes from every version
@@ -248,14 +249,17 @@ def check_sizes(num_units: int, vocab_size: int, max_units: int, held_out: float
         raise UserError(f"--held_out {held_out} is no share", "give 0.01 for a hundredth of the corpus, 0 for nothing")
 
 
-def write_report(work, table, measured_on: str) -> None:
-    """Write compression.csv and .png, and print the table of ``compression``."""
-    with work.publish("compression.csv") as path:
-        table.to_csv(path, index=False)
+def write_report(work, rows: list[dict], measured_on: str) -> None:
+    """Write compression.csv and .png, and print the rows of ``compression``."""
+    with work.publish("compression.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     with work.publish("compression.png") as path:
-        draw_compression(table, measured_on, path)
+        draw_compression(rows, measured_on, path)
     print(f"units a token on {measured_on}:")
-    print(table[["vocab_size", "merges", "units_per_token"]].to_string(index=False))
+    for row in rows:
+        print(f"  vocabulary {row['vocab_size']:>7,} ({row['merges']:>6,} merges): {row['units_per_token']:.3f}")
 
 
 def write_bpe(work, proto, num_units: int, counts: dict) -> None:
@@ -309,9 +313,8 @@ def train_bpe(
             raise UserError(f"--max_units {max_units} is less than one utterance", "raise it; 20000000 takes 2 GB")
         sampled = sum(map(len, texts))
         print(f"training on {sampled:,} of {seen['units']:,} units ({sampled / seen['units']:.1%})", flush=True)
-        # SentencePiece trains on one core: meanwhile the report's libraries are loaded, which takes a second.
-        for library in ("matplotlib.figure", "pandas"):
-            threading.Thread(target=importlib.import_module, args=[library]).start()
+        # SentencePiece trains on one core: meanwhile the plot's library is loaded, which takes half a second.
+        threading.Thread(target=importlib.import_module, args=["matplotlib.figure"]).start()
         proto = train_sentencepiece(texts, vocab_size, output_dir / "sentencepiece.log")
         complete(proto, num_units, vocab_size)
         measured, measured_on = apart, f"{len(apart):,} held-out utterances"
@@ -320,7 +323,7 @@ def train_bpe(
             measured, _, _ = draw(iter(texts), MAX_HELD_OUT, 0, seed)
             if held_out:
                 print(f"note: no utterance is as small as {held_out:.2%} of the corpus: none are held out", flush=True)
-        table = compression(proto, num_units, measured, measured_on)
+        rows = compression(proto, num_units, measured, measured_on)
         counts = {
             **seen,
             "sampled_utterances": len(texts),
@@ -328,10 +331,10 @@ def train_bpe(
             "share_sampled": round(sampled / seen["units"], 6),
             "held_out_utterances": len(apart),
             "merges": vocab_size - num_units,
-            "units_per_token": float(table["units_per_token"].iloc[-1]),
+            "units_per_token": rows[-1]["units_per_token"],
             "measured_on": measured_on,
         }
-        write_report(work, table, measured_on)
+        write_report(work, rows, measured_on)
         write_bpe(work, proto, num_units, counts)
         work.counts.update(counts)
         print(f"{num_units:,} units + {counts['merges']:,} merges: {output_dir}")
