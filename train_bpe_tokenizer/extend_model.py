@@ -28,7 +28,6 @@ INDEX = "model.safetensors.index.json"
 MODEL_FOLDER = "name a Hugging Face model folder"
 LLAMA_LIKE = "use a causal language model of the Llama family, as transformers saves it"
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names
-ROWS_MULTIPLE = 64  # the number of rows is rounded up to a multiple of this
 COVARIANCE = 1e-5  # SpireLM and the original: how much of the old rows' covariance new rows get
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 1 << 24
@@ -363,6 +362,7 @@ def extend_model(
     output_dir: Path,
     init: Init = "normal",
     seed: int = 0,
+    pad_to_multiple_of: int = 64,
     overwrite: bool = False,
 ) -> None:
     """Extend a model's embeddings and head.
@@ -374,9 +374,12 @@ def extend_model(
         init: New rows: drawn around the mean of the old ones, with 1e-5 of their covariance (normal); equal to that
             mean (mean); or drawn, but a BPE merge equal to the mean of its units (merge_mean).
         seed: Seed of the draw.
+        pad_to_multiple_of: The number of rows is rounded up to a multiple of this.
         overwrite: Replace the output of a run with other arguments.
     """
     arguments = dict(locals())
+    if pad_to_multiple_of < 1:
+        raise UserError(f"--pad_to_multiple_of {pad_to_multiple_of} is not positive", "use 64, or 1 for no padding")
     with stage(__file__, output_dir, arguments, inputs=["model", "tokenizer"]) as work:
         if work.done:
             return
@@ -388,7 +391,7 @@ def extend_model(
         old_rows, hidden = entries[matrices[0]]["shape"]
         keep = metadata["base_vocab_size"]
         check_belongs(model, tokenizer, old_rows, keep)
-        rows = math.ceil(metadata["vocab_size"] / ROWS_MULTIPLE) * ROWS_MULTIPLE
+        rows = math.ceil(metadata["vocab_size"] / pad_to_multiple_of) * pad_to_multiple_of
         merges = merge_rows(tokenizer, metadata) if init == "merge_mean" else None
         pad = metadata["special_tokens"].get(PAD)  # the base's own stays if the tokenizer has none
         padding = {} if pad is None else {"pad_token_id": pad}

@@ -133,9 +133,9 @@ def test_padded_base(tmp_path, base_model_dir, tokenizer_dir):
     model.get_input_embeddings().weight.data[400:] = 1e3
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base_model_dir, local_files_only=True).save_pretrained(tmp_path / "base")
-    extend_model(tmp_path / "base", tokenizer_dir, tmp_path / "out", init="mean")
+    extend_model(tmp_path / "base", tokenizer_dir, tmp_path / "out", init="mean", pad_to_multiple_of=1)
     rows = tensors(tmp_path / "out")[EMBEDDINGS]
-    assert len(rows) == 512 and rows[400:].abs().max() < 1
+    assert len(rows) == 487 and rows[400:].abs().max() < 1
 
 
 def test_rows_have_the_old_statistics():
@@ -514,6 +514,7 @@ def test_wrong_folders(tmp_path, refused, base_model_dir, model_dir):
     refused("no does not exist", tokenizer=tmp_path / "no")
     refused("this tokenizer knows no speech units", tokenizer=base_model_dir)
     refused("was not made from the tokenizer of .*487 and 400 tokens", model=model_dir)
+    refused("--pad_to_multiple_of 0 is not positive", pad_to_multiple_of=0)
 
 
 def test_tokenizer_of_another_base(refused, copy):
