@@ -107,11 +107,22 @@ def problems(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["README.md", "sbatch/README.md"])
-def test_readme_names_only_files_and_flags_that_exist(name):
-    readme = (REPO / name).read_text(encoding="utf-8")
-    assert any(".sh " in block for block in fenced(readme, "bash", "sh", "console"))
+READMES = sorted(path for pattern in ("", "[!.]*/", "results/published/") for path in REPO.glob(f"{pattern}README.md"))
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(REPO)))
+def test_readme_names_only_files_and_flags_that_exist(path):
+    readme = path.read_text(encoding="utf-8")
+    assert fenced(readme, "bash", "sh", "console")
     assert problems(readme) == []
+    for target in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (path.parent / target).exists(), f"{path} links to {target}, which does not exist"
+
+
+def test_every_stage_has_a_readme_that_shows_each_of_its_commands():
+    for script in SCRIPTS:
+        readme = REPO / Path(script).parent / "README.md"
+        assert Path(script).name in readme.read_text(encoding="utf-8"), f"{readme} does not name {script}"
 
 
 def test_readme_check_finds_what_is_wrong():
