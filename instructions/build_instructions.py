@@ -21,8 +21,9 @@ cascaded_st/<dataset>_<pair>.jsonl (with examples: <dataset>_<pair>_5_shot.jsonl
 of translated speech is its reference transcript, of a cascade too.
 
 The 0-shot text is the original TowerSpeech's, byte for byte (but for the fault of its WMT23 X-en files, ``German
-Text:: ...``). Examples come from the dev split or a named pool: five others for each test sentence, or the same five
-for all of a file, and the same lines for all pairs. A pool that holds a sentence of the test split is refused.
+Text:: ...``). That of FLORES-200 and WMT23 is compared with recorded checksums, and lines that differ are named.
+Examples come from the dev split or a named pool: five others for each test sentence, or the same five for all of a
+file, and the same lines for all pairs. A pool that holds a sentence of the test split is refused.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from instructions import read_test_sets as test_sets
+from instructions.checksums import verify
 from instructions.read_test_sets import Line, Missing, Parallel, SentencePair
 from towerspeech import prompts
 from towerspeech import units as dsu
@@ -431,6 +433,9 @@ def build_instructions(request: Request) -> None:
         write_file(file, request)
     if request.all:
         print(table(files, skipped))
+    if request.style == "original" and not request.test_lines and request.split in (None, "devtest"):
+        for line in verify((f"{file.folder}/{file.stem}.jsonl", file.rows) for file in files):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,15 @@ def test_every_output_of_the_tuned_model_is_transformers_own(killed_run):
 
 
 @pytest.mark.slow
+def test_its_prompts_are_the_committed_ones(killed_run):
+    root, _ = killed_run
+    for shots in (0, 5):
+        built = {path.name: path.read_bytes() for path in root.glob(f"instructions/original/{shots}_shot/*.jsonl")}
+        committed = {path.name: path.read_bytes() for path in REPO.glob(f"instructions/{shots}_shot/tiny_*.jsonl")}
+        assert built == committed and len(built) == 2
+
+
+@pytest.mark.slow
 def test_run_again_it_says_that_all_is_done(killed_run):
     root, before = killed_run
     printed = finish(root)[len(before) :]
