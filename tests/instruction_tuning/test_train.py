@@ -118,6 +118,48 @@ def test_labels_equal_trl_s_own(prepared, data):
     assert labels == wanted
 
 
+HARD = (
+    "hello",
+    "Straße",
+    "龘",
+    "\U00020bb7",
+    "\U0001f600",
+    " ",
+    "\n",
+    "  ",
+    "<s>",
+    "</s>",
+    "e\u0301",
+    "\u00e9",
+    "中文",
+    "\t",
+    "ﬁ",
+    "İ",
+)
+
+
+def test_labels_equal_a_loop_over_prefixes(prepared):
+    """What the ids of a conversation up to an answer's end have beyond the ids of its prompt is labelled."""
+    tokenizer, rng = prepared.tokenizer, random.Random(0)
+    for _ in range(300):
+        chat = []
+        for role in ("user", "assistant") * rng.randint(1, 3):
+            content = "".join(rng.choice(HARD) for _ in range(rng.randint(1, 6)))
+            units = dsu.to_text(rng.choices(range(50), k=5)) if rng.random() < 0.3 else ""
+            chat.append({"role": role, "content": units + content})
+        [ids], [labels] = encode(tokenizer, [chat], ["row"])
+        expected = [-100] * len(ids)
+        for turn in range(1, len(chat), 2):
+            prompt, closed = (
+                tokenizer.apply_chat_template(chat[:upto], add_generation_prompt=upto == turn, return_dict=False)
+                for upto in (turn, turn + 1)
+            )
+            end = len(closed) - closed[::-1].index(tokenizer.eos_token_id)
+            assert ids[: len(closed)] == closed and closed[: len(prompt)] == prompt
+            expected[len(prompt) : end] = closed[len(prompt) : end]
+        assert labels == expected
+
+
 def test_prompt_is_the_beginning_and_bos_is_not_doubled(prepared, data, tuned):
     from transformers import AutoTokenizer
 
