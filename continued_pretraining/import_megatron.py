@@ -50,7 +50,7 @@ def load_weights(converted: Path, config, dtype):
     from transformers import AutoModelForCausalLM
 
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(
+        network, report = AutoModelForCausalLM.from_pretrained(
             converted,
             config=config,
             dtype=dtype,
@@ -60,7 +60,7 @@ def load_weights(converted: Path, config, dtype):
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"{converted}: no weights can be read: {str(error).splitlines()[0]}", CONVERTED) from None
     for kind in ("missing_keys", "unexpected_keys"):
-        keys = sorted(map(str, found[kind]))
+        keys = sorted(map(str, report[kind]))
         if keys:
             raise UserError(f"{converted}: {kind.replace('_', ' ')}: {', '.join(keys[:3])}", CONVERTED)
     return network

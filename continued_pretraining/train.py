@@ -1,7 +1,6 @@
 """Continue pretraining on a mixture, with FSDP2 on a replicate x shard mesh.
 
-Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py \\
-           --config continued_pretraining/configs/towerspeech_6b.yaml \\
+Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py --config systems/towerspeech_6b.yaml \\
            --model extended_model/ --mixture mixture/towerspeech_6b --output_dir runs/towerspeech_6b
 
 Reads a Hugging Face model folder and a mixture; writes checkpoint-<step>/ (torch.distributed.checkpoint: fp32 weights

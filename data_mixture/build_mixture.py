@@ -1,6 +1,6 @@
 """Tokenize speech units and text into a mixture with exact token budgets.
 
-Usage: python data_mixture/build_mixture.py --config data_mixture/mixtures/towerspeech_6b.yaml \\
+Usage: python data_mixture/build_mixture.py --config systems/towerspeech_6b.yaml \\
            --tokenizer tokenizer/ --output_dir mixture/towerspeech_6b
 
 Reads units Parquet and JSONL text; writes, for each source, <source>.bin and .idx in Megatron's indexed format, and

@@ -2,7 +2,7 @@
 
 Usage:
     python instruction_tuning/train.py --model runs/tower/checkpoint-5000 --data runs/sft_data/sft.jsonl \\
-        --output_dir runs/sft --config instruction_tuning/configs/towerspeech_7b.yaml --sft.learning_rate 4e-5
+        --output_dir runs/sft --config systems/towerspeech_6b.yaml --sft.learning_rate 4e-5
     (several processes: torchrun --nproc_per_node 8 instruction_tuning/train.py ...)
 
 Reads a model folder (extended by train_bpe_tokenizer/extend_model.py: chat template, <PAD>, speech_units.json)

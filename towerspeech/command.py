@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 FULL_BYTES = 1 << 16  # a disk with less room than this is full
 
@@ -26,7 +27,8 @@ def run(function: Callable, settings: type | None = None) -> None:
     """Make a typed function the script's command line; what the user can mend becomes one message, exit status 1.
 
     With ``settings``, a dataclass, its fields are the flags, and the function takes one such object. Values of a list
-    argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``.
+    argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``. ``--config`` takes a YAML
+    of flags, or a system's (systems/<name>.yaml), of which the command takes its own block.
     """
     from jsonargparse import auto_cli
 
@@ -40,7 +42,7 @@ def run(function: Callable, settings: type | None = None) -> None:
                 as_positional=False,
                 allow_abbrev=False,
                 description=description,
-                args=_gather(sys.argv[1:], lists),
+                args=_gather(_own_block(sys.argv[1:], Path(inspect.getfile(function))), lists),
             )
             if settings:
                 function(filled)
@@ -59,6 +61,52 @@ def _gather(words: list[str], lists: set[str]) -> list[str]:
             values = [json.dumps(values)]  # jsonargparse makes numbers of them where numbers are wanted
         gathered += values
     return gathered
+
+
+def _own_block(words: list[str], script: Path) -> list[str]:
+    """Put a command's own block in place of each ``--config`` that names a system's YAML.
+
+    A block is called as its command is; the two train.py as their folders.
+    """
+    name, given = script.parent.name if script.stem == "train" else script.stem, []
+    for number, word in enumerate(words):
+        if word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        elif words[number - 1 : number] == ["--config"]:
+            path = word
+        else:
+            given.append(word)
+            continue
+        block = read_block(Path(path), name)
+        given.append(word if block is None else f"{word.removesuffix(path)}{json.dumps(block)}")
+    return given
+
+
+def read_block(path: Path, name: str) -> dict | None:
+    """A command's block of a system's YAML; None if the file holds flags, or is jsonargparse's to refuse.
+
+    Raises:
+        UserError: A system's YAML without such a block, or with one of no command.
+    """
+    import yaml
+
+    try:
+        blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(blocks, dict) or not any(isinstance(blocks[key], dict) and is_command(key) for key in blocks):
+        return None
+    for key in blocks:
+        if not is_command(key):
+            raise UserError(f"{path}: {key!r} is no command's block", f"blocks are called as commands are: {name}")
+    if name not in blocks:
+        raise UserError(f"{path} has no block {name!r}", f"it has: {', '.join(blocks)}")
+    return blocks[name]
+
+
+def is_command(name: object) -> bool:
+    """Whether a system's YAML may have a block of this name."""
+    return any(ROOT.glob(f"*/{name}.py")) or (ROOT / f"{name}/train.py").is_file()
 
 
 def no_space(error: BaseException, where: Path | None) -> bool:

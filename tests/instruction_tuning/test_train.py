@@ -712,7 +712,7 @@ def test_published_settings_are_accepted(tmp_path, model_dir, monkeypatch):
     from transformers import AutoConfig
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # for bf16
-    sft = yaml.safe_load((ROOT / "instruction_tuning/configs/towerspeech_7b.yaml").read_text())["sft"]
+    sft = yaml.safe_load((ROOT / "systems/towerspeech_6b.yaml").read_text())["instruction_tuning"]["sft"]
     settings = check_settings(sft)
     monkeypatch.undo()
     config = make_config({**settings, "bf16": False}, tmp_path)
