@@ -74,6 +74,20 @@ def test_weights_are_theirs_and_all_else_is_ours(tmp_path, converted, trained, m
     assert generation.get("eos_token_id") == ours["eos_token_id"]
 
 
+@pytest.mark.parametrize("kept", [{"eos_token_id": 2, "max_length": 77}, None])
+def test_how_it_generates_is_the_models_own(tmp_path, converted, model_dir, kept):
+    """Its generation_config.json, or what its config says where it has none; never the converter's."""
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    (model / "generation_config.json").unlink(missing_ok=True)
+    if kept:
+        (model / "generation_config.json").write_text(json.dumps(kept))
+    import_megatron(converted, model, tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == json.loads((model / "config.json").read_text())["eos_token_id"] != 7
+    assert generation.get("max_length") == (kept or {}).get("max_length")
+
+
 def test_run_again_it_is_done(tmp_path, converted, model_dir, capsys):
     import_megatron(converted, model_dir, tmp_path / "out")
     import_megatron(converted, model_dir, tmp_path / "out")
