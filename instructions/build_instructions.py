@@ -431,11 +431,11 @@ def build_instructions(request: Request) -> None:
         files = prompt_files(request)
     for file in files:
         write_file(file, request)
-    if request.all:
-        print(table(files, skipped))
     if request.style == "original" and not request.test_lines and request.split in (None, "devtest"):
         for line in verify((f"{file.folder}/{file.stem}.jsonl", file.rows) for file in files):
             print(line)
+    if request.all:
+        print(table(files, skipped))
 
 
 if __name__ == "__main__":
