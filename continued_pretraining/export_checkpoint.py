@@ -12,7 +12,7 @@ from typing import Literal
 
 from towerspeech.command import UserError, run
 from towerspeech.files import read_json
-from towerspeech.model_folder import TOKENIZER_FILES, copy_files, notes
+from towerspeech.model_folder import save_trained
 from towerspeech.stage import RUN_INFO, hash_path, stage
 
 
@@ -52,9 +52,7 @@ def export_checkpoint(
             dcp.load({"model": network.state_dict()}, checkpoint_id=checkpoint, no_dist=True)  # in place
         network.to(getattr(torch, dtype))
         with work.publish() as folder:
-            network.save_pretrained(folder)
-            saved = {path.name for path in folder.iterdir()}
-            copy_files(model, folder, {*TOKENIZER_FILES, *notes(model)} - saved)
+            save_trained(network, model, folder)
         work.counts.update({"step": info["step"], "tokens": info["tokens"]})
         print(f"step {info['step']:,}, {sum(info['tokens'].values()):,} tokens, {dtype}: {output_dir}")
 

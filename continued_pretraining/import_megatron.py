@@ -14,7 +14,7 @@ from typing import Literal
 
 from towerspeech.command import UserError, run
 from towerspeech.files import read_json
-from towerspeech.model_folder import TOKENIZER_FILES, check_tokenizer_fits, copy_files, notes
+from towerspeech.model_folder import check_tokenizer_fits, save_trained
 from towerspeech.stage import stage
 from towerspeech.tokenizer import read_metadata
 
@@ -94,8 +94,7 @@ def import_megatron(
         network = load_weights(converted, config, getattr(torch, dtype))
         network.generation_config = GenerationConfig.from_model_config(config)  # ours, if it has none of its own
         with work.publish() as folder:
-            network.save_pretrained(folder)
-            copy_files(model, folder, {*TOKENIZER_FILES, *notes(model)} - {"config.json"})
+            save_trained(network, model, folder)
         work.counts.update({"rows": rows, "parameters": network.num_parameters()})
         print(f"{network.num_parameters():,} parameters, {rows:,} rows, {dtype}: {output_dir}")
 

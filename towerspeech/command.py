@@ -105,8 +105,9 @@ def read_block(path: Path, name: str) -> dict | None:
 
 
 def is_command(name: object) -> bool:
-    """Whether a system's YAML may have a block of this name."""
-    return any(ROOT.glob(f"*/{name}.py")) or (ROOT / f"{name}/train.py").is_file()
+    """Whether a system's YAML may have a block of this name: a script that is run, or a folder of a train.py."""
+    scripts = [*ROOT.glob(f"*/{name}.py"), *ROOT.glob(f"{name}/train.py")]
+    return any('__name__ == "__main__"' in script.read_text(encoding="utf-8") for script in scripts)
 
 
 def no_space(error: BaseException, where: Path | None) -> bool:

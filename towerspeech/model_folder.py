@@ -44,6 +44,12 @@ def notes(model: Path) -> list[str]:
     ]
 
 
+def save_trained(network, model: Path, folder: Path) -> None:
+    """Save a network in ``folder``, with what else belongs to ``model``, from which it was trained."""
+    network.save_pretrained(folder)
+    copy_files(model, folder, {*TOKENIZER_FILES, *notes(model)} - {"config.json"})
+
+
 def check_tokenizer_fits(model: Path, num_tokens: int, num_rows: int) -> None:
     """Raise UserError if a model's tokenizer has more tokens than the model has embeddings."""
     if num_tokens > num_rows:

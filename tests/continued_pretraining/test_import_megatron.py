@@ -114,7 +114,7 @@ def test_another_models_config_is_refused(tmp_path, converted, model_dir, change
 
 def test_weights_that_lack_or_are_no_weights_are_refused(tmp_path, converted, model_dir):
     path = converted / "pytorch_model-00001-of-00002.bin"
-    whole, state = path.read_bytes(), torch.load(path)
+    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
     name = next(name for name in state if "mlp" in name)
     torch.save({key: value for key, value in state.items() if key != name}, path)
     with pytest.raises(UserError, match=f"missing keys: {name}"):
