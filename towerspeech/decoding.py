@@ -223,8 +223,9 @@ class Generation:
         }
         if not on_gpu:
             arguments["block_size"] = engine.CPU_BLOCK
+            lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
+            arguments["max_model_len"] = max(lengths)  # the cache must hold so much, or vLLM does not start
             if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-                lengths = [len(request.prompt_token_ids) + request.max_tokens for request in requests]
                 size = engine.kv_cache_bytes(self.config, lengths, self.decoding.data_parallel_size)
                 arguments["kv_cache_memory_bytes"] = size
         return arguments

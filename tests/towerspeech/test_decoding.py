@@ -258,7 +258,7 @@ def test_a_prompt_of_exactly_the_limits_length(tmp_path, model_dir, decode, file
             decode(f"refused {limit}", file, max_model_len=limit)
     for limit in (longest + 1, longest + 2, 400):
         asked = decode(f"{limit}", file, max_model_len=limit, max_new_tokens=20)
-        assert asked.arguments["max_model_len"] == limit
+        assert asked.arguments["max_model_len"] == min(limit, longest + 20)  # no more, for a CPU's cache must hold it
         assert {len(r.prompt_token_ids): r.max_tokens for r in asked.asked} == {
             longest: min(limit - longest, 20),
             short: min(limit - short, 20),
