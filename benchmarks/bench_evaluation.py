@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.measure import apart, comparison, report, run_script
 from benchmarks.other_ways import with_transformers, with_vllm
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 from towerspeech.records import read_jsonl, read_prompts
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
 LEAST_SAME = 0.98  # share of outputs below which no goal holds

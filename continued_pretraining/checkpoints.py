@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TextIO
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import publish, remove, write_json
 from towerspeech.model_folder import checkpoint_step, checkpoints
 from towerspeech.processes import Processes

@@ -10,7 +10,8 @@ safetensors, config and tokenizer.
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import save_trained
 from towerspeech.stage import RUN_INFO, hash_path, stage

@@ -12,7 +12,8 @@ context nor its end-of-sequence id.
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits, save_trained
 from towerspeech.stage import stage

@@ -11,7 +11,8 @@ import math
 import shlex
 from pathlib import Path
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 from towerspeech.tokenizer import tokenizer_hash
 

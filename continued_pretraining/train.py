@@ -23,7 +23,8 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_numb
 
 from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
 from continued_pretraining.packing import Mixture
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.processes import Processes

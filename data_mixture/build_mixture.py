@@ -26,7 +26,8 @@ from typing import Literal
 import numpy as np
 
 from towerspeech import prompts, records, units
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, write_json
 from towerspeech.indexed import IndexedTokens, token_dtype, write_index
 from towerspeech.outside_text import MARK, check_outside_text, marker, text_tokenizer

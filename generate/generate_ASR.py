@@ -11,8 +11,9 @@ a run that was killed decodes the missing utterances alone.
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
 from towerspeech.decoding import Decoding, decode
+from towerspeech.errors import UserError
 from towerspeech.records import read_prompts
 from towerspeech.speech_prompts import speech_rows
 from towerspeech.tokenizer import read_metadata

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.outside_text import check_outside_text
 from towerspeech.records import check_texts, iter_parallel, write_jsonl
 from towerspeech.sampling import reservoir

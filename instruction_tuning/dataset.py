@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import check_messages, iter_jsonl
 from towerspeech.tokenizer import IM_END

@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 DEFAULTS = {  # the first five are the original's
     "per_device_train_batch_size": 16,

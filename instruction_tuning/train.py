@@ -27,7 +27,8 @@ from typing import Any
 
 from instruction_tuning.checkpoints import is_last, newest_checkpoint, own_checkpoints
 from instruction_tuning.dataset import Prepared, lengths, make_dataset, read_conversations
-from towerspeech.command import UserError, quiet, run
+from towerspeech.command import quiet, run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, remove, write_json
 from towerspeech.model_folder import NOT_SAVED, check_tokenizer_fits, copy_files
 from towerspeech.processes import Processes

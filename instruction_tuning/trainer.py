@@ -16,7 +16,8 @@ from trl import SFTTrainer
 from instruction_tuning.checkpoints import mark_whole, own_checkpoints
 from instruction_tuning.dataset import Prepared, lengths
 from instruction_tuning.settings import make_config
-from towerspeech.command import UserError, no_space, quiet
+from towerspeech.command import quiet
+from towerspeech.errors import UserError, no_space
 from towerspeech.files import remove
 
 

@@ -39,7 +39,8 @@ from instructions.checksums import verify
 from instructions.read_test_sets import Line, Missing, Parallel, SentencePair
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists
 from towerspeech.languages import parse_pair
 from towerspeech.outside_text import PLANE_15

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists
 from towerspeech.languages import LANGUAGES, language, parse_pair
 from towerspeech.outside_text import check_outside_text

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from results.randomisation import compare_texts
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.generations import FACTS, Outputs, naming, read_folder, read_line_files
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, signatures
 from towerspeech.results_table import METRICS, as_text, one_line

@@ -7,7 +7,7 @@ takes ties but for rounding for differences, and knows no error rates.
 import itertools
 from collections.abc import Sequence
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, ERROR_RATES, SEED, edits, normalizer, sacrebleu_metric, signatures
 
 COMPARED = ("bleu", "chrf2", "chrf2++", "wer_basic", "cer_basic", "wer_english", "cer_english")

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 from results.scores_csv import choose_metrics, opened, read_test_sets
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.generations import Outputs, naming
 from towerspeech.metrics import (
     ERROR_RATES,

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from results.scores_csv import COMET_METRICS, choose_metrics, opened, read_test_sets
-from towerspeech.command import UserError, space_needed
+from towerspeech.errors import UserError, space_needed
 from towerspeech.files import hash_file
 from towerspeech.generations import Outputs
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, TRANSLATION_TASKS, Score, with_interval

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import locked
 from towerspeech.generations import Outputs, read_folder, read_line_files
 from towerspeech.metrics import SACREBLEU_METRICS, Score, headline

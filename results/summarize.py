@@ -20,7 +20,8 @@ from pathlib import Path
 
 from results.plots import Panel, draw_bars, draw_lines
 from towerspeech import results_table
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, locked, publish
 from towerspeech.metrics import CER_LEADS
 from towerspeech.results_table import METRICS, REPORTED, checkpoint_order, read_results

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from speech_units.containers import ends_early
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 
 SAMPLE_RATE = 16000  # Hz

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from speech_units.features import FeatureConfig, extractor, features_json, fingerprint, hubert_config, read_audio
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import write_json
 from towerspeech.manifests import duration, read_manifest
 from towerspeech.sampling import reservoir

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 from speech_units.features import SAMPLE_RATE, extractor, fingerprint, load_kmeans, read_audio
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.manifests import duration, read_manifest
 from towerspeech.stage import Stage, stage
 from towerspeech.units import collapse

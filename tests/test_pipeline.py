@@ -14,7 +14,7 @@ import pytest
 from benchmarks.other_ways import with_transformers
 from tiny import pipeline
 from tiny.check_scores import problems
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.records import (
     read_jsonl,
     read_prompts,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from towerspeech.command import UserError, is_command, read_block
+from towerspeech.command import is_command, read_block
+from towerspeech.errors import UserError
 from towerspeech.languages import LANGUAGES
 
 REPO = Path(__file__).resolve().parent.parent

@@ -8,7 +8,8 @@ stands in the YAML.
 
 from pathlib import Path
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists
 from towerspeech.results_table import METRICS, read_results
 

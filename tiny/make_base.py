@@ -13,7 +13,8 @@ import itertools
 from pathlib import Path
 
 from towerspeech import prompts
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.languages import language
 from towerspeech.records import read_jsonl
 from towerspeech.stage import stage

@@ -26,7 +26,8 @@ from functools import cache
 from pathlib import Path
 
 from tiny import grammar
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import publish
 from towerspeech.languages import language
 from towerspeech.records import write_jsonl

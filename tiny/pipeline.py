@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, hash_file, read_json, write_json
 from towerspeech.model_folder import checkpoints
 

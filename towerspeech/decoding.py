@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from towerspeech import engine
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.outside_text import check_units, marker, text_tokenizer

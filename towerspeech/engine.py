@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from towerspeech.command import UserError, quiet
+from towerspeech.command import quiet
+from towerspeech.errors import UserError
 
 # Tokens of a block of the cache. Only whole blocks of a common prefix are shared, so the smallest that vLLM's CPU
 # kernels take (its own choice is 128): five same examples before 100 prompts then decode in 12.4 s instead of 17.3 s.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from towerspeech.command import UserError, space_needed
+from towerspeech.errors import UserError, space_needed
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, hash_file, read_json
 from towerspeech.records import check_texts, iter_jsonl, prompt_hash, read_lines
 from towerspeech.stage import RUN_INFO

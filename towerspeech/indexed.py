@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES = {8: np.uint16, 4: np.int32}

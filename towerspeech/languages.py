@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 
 class Language(NamedTuple):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.outside_text import check_outside_text
 from towerspeech.records import iter_jsonl
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.stage import RUN_INFO
 
 TOKENIZER_FILES = (

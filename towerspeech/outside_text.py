@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS
 
 MARK = "\U000ffffe"  # of plane 15, whose characters no text from outside may hold, but never a unit

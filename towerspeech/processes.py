@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 
 class Processes:

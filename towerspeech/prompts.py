@@ -8,7 +8,7 @@ instruction-templates/spire-style-template.json at commit 4499c00. S puts them i
 
 from collections.abc import Sequence
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.languages import language
 
 

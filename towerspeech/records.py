@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, publish
 from towerspeech.languages import LANGUAGES
 from towerspeech.outside_text import check_outside_text

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import publish
 from towerspeech.metrics import Score
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from towerspeech import prompts, units
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.languages import language
 from towerspeech.outside_text import check_outside_text
 from towerspeech.units_parquet import read_units

@@ -26,7 +26,7 @@ from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, hash_file, locked, publish, read_json, remove, sync, write_json
 
 RUN_INFO = "run_info.json"  # its presence means done

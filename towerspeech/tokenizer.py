@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, hash_file, read_json
 from towerspeech.units import MAX_NUM_UNITS, OFFSET, OFFSETS
 

@@ -8,7 +8,7 @@ A unit is written as one character of plane 15's private use area, ``chr(offset 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 OFFSET = 0xF0000  # SpireLM's first unit character
 OFFSETS = (OFFSET, 990000)  # and the original's

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 from towerspeech.stage import RUN_INFO
 

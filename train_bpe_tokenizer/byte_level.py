@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import read_json
 from towerspeech.model_folder import copy_files
 from towerspeech.tokenizer import CHAT_TEMPLATE, PAD

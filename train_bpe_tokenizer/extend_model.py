@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from towerspeech.command import UserError, quiet, run
+from towerspeech.command import quiet, run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 from towerspeech.model_folder import TOKENIZER_FILES, copy_files, notes
 from towerspeech.stage import stage

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, hash_file, read_json
 from towerspeech.stage import stage
 from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, PAD, SPECIAL_TOKENS, vocabulary

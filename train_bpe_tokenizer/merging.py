@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 
 AS_PUBLISHED = "start from the base as published, or leave out what it has: see --special_tokens and --chat"

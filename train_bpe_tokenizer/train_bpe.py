@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from towerspeech import units as dsu
-from towerspeech.command import UserError, quiet, run
+from towerspeech.command import quiet, run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, write_json
 from towerspeech.stage import stage
 from towerspeech.units_parquet import check_one_kmeans, read_unit_texts

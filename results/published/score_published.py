@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from towerspeech import metrics
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, hash_file, locked, publish, remove
 from towerspeech.languages import LANGUAGES
 from towerspeech.records import read_lines

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from continued_pretraining.import_megatron import import_megatron
 from generate.generate import generate
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.model_folder import TOKENIZER_FILES
 from towerspeech.records import read_jsonl, write_jsonl

@@ -10,7 +10,7 @@ import pytest
 
 from continued_pretraining.megatron_arguments import megatron_arguments
 from data_mixture.build_mixture import Source, build_mixture
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.indexed import IndexedTokens
 from towerspeech.records import write_jsonl
 

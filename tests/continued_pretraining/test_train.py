@@ -20,7 +20,7 @@ from continued_pretraining.export_checkpoint import export_checkpoint
 from continued_pretraining.packing import IGNORE, Mixture
 from data_mixture.build_mixture import Source, build_mixture
 from towerspeech import command as command_line
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 LENGTH, BATCH, STEPS = 64, 4, 12
 SETTINGS = dict(

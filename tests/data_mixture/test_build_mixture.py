@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from data_mixture.build_mixture import Encoder, Source, build_mixture
 from towerspeech import prompts, units
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.indexed import IndexedTokens
 from towerspeech.units_parquet import read_units, write_units
 

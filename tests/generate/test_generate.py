@@ -17,7 +17,7 @@ from generate import generate as script
 from generate.generate import generate
 from generate.generate_ASR import generate_ASR
 from towerspeech import decoding, prompts
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.records import read_jsonl, read_prompts, write_jsonl
 from towerspeech.speech_prompts import speech_rows
 from towerspeech.tokenizer import stop_token_ids

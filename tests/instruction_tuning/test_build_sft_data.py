@@ -9,7 +9,7 @@ import pytest
 from instruction_tuning.build_sft_data import build_sft_data as build
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.records import read_jsonl, write_jsonl
 from towerspeech.units_parquet import read_units
 

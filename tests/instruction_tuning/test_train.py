@@ -21,7 +21,7 @@ from instruction_tuning.settings import check_settings, check_sharding, make_con
 from instruction_tuning.trainer import Trainer, make_trainer, rehearse
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.records import read_jsonl, write_jsonl
 from towerspeech.tokenizer import CHAT_TEMPLATE, read_metadata
 

@@ -9,7 +9,7 @@ import pytest
 
 from instructions import build_instructions as script
 from towerspeech import prompts, records, units
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.languages import language
 from towerspeech.stage import hash_path
 from towerspeech.units_parquet import shard_name, write_units

@@ -13,7 +13,7 @@ import pytest
 from instructions import build_instructions as command
 from instructions import read_test_sets as script
 from towerspeech import records
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 DATA = os.environ.get("TOWERSPEECH_TEST_DATA")

@@ -16,7 +16,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from results.compare import COLUMNS, compare
 from results.randomisation import compare_texts
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.records import write_jsonl
 

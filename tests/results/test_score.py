@@ -18,7 +18,7 @@ from sacrebleu.tokenizers import tokenizer_spm
 from results import score as script
 from results.score import score
 from towerspeech import metrics
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.records import prompt_hash, write_jsonl
 from towerspeech.results_table import COLUMNS, read_results, write_results

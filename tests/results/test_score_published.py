@@ -13,7 +13,7 @@ import sacrebleu
 from results.published import score_published as published
 from results.published.score_published import RECORDED, Case, place_utterances, read_saved, score_published, sort_out
 from towerspeech import metrics
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.languages import LANGUAGES
 from towerspeech.results_table import COLUMNS, TEST_SET, write_results

@@ -13,7 +13,7 @@ from results import plots
 from results import summarize as script
 from results.summarize import summarize
 from towerspeech import results_table
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.results_table import COLUMNS
 
 INTO_ENGLISH = ("de-en", "es-en", "fr-en")

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from speech_units import containers, features, fit_kmeans, label_audio
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.manifests import read_manifest
 from towerspeech.units_parquet import read_units

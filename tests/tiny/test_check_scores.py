@@ -6,7 +6,7 @@ import pandas
 import pytest
 
 from tiny.check_scores import check_scores, problems
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.results_table import COLUMNS, write_results
 
 

@@ -7,7 +7,7 @@ import sentencepiece
 
 from tiny import grammar, make_base
 from towerspeech import prompts
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.records import read_jsonl
 

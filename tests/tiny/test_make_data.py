@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tiny import grammar, make_data
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.records import read_jsonl, read_lines
 

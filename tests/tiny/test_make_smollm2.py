@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 
 from tiny import make_smollm2
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 
 def test_missing_package_names_the_command(monkeypatch, tmp_path):

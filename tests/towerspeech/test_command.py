@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.towerspeech.conftest import info, write
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import publish
 from towerspeech.stage import stage
 

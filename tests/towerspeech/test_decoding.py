@@ -19,7 +19,7 @@ import pytest
 from generate.generate import generate
 from generate.generate_ASR import generate_ASR
 from towerspeech import decoding, engine, prompts
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.records import read_jsonl, read_prompts, write_jsonl
 
 NEVER = 10**9

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from towerspeech import engine
-from towerspeech.command import UserError
 from towerspeech.engine import Request, Result
+from towerspeech.errors import UserError
 
 ENGINE, SAMPLING = {"tensor_parallel_size": 1}, {"temperature": 0.0}
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import check_exists, publish, read_json, write_json
 
 

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.generations import read_generations, read_line_files
 from towerspeech.records import dumps

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.indexed import IndexedTokens, token_dtype, write_index
 
 GIB = 2**30

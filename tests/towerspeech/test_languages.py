@@ -2,7 +2,7 @@
 
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.languages import LANGUAGES, language, parse_pair
 
 

@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.tokenizers import tokenizer_spm
 
 from towerspeech import metrics
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.languages import language
 from towerspeech.records import read_lines
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.model_folder import (
     TOKENIZER_FILES,
     check_tokenizer_fits,

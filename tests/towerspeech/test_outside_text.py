@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from towerspeech import decoding, prompts
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.outside_text import check_outside_text, check_units, marker, text_tokenizer
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,7 +15,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-from towerspeech.command import UserError, run
+from towerspeech.command import run
+from towerspeech.errors import UserError
 from towerspeech.processes import Processes
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from towerspeech import prompts
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.tokenizer import CHAT_TEMPLATE, stop_token_ids
 
 

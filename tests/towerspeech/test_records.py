@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from towerspeech import records
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.units_parquet import (
     UNIT_COLUMNS,
     check_one_kmeans,

@@ -3,7 +3,7 @@
 import pandas
 import pytest
 
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.results_table import COLUMNS, as_text, read_results, write_results
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.towerspeech.conftest import info, write
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.files import hash_file, locked
 from towerspeech.stage import hash_path, stage
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from towerspeech import units
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.speech_prompts import speech_rows
 from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS, read_metadata, tokenizer_hash, unit_tokens
 

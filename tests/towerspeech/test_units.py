@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from towerspeech import units
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 
 
 @pytest.mark.parametrize("offset", [units.OFFSET, 990000])  # SpireLM's and the original's

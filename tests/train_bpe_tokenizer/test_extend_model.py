@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.tokenizer import read_metadata, tokenizer_hash
 from train_bpe_tokenizer.extend_model import extend_model, make_rows
 from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tests.conftest import NUM_MERGES, NUM_UNITS, make_sentences, make_utterances
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS, read_metadata, unit_tokens
 from train_bpe_tokenizer.merge_tokenizer import SENTENCES, merge_tokenizer
 

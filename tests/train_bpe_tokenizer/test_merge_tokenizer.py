@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from towerspeech import prompts
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from towerspeech.tokenizer import CHAT_TEMPLATE, CHAT_TOKENS, SPECIAL_TOKENS, read_metadata
 from train_bpe_tokenizer.merge_tokenizer import SENTENCES, check_same, merge_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from towerspeech import units as dsu
-from towerspeech.command import UserError
+from towerspeech.errors import UserError
 from train_bpe_tokenizer.train_bpe import Sample, draw, read_km, train_bpe
 
 NUM_UNITS = 50
