@@ -46,7 +46,7 @@ from towerspeech.languages import parse_pair
 from towerspeech.outside_text import PLANE_15
 from towerspeech.records import write_jsonl
 from towerspeech.speech_prompts import speech_rows
-from towerspeech.stage import stage
+from towerspeech.stage import record, stage
 
 TEXT_SETS = {"flores200": "flores", "wmt23": "wmt23", "towereval": None}  # file names: the original's, or TowerEval's
 # The original's WMT23 5-shot files have a space before every example but the first, and before the sentence itself.
@@ -432,6 +432,9 @@ def build_instructions(request: Request) -> None:
         files = prompt_files(request)
     for file in files:
         write_file(file, request)
+    outputs = [request.output_dir / file.folder / f"{file.stem}.jsonl" for file in files]
+    name = f"{'all' if request.all else request.shots}_shot"
+    record(__file__, name, request.output_dir, vars(request), [], outputs)
     if request.style == "original" and not request.test_lines and request.split in (None, "devtest"):
         for line in verify((f"{file.folder}/{file.stem}.jsonl", file.rows) for file in files):
             print(line)

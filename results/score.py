@@ -35,6 +35,7 @@ from towerspeech.metrics import (
     spbleu_file,
 )
 from towerspeech.metrics import score as score_texts
+from towerspeech.stage import record
 
 SEGMENTS_A_PROCESS = 2000  # a process takes as long to start as so many take to score
 Work = tuple[int, Outputs, list[str], Path | None]  # a test set's number, its outputs, its rows, spBLEU's model
@@ -133,6 +134,8 @@ def score(
             tables[path].add(outputs, scores)
         for path, csv in tables.items():
             print(f"{path}: {len(csv.table):,} rows")
+    if output_dir:
+        record(__file__, "score", output_dir, arguments, ["generations"], list(tables))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ hub's cache.
 
 import argparse
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -27,6 +28,8 @@ from towerspeech.errors import UserError, space_needed
 from towerspeech.files import hash_file
 from towerspeech.generations import Outputs
 from towerspeech.metrics import BOOTSTRAP_SAMPLES, SEED, TRANSLATION_TASKS, Score, with_interval
+from towerspeech.stage import record
+from towerspeech.system import read_block
 
 MODELS = {"comet22": "comet_model", "cometkiwi22": "cometkiwi_model"}  # the arguments that name them
 
@@ -121,6 +124,8 @@ def score_comet(arguments: dict) -> None:
                 if model is None:
                     model = load(metric, checkpoint)
                 tables[path].add(outputs, [predict(model, metric, outputs, signature)])
+    if arguments["output_dir"]:
+        record(__file__, "score_comet", arguments["output_dir"], arguments, ["generations"], list(tables))
 
 
 def parse() -> dict:
@@ -142,7 +147,19 @@ def parse() -> dict:
     parser.add_argument("--metrics", nargs="+", default=["comet22"], help="comet22, cometkiwi22 (default: comet22)")
     parser.add_argument("--comet_model", default="Unbabel/wmt22-comet-da", help="hub name or local checkpoint")
     parser.add_argument("--cometkiwi_model", default="Unbabel/wmt22-cometkiwi-da", help="likewise")
-    return vars(parser.parse_args())
+    parser.add_argument("--config", help="YAML of a system; flags override")
+    parser.add_argument("--print_config", action="store_true", help="show what all flags are, and end")
+    config = parser.parse_known_args()[0].config
+    block = (read_block(config, "score_comet") if config else {}) or {}
+    if unknown := block.keys() - vars(parser.parse_args()).keys():
+        parser.error(f"{config}: score_comet takes no {min(unknown)}")
+    parser.set_defaults(**block)
+    arguments = vars(parser.parse_args())
+    del arguments["config"]
+    if arguments.pop("print_config"):
+        print(json.dumps(arguments, default=str))
+        sys.exit()
+    return arguments
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from towerspeech.errors import UserError
 from towerspeech.files import check_exists, locked, publish
 from towerspeech.metrics import CER_LEADS
 from towerspeech.results_table import METRICS, REPORTED, checkpoint_order, read_results
+from towerspeech.stage import record
 
 RATES = ("wer_english", "cer_basic", "wer_basic", "wer")
 SHOWN = (*RATES, "bleu", "chrf2", "chrf2++", "spbleu", "comet22", "cometkiwi22")
@@ -379,6 +380,8 @@ def summarize(results: list[Path], output_dir: Path) -> None:
         with publish(output_dir / "table.csv") as path:
             write_csv(path, scores)
         written = ["table.md", "table.csv", *draw(scores, output_dir)]
+        outputs = [output_dir / name for name in written]
+        record(__file__, "summarize", output_dir, {"results": results}, ["results"], outputs)
     print(terminal(scores))
     systems, columns = len(scores[SYSTEM].drop_duplicates()), num_columns(select(scores, SHOWN))
     print(f"\nWER in %, COMET x 100, others in 0..100; {systems} systems, {columns} columns")

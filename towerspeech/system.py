@@ -7,10 +7,12 @@ that show examples), over those above: ``--config systems/tiny.yaml:base`` takes
 the system's folder.
 """
 
+import tempfile
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from towerspeech.errors import UserError
+from towerspeech.files import publish
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("base", "few_shot")
@@ -90,6 +92,19 @@ def read_block(config: str, name: str) -> dict | None:
     return variant_of(_checked(path, blocks), variant).get(name, {})
 
 
+def moved(path: Path, work: Path, keep: bool) -> Path:
+    """A copy of a system's YAML with another work folder: in that folder, or a temporary one."""
+    import yaml
+
+    read_system(path)  # a mistake is named with the file that it stands in
+    blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    blocks["system"]["work"] = str(work)
+    folder = work if keep else Path(tempfile.mkdtemp())
+    with publish(folder / path.name) as target:
+        target.write_text(yaml.safe_dump(blocks, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return folder / path.name
+
+
 def _split(config: str) -> tuple[Path, str]:
     path, _, variant = config.rpartition(":")
     return (Path(path), variant) if variant in VARIANTS else (Path(config), "")
@@ -157,7 +172,7 @@ def _places(path: Path, block: dict) -> dict:
         if value is MISSING:
             raise UserError(f"{path}: system does not say {name}", "README.md and the other systems show it")
         if not _is(value, kind):
-            raise UserError(f"{path}: system.{name} is {value!r}", f"it wants {kind.__name__ if kind in (str, int) else kind}")
+            raise UserError(f"{path}: system.{name} is {value!r}", f"it wants {getattr(kind, '__name__', kind)}")
         if isinstance(value, list) or name in ("work", "units", "tokenizer"):
             for word in value if isinstance(value, list) else [value]:
                 if any(mark in word for mark in " \t\r\n*?["):
