@@ -61,7 +61,7 @@ source "$code/sbatch/words.sh"
 if [[ -f $code/sbatch/site.env ]]; then
     set +eu # module and conda know nothing of it
     # shellcheck disable=SC1091 # a site's own
-    source "$code/sbatch/site.env"
+    source "$code/sbatch/site.env" >&2 # what is shown are commands alone
     set -eu
 fi
 [[ ! -d .venv/bin ]] || export PATH="$PWD/.venv/bin:$PATH"
@@ -91,7 +91,7 @@ begin() { # names of the variables to show
     say "job $job_id, restart $restarts, on $SLURM_JOB_NODELIST, commit $commit"
     for name in "$@"; do
         local -n value=$name # an array where words made one
-        printf '   %s=%s\n' "$name" "${value[*]}"
+        printf '   %s=%s\n' "$name" "${value[*]-}"
     done
     check_progress
     begun=true

@@ -7,6 +7,7 @@ if [[ -f $repo/sbatch/site.env ]]; then
     source "$repo/sbatch/site.env"
     set -eu
 fi
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}" # this checkout's library, wherever another one is installed
 python=$repo/.venv/bin/python
 [[ -x $python ]] || python=$(command -v python || true)
 [[ -n $python ]] || { printf 'error: there is no .venv here\n  -> bash install.sh\n' >&2; exit 1; }

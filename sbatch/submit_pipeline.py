@@ -158,8 +158,8 @@ def submit_pipeline(
         for stage in chosen:
             submission.place(stage, states[stage.name])
         return
-    waiting = [stage for stage in every if stage in chosen or submission.queued(stage.name)]
-    chain.check(chosen, waiting, states, overwrite)
+    coming = {stage.name for stage in every if stage in chosen or submission.queued(stage.name)}
+    chain.check([stage for stage in chosen if not submission.queued(stage.name)], coming, states, overwrite)
     work = Path(asked.work)
     Path("logs").mkdir(exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)

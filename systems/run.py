@@ -37,7 +37,7 @@ class Runner:
         """Refuse, before anything runs, what a command would refuse, and stages whose input nobody makes."""
         parsed = chain.parse_all(every, self.system, chain.here)
         self.states = {name: chain.state(several) for name, several in parsed.items()}
-        chain.check(stages, every, self.states, self.overwrite)
+        chain.check(stages, {stage.name for stage in stages}, self.states, self.overwrite)
 
     def run(self, stage: chain.Stage, number: str) -> None:
         state = self.states[stage.name]
@@ -48,10 +48,11 @@ class Runner:
             return
         self.ran = True
         file = ROOT / f"sbatch/{stage.file}.sbatch"
+        text = file.read_text(encoding="utf-8")  # bash reads a file as it goes; this one may be edited meanwhile
         given = chain.environment(stage, self.system, "here", self.overwrite)
         given |= {name: str(value) for name, value in chain.here(stage).items()}
         environment = {**chain.own_environment(), **given}
-        status = subprocess.run(["bash", file, *stage.arguments], env=environment).returncode
+        status = subprocess.run(["bash", "-c", text, file, *stage.arguments], env=environment).returncode
         if status:
             remedy = "see above; run this again and it goes on from there"
             raise UserError(f"{stage.name} ended with status {status}", remedy)

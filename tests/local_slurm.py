@@ -260,6 +260,7 @@ class LocalSlurm:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 words, own = process.cmdline(), process.environ().get("SLURM_JOB_ID") == job
-                if own and word in words and not any(Path(starter).name in ("srun", "torchrun") for starter in words):
+                named = any(given == word or given.endswith(f"/{word}") for given in words)
+                if own and named and not any(Path(starter).name in ("srun", "torchrun") for starter in words):
                     found.append(process)
         return found

@@ -1,7 +1,6 @@
 """The whole pipeline, as tiny/run.sh runs it: killed twice it goes on, it learns, and it knows when all is done."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -12,9 +11,7 @@ import psutil
 import pytest
 
 from benchmarks.other_ways import with_transformers
-from tiny import pipeline
 from tiny.check_scores import problems
-from towerspeech.errors import UserError
 from towerspeech.records import (
     read_jsonl,
     read_prompts,
@@ -25,150 +22,6 @@ from towerspeech.tokenizer import read_metadata
 REPO = Path(__file__).resolve().parent.parent
 
 
-# --- Without running it ---------------------------------------------------------------------------
-@pytest.fixture
-def plan(tmp_path, monkeypatch):
-    """The commands of a run, (script, settings), as the pipeline gives them to its runner; nothing is run."""
-
-    def commands(split: str = "test", seed: int = 0) -> list[tuple[str, dict]]:
-        given = []
-
-        class Recorder:
-            def __init__(self, processes: int):
-                self.processes = processes
-
-            def __call__(self, script: str, **settings) -> None:
-                given.append((script, settings))
-
-            def seconds(self) -> str:
-                return "0 s"
-
-        (tmp_path / "base_run/checkpoint-90").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "base_run/checkpoint-100").mkdir(exist_ok=True)
-        monkeypatch.setattr(pipeline, "Runner", Recorder)
-        pipeline.pipeline(tmp_path, split=split, seed=seed, processes=3)
-        (tmp_path / pipeline.FINISHED).unlink()
-        return given
-
-    return commands
-
-
-def words_of(settings: dict) -> list[str]:
-    return [str(word) for value in settings.values() for word in (value if isinstance(value, list) else [value])]
-
-
-@pytest.mark.parametrize("split", ["test", "tuning"])
-def test_nothing_learns_from_what_is_scored(plan, tmp_path, split):
-    """Until the controls are made, the evaluated split is named by its own labelling alone."""
-    given = plan(split)
-    scripts = [script for script, _ in given]
-    until = scripts.index("tiny/make_controls.py")
-    flores = {"test": "devtest", "tuning": "dev"}[split]
-    named = [
-        (script, word)
-        for script, settings in given[:until]
-        for word in words_of(settings)
-        if word.startswith(str(tmp_path)) and (split in Path(word).parts[-1] or "flores" in word)
-    ]
-    assert named == [
-        ("speech_units/label_audio.py", f"{tmp_path}/units/{split}"),
-        ("speech_units/label_audio.py", f"{tmp_path}/data/audio/{split}.jsonl"),
-    ]
-    built = [settings for script, settings in given if script == "instructions/build_instructions.py"]
-    assert [settings["shots"] for settings in built] == [0, 5, 0, 5]
-    for settings in built:
-        assert (settings["split"], settings["test_lines"]) == (flores, "1-100")
-        if settings["shots"]:
-            assert (settings["example_split"], settings["example_lines"]) == ("dev", "151-200")
-    assert ("tiny/check_scores.py" in scripts) == (split == "test")  # the limits are the test split's
-
-
-def test_the_order_and_what_each_stage_builds_on(plan, tmp_path):
-    given = plan(seed=7)
-    first = {}
-    for script, settings in given:
-        first.setdefault(script, []).append(settings)
-    assert [settings["checkpoint"].name for settings in first["continued_pretraining/export_checkpoint.py"]] == [
-        "checkpoint-100",  # the last one, by number
-        "checkpoint-600",
-        "checkpoint-1200",
-        "checkpoint-1800",
-    ]
-    (tuning,) = first["instruction_tuning/train.py"]
-    assert tuning["model"] == tmp_path / "models/checkpoint-1800" and tuning["sft.num_train_epochs"] == 1
-    decoded = {
-        (task, s["checkpoints"][0].name): len(s["checkpoints"])
-        for task in ("generate/generate.py",)
-        for s in first[task]
-    }
-    assert decoded == {("generate/generate.py", "base"): 4, ("generate/generate.py", "sft"): 1}
-    styles = [(s["checkpoints"][0].name, s["style"]) for s in first["generate/generate_ASR.py"]]
-    assert styles == [("base", "original"), ("sft", "chat")]
-    seeded = {script for script, settings in given if settings.get("seed") == 7}
-    assert seeded == {
-        "tiny/make_base.py",
-        "data_mixture/build_mixture.py",
-        "train_bpe_tokenizer/extend_model.py",
-        "instruction_tuning/build_sft_data.py",
-        "instruction_tuning/train.py",
-    }
-    (scored,) = first["results/score.py"]
-    assert len(scored["generations"]) == 11  # the control, and five models' mt and asr
-    written = [settings["output_dir"] for _, settings in given if "output_dir" in settings]
-    folders = [folder for folder in written if folder.parent.name not in ("instructions", "generations")]
-    assert len(set(folders)) == len(folders)  # else one stage would refuse the other's
-
-
-def test_flags_as_one_types_them():
-    settings = {
-        "num_units": 100,
-        "bos": True,
-        "keep_steps": [1, 2],
-        "paths": [Path("a b")],
-        "sources": [{"name": "x"}],
-    }
-    words = ["--num_units", "100", "--bos", "true", "--keep_steps", "1", "2", "--paths", "a b"]
-    assert pipeline.flags(settings) == [*words, "--sources", '[{"name": "x"}]']
-    assert pipeline.flags({"sft.lr": 3e-3, "off": False}) == ["--sft.lr", "0.003", "--off", "false"]
-
-
-def test_what_is_finished_and_what_is_not(tmp_path, capsys):
-    request = {"settings": {"a": 1}, "split": "test", "seed": 0, "processes": 2}
-    assert not pipeline.finished(tmp_path, request)
-    for name in ("results/tiny/base.csv", "summary/table.md", "summary/.hidden"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    # printf 'summary/table.md' | sha256sum
-    outputs = {
-        "results/tiny/base.csv": "348a7d4967bbbf0143d0edcb5ddfe2311047ebbc134ecdcc6369b25595dff210",
-        "summary/table.md": "79a4d93360468bdaa26b3374f7e53c6c7059f8548bbe9573587e99bbcc93e7f3",
-    }
-    (tmp_path / "finished.json").write_text(json.dumps({**request, "outputs": outputs}))
-    assert pipeline.finished(tmp_path, request)
-    for other in ({"settings": {"a": 2}}, {"split": "tuning"}, {"seed": 1}, {"processes": 1}):
-        assert not pipeline.finished(tmp_path, {**request, **other})
-    (tmp_path / "results/tiny/sft.csv").write_text("one more")
-    assert not pipeline.finished(tmp_path, request)
-    (tmp_path / "results/tiny/sft.csv").unlink()
-    (tmp_path / "summary/table.md").write_text("changed")
-    assert not pipeline.finished(tmp_path, request)
-    (tmp_path / "summary/table.md").unlink()
-    assert not pipeline.finished(tmp_path, request)
-
-
-def test_a_stage_that_fails_ends_the_run_and_is_named(capfd):
-    do = pipeline.Runner(2)
-    with pytest.raises(UserError, match="tiny/check_scores.py ended with status 1\n.*goes on from there"):
-        do("tiny/check_scores.py", results=Path("/nowhere"), limits=REPO / "tiny/ci_limits.yaml")
-    shown = capfd.readouterr()
-    assert (
-        "[stage 1, " in shown.out
-        and "tiny/check_scores.py --results /nowhere --limits tiny/ci_limits.yaml" in shown.out
-    )
-    assert "/nowhere does not exist" in shown.err
-
-
-# --- A whole run ----------------------------------------------------------------------------------
 def start(root: Path) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP")}
     with open(root.with_suffix(".log"), "ab") as log:
@@ -231,7 +84,7 @@ def killed_run(tmp_path_factory) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_it_learns(killed_run):
     """The limits were fixed on the tuning split, before the test split was opened: see the YAML."""
-    assert problems(killed_run[0] / "results/tiny", REPO / "tiny/ci_limits.yaml") == []
+    assert problems(killed_run[0] / "results", REPO / "tiny/limits.yaml") == []
 
 
 @pytest.mark.slow
@@ -270,7 +123,8 @@ def test_its_prompts_are_the_committed_ones(killed_run):
 def test_run_again_it_says_that_all_is_done(killed_run):
     root, before = killed_run
     printed = finish(root)[len(before) :]
-    assert "all done before" in printed and "| sft" in printed and "[stage" not in printed  # not one script is asked
+    assert printed.count(" s] done\n") == 24 and "python " not in printed  # not one script is run
+    assert "| sft" in printed and "all done in " in printed and "the model has learned" in printed
 
 
 @pytest.mark.slow
@@ -278,14 +132,14 @@ def test_the_generations_that_were_killed_are_an_unbroken_runs(killed_run):
     """Decoded anew without a kill and scored anew, the CSVs are the same bytes. test_train.py does so for training."""
     root, _ = killed_run
     printed = root.with_suffix(".log").read_text()
-    csvs = sorted((root / "results/tiny").glob("*.csv"))
+    csvs = sorted((root / "results").glob("*.csv"))
     assert [path.stem for path in csvs] == ["1200", "1800", "600", "base", "control_nearest", "sft"]
     before = {path: path.read_bytes() for path in csvs}
     table = (root / "summary/table.md").read_bytes()
     for name in ("generations/mt/checkpoint-600", "results", "summary"):
         shutil.rmtree(root / name)
     printed = finish(root)[len(printed) :]
-    assert printed.count("already done") > 20 and printed.count("starting vLLM") == 1
+    assert printed.count(" s] done\n") == 21 and printed.count("starting vLLM") == 1  # all but three stages
     assert {path: path.read_bytes() for path in csvs} == before
     assert (root / "summary/table.md").read_bytes() == table
     assert (root / "summary/scores.png").stat().st_size > 10_000

@@ -3,30 +3,31 @@
 What happens to it: a stage fails and its dependents are cancelled; continued pretraining, two nodes with a process
 each, reaches its time limit; the node of instruction tuning is lost while its processes live on; a task of the
 generation array is requeued. What is to happen at a certain moment is held (a job, or its processes) until it happens,
-so that nothing depends on how quick the machine is.
+so that nothing depends on how quick the machine is. While jobs wait, the checkout that they were submitted from is
+edited: they run a copy.
 """
 
 import contextlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+from sbatch.frozen import code_files
 from tests.local_slurm import WAIT_S, LocalSlurm, missing, wait_until
-from tiny.pipeline import Runner
 from towerspeech.files import read_json
 
 REPO = Path(__file__).resolve().parents[1]
 FILES = sorted((REPO / "sbatch").glob("*.sbatch"))
 SCRIPTS = [*FILES, *sorted((REPO / "sbatch").glob("*.sh"))]
-NUM_UNITS, NUM_SHARDS, STEPS = 50, 2, (400, 1200)
-NAMES = ("base", *(f"checkpoint-{step}" for step in STEPS), "sft")
+TINY = REPO / "systems/tiny_ci.yaml"
+STEPS = yaml.safe_load(TINY.read_text())["continued_pretraining"]["keep_steps"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_variables_of_the_example_are_those_of_the_script(file):
     read = set(re.findall(r'"\$\{([A-Z_]+):[?=]', code)) - {"SLURM_SUBMIT_DIR", "SLURM_ARRAY_TASK_ID"}
     assert shown == read
     used = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", code))
-    assert {name for name in used if not name.startswith("SLURM_")} == read
+    assert {name for name in used if not name.startswith(("SLURM_", "TOWERSPEECH_"))} == read
     begun = set(re.search(r"(?m)^begin (.*)$", code)[1].split())
     assert begun - {"SLURM_ARRAY_TASK_ID"} == read  # all are shown in the log
 
@@ -194,6 +195,8 @@ def test_a_single_value_may_hold_blanks(by_bash, file):
     assert done.returncode == 0, done.stderr
     words = [word for call in calls for word in call]
     given = {name for name in re.findall(r"\b([A-Z][A-Z_]+)=", example(file)) if (file.stem, name) not in LISTS}
+    if file.stem == "tiny":  # the output folder is among the arguments
+        given.remove("OUTPUT_DIR")
     for name in given - {"NUM_SHARDS", "NPROC_PER_NODE", "REPLICATE"}:
         assert any(re.fullmatch(rf"my {name}(/.*)?", word) for word in words), (name, calls)
 
@@ -304,124 +307,82 @@ def test_a_failure_is_said_and_not_requeued(slurm, tmp_path):
 
 
 # --- The chain ------------------------------------------------------------------------------------
-def dry_run(config: Path) -> subprocess.CompletedProcess:
-    command = ["bash", REPO / "sbatch/submit_pipeline.sh", config, "--dry_run"]
-    return subprocess.run(command, capture_output=True, text=True)
+def checkout(folder: Path) -> Path:
+    """A git checkout of the code as it is here."""
+    for path in code_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / path, folder / path)
+    (folder / "sbatch/site.env").unlink(missing_ok=True)
+    if (REPO / ".venv").is_dir():
+        (folder / ".venv").symlink_to(REPO / ".venv")
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", "-C", folder, *words], check=True)
+    return folder
 
 
-def test_dry_run_prints_the_commands(tmp_path):
-    campaign = tmp_path / "campaign.env"
-    campaign.write_text((REPO / "sbatch/towerspeech_6b.env").read_text() + f"WORK={tmp_path}/work\n")
-    printed = dry_run(campaign)
-    lines = printed.stdout.splitlines()
-    assert printed.returncode == 0 and len(lines) == 24 and not (tmp_path / "work").exists(), printed.stderr
-    named = [re.search(r"sbatch/(\w+)\.sbatch", line)[1] for line in lines]
-    assert set(named) == {file.stem for file in FILES}  # each stage has its place
-    assert all("--kill-on-invalid-dep=yes" in line for line in lines)
-    asr = next(line for line in lines if "--job-name=generate_asr " in line)
-    assert "--array=0-4" in asr and "label_fleurs" in asr.split("--dependency=afterok:")[1].split()[0]
-    config = tmp_path / "short.env"
-    config.write_text("RUN=x\n")
-    printed = dry_run(config)
-    assert printed.returncode and "does not set BASE_MODEL" in printed.stderr
-    assert "no config" in dry_run(tmp_path / "none.env").stderr
+def write_system(path: Path, work: Path, **changes: dict) -> Path:
+    """systems/tiny_ci.yaml with another work folder and changed keys of blocks."""
+    blocks = yaml.safe_load(TINY.read_text())
+    for name, block in {"system": {"work": str(work)}, **changes}.items():
+        blocks[name] = {**blocks.get(name, {}), **block}
+    path.write_text(yaml.safe_dump(blocks, sort_keys=False))
+    return path
 
 
-def test_lists_and_blanks_in_the_config(tmp_path):
-    """Lists with line breaks give the commands that lists with blanks give; single values hold their blanks."""
-    text = (REPO / "sbatch/towerspeech_6b.env").read_text()
-    text += 'SFT_SETS="voxpopuli_en mls_en"\nPARALLEL="a.jsonl b.jsonl"\nSTEPS="1500 5000"\n'
-    plain, broken, blanks = (tmp_path / f"{name}.env" for name in ("plain", "broken", "blanks"))
-    plain.write_text(text)
-    lists = r'(?m)^(TRAIN_SETS|TEST_SETS|SFT_SETS|STEPS|PARALLEL)="([^"$]+)"'
-    broken.write_text(re.sub(lists, lambda found: f'{found[1]}="\n{found[2]}\n"'.replace(" ", "\n\t "), text))
-    expected = dry_run(plain)
-    assert expected.returncode == 0, expected.stderr
-    assert dry_run(broken).stdout == expected.stdout
-    words = {line.split("--job-name=")[1].split()[0]: shlex.split(line) for line in expected.stdout.splitlines()}
-    assert "PARALLEL=a.jsonl b.jsonl" in words["instruction_tuning"]
-    assert "UNITS=units/voxpopuli_en units/mls_en" in words["instruction_tuning"]
-    assert "STEPS=1500 5000" in words["export_checkpoint"] and "--array=0-1" in words["export_checkpoint"]
-    assert "MANIFEST=manifests/spgispeech.jsonl" in words["fit_kmeans"]
-
-    single = ("MANIFESTS", "AUDIO_ROOT", "BASE_MODEL", "MIXTURE", "CPT_CONFIG", "SFT_CONFIG", "DATA_ROOT", "KMEANS")
-    blanks.write_text(text + "".join(f'{name}="my {name}"\n' for name in single))
-    printed = dry_run(blanks)
-    assert printed.returncode == 0, printed.stderr
-    words = {line.split("--job-name=")[1].split()[0]: shlex.split(line) for line in printed.stdout.splitlines()}
-    assert {"MANIFEST=my MANIFESTS/mls_en.jsonl", "AUDIO_ROOT=my AUDIO_ROOT", "KMEANS=my KMEANS"} <= {
-        *words["label_mls_en"]
-    }
-    assert (
-        "BASE_MODEL=my BASE_MODEL" in words["train_bpe_tokenizer"] and "MIXTURE=my MIXTURE" in words["build_mixture"]
-    )
-    assert "CONFIG=my CPT_CONFIG" in words["continued_pretraining"]
-    assert "CONFIG=my SFT_CONFIG" in words["instruction_tuning"]
-    assert "DATA_ROOT=my DATA_ROOT" in words["build_instructions"]
+def jobs(work: Path) -> dict[str, str]:
+    """Stage -> job, or - where it was done before."""
+    rows = [line.split("\t") for line in (work / "jobs.tsv").read_text().splitlines()[1:]]
+    return {row[0]: row[1] for row in rows}
 
 
-ONE_WORD = ("WORK", "UNITS_DIR", "RESULTS_DIR", "NUM_UNITS", "NUM_SHARDS", "COMET")
-NOT_BLANK = ("RUN", "BASE_MODEL", "TRAIN_SETS", "TEST_SETS", "SFT_SETS", "STEPS", "PARALLEL")
-
-
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        *((name, f'{name}="some thing"') for name in ONE_WORD),
-        *((name, f"{name}=$' \\n'") for name in NOT_BLANK),
-        ("WORK", 'WORK="runs/*"'),
-        ("WORK", "WORK=$'runs/x\\r'"),
-        ("WORK", 'RUN="a b"'),  # WORK is runs/$RUN
-    ],
-)
-def test_values_that_cannot_work_are_refused_by_name(tmp_path, name, line):
-    config = tmp_path / "campaign.env"
-    config.write_text((REPO / "sbatch/towerspeech_6b.env").read_text() + line + "\n")
-    for script in ("submit_pipeline.sh", "status.sh"):
-        done = subprocess.run(["bash", REPO / "sbatch" / script, config], capture_output=True, text=True)
-        assert done.returncode == 1 and not done.stdout
-        assert re.match(rf"error: .*\b{name}\b", done.stderr), done.stderr
-
-
-STUB = """#!/bin/bash
-#SBATCH --open-mode=append --signal=B:USR1@120 --output=logs/%x-{}.out
-source "$SLURM_SUBMIT_DIR/sbatch/job.sh"
-outputs=("$OUTPUT_DIR")
-begin OUTPUT_DIR
-mkdir -p "$OUTPUT_DIR"
-run test ! -e "fail_$SLURM_JOB_NAME.${{SLURM_ARRAY_TASK_ID:-}}"
-finish
+# A command that notes what it was asked, as its own stage would, and does nothing else.
+STUB = """#!{python}
+import os, sys
+from pathlib import Path
+words = sys.argv[1:]
+if words[0].startswith(os.environ["CHECKOUT"] + "/sbatch/") or words[0] in ("-c", "-m"):
+    os.execv(sys.executable, [sys.executable, *words])
+from towerspeech.chain import as_recorded, parsed, run_infos, script_of
+from towerspeech.files import write_json
+from towerspeech.stage import plain
+from towerspeech.system import command_name
+name = os.environ["SLURM_JOB_NAME"]
+if Path(f"fail_{{name}}.{{os.environ.get('SLURM_ARRAY_TASK_ID', '')}}").exists():
+    sys.exit(1)
+command = command_name(script_of(words)[0])
+flags = parsed(words)
+noted = {{key: value for key, value in flags.items() if key not in ("shard", "checkpoints", "overwrite")}}
+for path in run_infos(command, flags):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    empty = {{"paths": {{}}, "inputs": {{}}, "outputs": {{}}}}
+    write_json(path, {{"arguments": plain(as_recorded(command, noted)), **empty}})
 """
 
 
 @pytest.fixture
 def stubs(tmp_path) -> Path:
-    """The chain's own scripts, with stages that do nothing, or fail where a file fail_<stage>.<task> is."""
-    (tmp_path / "sbatch").mkdir()
-    for name in ("job.sh", "words.sh", "pipeline.sh", "submit_pipeline.sh", "status.sh"):
-        shutil.copy(REPO / "sbatch" / name, tmp_path / "sbatch" / name)
-    for file in FILES:
-        stub = STUB.format("%A_%a" if "%A" in file.read_text() else "%j")
-        (tmp_path / "sbatch" / file.name).write_text(stub)
-    root = tmp_path
-    (root / "my audio").mkdir()
-    for name in ("my base/config.json", "my sets/train.jsonl", "my sets/test.jsonl", "my cpt.yaml", "parallel.jsonl"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).touch()
-    (root / "chain.env").write_text(
-        f'RUN=x\nWORK={root}/work\nBASE_MODEL="{root}/my base"\nMANIFESTS="{root}/my sets"\n'
-        f'AUDIO_ROOT="{root}/my audio"\nTRAIN_SETS=train\nTEST_SETS=test\nNUM_UNITS=50\nNUM_SHARDS=2\n'
-        f'MIXTURE="{root}/my cpt.yaml"\nCPT_CONFIG="{root}/my cpt.yaml"\nSTEPS="1\n2"\n'
-        f'SFT_CONFIG="{root}/my cpt.yaml"\nPARALLEL="{root}/parallel.jsonl\n{root}/parallel.jsonl"\n'
-        f'NUM_ASR=1\nNUM_MT=1\nDATA_ROOT="{root}/my audio"\n'
-    )
+    """A checkout whose jobs' commands only note what they were asked, or fail where a file fail_<stage>.<task> is."""
+    root = checkout(tmp_path / "checkout")
+    (root / ".venv").unlink(missing_ok=True)
+    for command in ("python", "torchrun", "srun", ".venv-comet/bin/python"):
+        path = (root if "/" in command else tmp_path / "bin") / command
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUB.format(python=sys.executable))
+        path.chmod(0o755)
+    site = f"export CHECKOUT={root} PATH={tmp_path}/bin:{os.path.dirname(sys.executable)}:$PATH\n"
+    (root / "sbatch/site.env").write_text(site)
+    write_system(root / "chain.yaml", root / "work")
     return root
 
 
 def submit(slurm, root: Path) -> dict[str, str]:
     """Submit the stubs' chain; stage -> job."""
-    slurm("bash", root / "sbatch/submit_pipeline.sh", root / "chain.env")
-    return jobs(root, "work")
+    slurm("bash", root / "sbatch/submit_pipeline.sh", root / "chain.yaml")
+    return jobs(root / "work")
+
+
+BEFORE = ["make_data", "make_base", "fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer"]
 
 
 @pytest.mark.slow
@@ -431,224 +392,148 @@ def test_what_is_submitted_again(slurm, stubs):
     first = submit(slurm, stubs)
     assert slurm.wait_for(first["summarize"]) == ["CANCELLED"]
     assert sorted(slurm.wait_for(first["export_checkpoint"])) == ["COMPLETED", "FAILED"]
-    told = slurm("bash", stubs / "sbatch/status.sh", stubs / "chain.env")
+    told = slurm("bash", stubs / "sbatch/status.sh", stubs / "chain.yaml")
     row = next(line for line in told.splitlines() if line.startswith("export_checkpoint"))
     assert "1 FAILED" in row and "1 COMPLETED" in row
     (stubs / "fail_export_checkpoint.1").unlink()
-    done = ["fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer", "build_mixture", "continued_pretraining"]
-    done += ["build_instructions", "build_instructions_sft"]
+    done = [*BEFORE, "build_mixture", "continued_pretraining", "build_instructions", "build_instructions_sft"]
     assert all(set(slurm.wait_for(first[stage])) == {"COMPLETED"} for stage in done)
     second = submit(slurm, stubs)
     assert sorted(stage for stage, job in second.items() if job == "-") == sorted(done)
     assert slurm.wait_for(second["summarize"]) == ["COMPLETED"]
     assert set(submit(slurm, stubs).values()) == {"-"}
 
-    config = (stubs / "chain.env").read_text()
-    (stubs / "chain.env").write_text(config + "COMET=true\n")
+    write_system(stubs / "chain.yaml", stubs / "work", score_comet={"metrics": ["comet22"]})
     with_comet = submit(slurm, stubs)
     assert {stage for stage, job in with_comet.items() if job != "-"} == {"comet", "summarize"}
     assert slurm.wait_for(with_comet["summarize"]) == ["COMPLETED"]
-    (stubs / "my cpt.yaml").write_text("a: 1\n")  # read by the mixture and by both trainings
-    changed = submit(slurm, stubs)
-    before = {"fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer"}
-    assert {stage for stage, job in changed.items() if job == "-"} == {*before, "build_instructions", *done[-1:]}
+
+    write_system(stubs / "chain.yaml", stubs / "work", continued_pretraining={"learning_rate": 1e-3})
+    refused = slurm("bash", stubs / "sbatch/submit_pipeline.sh", stubs / "chain.yaml", check=False)
+    assert re.search(r"cpt_run: learning_rate was 0.003, now 0.001\n.*--overwrite true", refused), refused
+    slurm("bash", stubs / "sbatch/submit_pipeline.sh", stubs / "chain.yaml", "--overwrite")
+    changed = jobs(stubs / "work")
+    before = {*BEFORE, "build_mixture", "build_instructions", "build_instructions_sft"}
+    assert {stage for stage, job in changed.items() if job == "-"} == before
     assert slurm.wait_for(changed["summarize"]) == ["COMPLETED"]
+    assert "--overwrite true" in log_of("continued_pretraining", changed["continued_pretraining"], root=stubs)
+
+
+def test_a_part_of_the_chain(slurm, stubs):
+    """What it reads must be there or be queued; the rest of the chain's jobs stay noted."""
+    command = ["bash", stubs / "sbatch/submit_pipeline.sh", stubs / "chain.yaml", "--stages"]
+    told = slurm(*command, "build_mixture,continued_pretraining", check=False)
+    assert "build_mixture reads what train_bpe_tokenizer makes, which is not there" in told
+    assert "there is no stage 'mixture'" in slurm(*command, "mixture", check=False)
+    assert not (stubs / "work").exists()
+    slurm(*command, ",".join(BEFORE))
+    slurm(*command, "build_mixture,continued_pretraining")
+    both = jobs(stubs / "work")
+    assert [*both] == [*BEFORE, "build_mixture", "continued_pretraining"]
+    assert slurm.wait_for(both["continued_pretraining"]) == ["COMPLETED"]
+    slurm(*command, "label_audio")
+    again = jobs(stubs / "work")
+    assert {stage for stage, job in again.items() if job == "-"} == {"label_train", "label_test"}
+    assert again["build_mixture"] == both["build_mixture"]
 
 
 def test_nothing_is_submitted_where_an_input_is_not_there(slurm, stubs):
-    """Such as the halves of a path with blanks in a list."""
     before = slurm("squeue", "-h", "-t", "all", "-o", "%i")
-    with open(stubs / "chain.env", "a") as config:
-        config.write(f'PARALLEL="{stubs}/parallel.jsonl {stubs}/my parallel.jsonl"\n')
-    told = slurm("bash", stubs / "sbatch/submit_pipeline.sh", stubs / "chain.env", check=False)
-    assert f"{stubs}/my does not exist" in told and "hold no blanks" in told
+    write_system(stubs / "chain.yaml", stubs / "work", build_sft_data={"parallel": [f"{stubs}/none.jsonl"]})
+    told = slurm("bash", stubs / "sbatch/submit_pipeline.sh", stubs / "chain.yaml", check=False)
+    assert f"{stubs}/none.jsonl does not exist" in told
     assert slurm("squeue", "-h", "-t", "all", "-o", "%i") == before and not (stubs / "work").exists()
 
 
 def test_what_waits_for_a_cancelled_stage_is_submitted_anew(slurm, stubs):
-    with open(stubs / "chain.env", "a") as config:
-        config.write("OPTIONS_fit_kmeans=(--hold)\n")  # so that no stage begins before this test lets it
+    # Held, so that no stage begins before this test lets it.
+    write_system(stubs / "chain.yaml", stubs / "work", sbatch={"tiny": ["--hold"]})
     first = submit(slurm, stubs)
     slurm("scancel", first["build_mixture"])
     second = submit(slurm, stubs)
-    slurm("scontrol", "release", first["fit_kmeans"])
+    slurm("scontrol", "release", first["make_data"], first["make_base"])
     kept = [stage for stage, job in first.items() if second[stage] in (job, "-")]
     assert "train_bpe_tokenizer" in kept and not {"build_mixture", "export_checkpoint", "summarize"} & {*kept}
     assert slurm.wait_for(second["summarize"]) == ["COMPLETED"]
     assert slurm.states(first["summarize"]) == ["CANCELLED"]
 
 
-TRAINING = {
-    "sequence_length": 256,
-    "global_batch_size": 2,
-    "learning_rate": 3e-3,
-    "warmup_share": 0.05,
-    "save_every": 100,
-    "dtype": "float32",
-    "device": "cpu",
-    "keep_steps": list(STEPS),
-}
-SFT = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3,
-    "learning_rate": 2e-3,
-    "gradient_checkpointing": False,
-    "save_steps": 50,
-}
-KMEANS = {"features": "mfcc", "max_frames": 20000}
-BPE = {"held_out": 0}
-INSTRUCTIONS = {"test_set": "flores200", "dataset": "tiny", "pairs": "de-en", "test_lines": "1-20"}
-GENERATION = {"max_new_tokens": 24}
-NUM_EXAMPLES = 300  # of each, ASR and MT
-
-
-def budgets(units: Path, parallel: Path) -> list[dict]:
-    """The mixture's sources: 1200 steps of 2 x 256 tokens, long enough to meet the time limit."""
-    return [
-        {"name": "speech", "kind": "speech", "paths": [str(units)], "budget": 512000, "max_epochs": 100},
-        {"name": "parallel", "kind": "parallel", "paths": [str(parallel)], "budget": 102400, "max_epochs": 100},
-    ]
-
-
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """What the chain begins with: audio, texts, a base model."""
-    root, do = tmp_path_factory.mktemp("chain"), Runner(1)
-    sizes = {"num_train": 300, "num_tuning": 20, "num_test": 20, "voices": 1, "max_concepts": 4}
-    do("tiny/make_data.py", output_dir=root / "data", templates=["buy", "ask"], **sizes)
-    shape = {"vocab_size": 500, "hidden_size": 128, "num_layers": 2, "intermediate_size": 256, "head_dim": 64}
-    base = {"mono": root / "data/mono.jsonl", "output_dir": root / "base", "max_position_embeddings": 512}
-    do("tiny/make_base.py", **base, **shape)
-    return root
+def local(tmp_path_factory) -> Path:
+    """The work folder of the same system, run without Slurm; continued pretraining with two processes, as there."""
+    work = tmp_path_factory.mktemp("chain") / "local"
+    first = "make_data,make_base,fit_kmeans,label_audio,train_bpe_tokenizer,build_mixture"
+    for stages, processes in ((first, 1), ("continued_pretraining", 2), ("", 1)):
+        command = [sys.executable, REPO / "systems/run.py", "--system", TINY, "--work", work]
+        command += ["--stages", stages] if stages else []
+        counts = {"NPROC_PER_NODE": str(processes), "REPLICATE": str(processes)}
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **counts}, check=True)
+    return work
 
 
-@pytest.fixture(scope="module")
-def local_results(inputs) -> Path:
-    """The CSVs of the same scripts called one after the other, continued pretraining with two processes."""
-    root, do, work = inputs, Runner(2), inputs / "local"
-    audio, units, models = root / "data/audio", work / "units", work / "models"
-    parallel = root / "data/parallel.jsonl"
-    speech = {"audio_root": audio, "manifest": audio / "train.jsonl"}
-    do("speech_units/fit_kmeans.py", num_units=NUM_UNITS, output_dir=work / "kmeans", **speech, **KMEANS)
-    for name in ("train", "test"):
-        labelled = {"manifest": audio / f"{name}.jsonl", "audio_root": audio, "kmeans": work / "kmeans"}
-        do("speech_units/label_audio.py", output_dir=units / name, num_shards=NUM_SHARDS, **labelled)
-    bpe = {"units": [units / "train"], "num_units": NUM_UNITS, "vocab_size": NUM_UNITS + 30}
-    do("train_bpe_tokenizer/train_bpe.py", output_dir=work / "bpe", **bpe, **BPE)
-    merge = {"base": root / "base", "units_bpe": work / "bpe"}
-    do("train_bpe_tokenizer/merge_tokenizer.py", output_dir=work / "tokenizer", **merge)
-    extend = {"model": root / "base", "tokenizer": work / "tokenizer"}
-    do("train_bpe_tokenizer/extend_model.py", output_dir=models / "base", **extend)
-    mixed = {"tokenizer": models / "base", "sources": budgets(units / "train", parallel)}
-    do("data_mixture/build_mixture.py", output_dir=work / "mixture", **mixed)
-    training = {"model": models / "base", "mixture": work / "mixture", "replicate": 2, **TRAINING}
-    do("continued_pretraining/train.py", output_dir=work / "run", **training)
-    for step in STEPS:
-        export = {"checkpoint": work / f"run/checkpoint-{step}", "model": models / "base", "dtype": "float32"}
-        do("continued_pretraining/export_checkpoint.py", output_dir=models / f"checkpoint-{step}", **export)
-    examples = {"units": [units / "train"], "parallel": [parallel], "num_asr": NUM_EXAMPLES, "num_mt": NUM_EXAMPLES}
-    do("instruction_tuning/build_sft_data.py", output_dir=work / "sft_data", **examples)
-    tuning = {"model": models / NAMES[-2], "data": work / "sft_data/sft.jsonl"}
-    tuning |= {f"sft.{name}": value for name, value in SFT.items()}
-    Runner(1)("instruction_tuning/train.py", output_dir=models / "sft", **tuning)
-    for style, names in (("original", NAMES[:-1]), ("chat", NAMES[-1:])):
-        shown = {"data_root": root / "data/flores", "style": style, **INSTRUCTIONS}
-        do("instructions/build_instructions.py", output_dir=work / style, **shown)
-        decoded = {"checkpoints": [models / name for name in names], **GENERATION}
-        do(
-            "generate/generate.py",
-            prompts=[work / style / "0_shot/tiny_de-en.jsonl"],
-            output_dir=work / "mt",
-            **decoded,
-        )
-        do("generate/generate_ASR.py", units=[units / "test"], style=style, output_dir=work / "asr", **decoded)
-    scored = {"generations": [work / task / name for name in NAMES for task in ("mt", "asr")]}
-    do("results/score.py", model="tiny", mixture="5to1", output_dir=work / "results", **scored)
-    return work / "results"
-
-
-def words(settings: dict) -> str:
-    """Settings as a bash array's words."""
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in settings.items())
-
-
-def write_config(root: Path, parallel: Path) -> Path:
-    """The chain's config; its mixture reads ``parallel``."""
-    audio, work = root / "data/audio", root / "slurm"
-    (root / "mixture.yaml").write_text(yaml.safe_dump({"sources": budgets(work / "units/train", parallel)}))
-    (root / "cpt.yaml").write_text(yaml.safe_dump(TRAINING))
-    (root / "sft.yaml").write_text(yaml.safe_dump({"sft": SFT}))
-    config = root / "chain.env"
-    config.write_text(
-        f"RUN=tiny\nWORK={work}\nMIXTURE_NAME=5to1\nBASE_MODEL={root}/base\nMANIFESTS={audio}\nAUDIO_ROOT={audio}\n"
-        f"TRAIN_SETS=train\nTEST_SETS=test\nNUM_UNITS={NUM_UNITS}\nVOCAB_SIZE={NUM_UNITS + 30}\n"
-        f"NUM_SHARDS={NUM_SHARDS}\nMIXTURE={root}/mixture.yaml\nCPT_CONFIG={root}/cpt.yaml\n"
-        f'STEPS="{STEPS[0]} {STEPS[1]}"\nSFT_CONFIG={root}/sft.yaml\nPARALLEL={root}/data/parallel.jsonl\n'
-        f"NUM_ASR={NUM_EXAMPLES}\nNUM_MT={NUM_EXAMPLES}\nDATA_ROOT={root}/data/flores\n"
-        "export NPROC_PER_NODE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error SAVE_SECONDS=900\n"
-        f"ARGS_fit_kmeans=({words(KMEANS)})\nARGS_train_bpe_tokenizer=({words(BPE)})\n"
-        "ARGS_export_checkpoint=(--dtype float32)\n"
-        f"ARGS_build_instructions=({words(INSTRUCTIONS)})\n"
-        f"ARGS_generate_mt=({words(GENERATION)})\nARGS_generate_asr=({words(GENERATION)})\n"
-        "OPTIONS_continued_pretraining=(--nodes=2 --gres=gpu:1)\n"
-        "OPTIONS_instruction_tuning=(--gres=gpu:1)\n"
-        "OPTIONS_generate_mt=(--gres=gpu:8)\nOPTIONS_generate_asr=(--gres=gpu:8)\n"  # one a node at a time
-    )
-    return config
-
-
-def jobs(root: Path, work: str = "slurm") -> dict[str, str]:
-    """Stage -> job, or - where it was done before."""
-    rows = [line.split("\t") for line in (root / work / "jobs.tsv").read_text().splitlines()[1:]]
-    return {row[0]: row[1] for row in rows}
-
-
-def log_of(stage: str, job: str, task: int | None = None) -> str:
-    path = REPO / f"logs/{stage}-{job}{'' if task is None else f'_{task}'}.out"
+def log_of(stage: str, job: str, task: int | None = None, root: Path = REPO) -> str:
+    path = root / f"logs/{stage}-{job}{'' if task is None else f'_{task}'}.out"
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
 @pytest.fixture(scope="module")
-def chain(slurm, inputs) -> dict:
+def chain(slurm, tmp_path_factory) -> dict:
     """The chain, with all that happens to it; what was seen on the way."""
-    root, seen = inputs, {}
+    root = checkout(tmp_path_factory.mktemp("slurm_chain") / "checkout")
+    work, seen = root / "runs/chain", {"root": root, "work": root / "runs/chain"}
+    settings = {"NPROC_PER_NODE": 1, "OMP_NUM_THREADS": 1, "TRANSFORMERS_VERBOSITY": "error", "SAVE_SECONDS": 900}
+    (root / "sbatch/site.env").write_text("export " + " ".join(f"{name}={v}" for name, v in settings.items()) + "\n")
+
+    def submit(*words: str) -> str:
+        return slurm(root / "sbatch/submit_pipeline.sh", config, *words)
+
+    def log(stage: str, job: str, task: int | None = None) -> str:
+        return log_of(stage, job, task, root)
+
     # A stage fails: one of its inputs is not there.
-    config = write_config(root, root / "no_such.jsonl")
-    seen["submitted"] = slurm("sbatch/submit_pipeline.sh", config)
-    first = jobs(root)
+    sources = yaml.safe_load(TINY.read_text())["build_mixture"]["sources"]
+    broken = [{**source, "paths": [f"{work}/no_such.jsonl"]} for source in sources]
+    config = write_system(root / "chain.yaml", work, build_mixture={"sources": [sources[0], broken[1]]})
+    seen["submitted"] = submit()
+    first = jobs(work)
     seen["states"] = {stage: slurm.wait_for(job) for stage, job in first.items()}
-    seen["status"] = slurm("sbatch/status.sh", config)
-    seen["log"] = log_of("build_mixture", first["build_mixture"])
+    seen["status"] = slurm(root / "sbatch/status.sh", config)
+    seen["log"] = log("build_mixture", first["build_mixture"])
 
     # Mended and submitted again; instruction tuning may not begin yet.
-    write_config(root, root / "data/parallel.jsonl")
-    slurm("sbatch/submit_pipeline.sh", config)
-    second = seen["second"] = jobs(root)
+    write_system(config, work)
+    submit()
+    second = seen["second"] = jobs(work)
     training, array, tuning = (
         second[stage] for stage in ("continued_pretraining", "generate_mt", "instruction_tuning")
     )
     slurm("scontrol", "hold", tuning)
-    slurm("sbatch/submit_pipeline.sh", config)  # at once again: all are queued already
-    seen["third"] = jobs(root)
+    submit()  # at once again: all are queued already
+    seen["third"] = jobs(work)
+
+    # The checkout is edited while jobs wait: whatever ran it would fail.
+    edited = ["towerspeech/files.py", "results/score.py", "instruction_tuning/train.py", "sbatch/job.sh"]
+    for name in edited:
+        (root / name).write_text("exit(3)\n")
+    config.write_text("edited too\n")
 
     # Continued pretraining is amid its steps when its time limit comes near; it has no other one.
-    wait_until((root / "slurm/cpt_run/train.log").is_file, "continued pretraining begins")
+    wait_until((work / "cpt_run/train.log").is_file, "continued pretraining begins")
     trainers = slurm.processes_of(training, "continued_pretraining/train.py")
     for process in trainers:
         process.suspend()
     slurm("scontrol", "update", f"JobId={training}", "EndTime=now+100")
-    wait_until(lambda: "USR1" in log_of("continued_pretraining", training), "Slurm's warning")
+    wait_until(lambda: "USR1" in log("continued_pretraining", training), "Slurm's warning")
     slurm("scontrol", "update", f"JobId={training}", "TimeLimit=1-0")
     for process in trainers:
         process.resume()
-    assert slurm.wait_for(training) == ["COMPLETED"], log_of("continued_pretraining", training)
-    seen["training"] = log_of("continued_pretraining", training)
+    assert slurm.wait_for(training) == ["COMPLETED"], log("continued_pretraining", training)
+    seen["training"] = log("continued_pretraining", training)
 
     # A task of the generation array is requeued while it decodes.
     def decoding_task() -> str:
         for task in slurm("squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%K").split():
-            if "starting vLLM" in log_of("generate_mt", array, int(task)):
+            if "starting vLLM" in log("generate_mt", array, int(task)):
                 return task
         return ""
 
@@ -658,7 +543,7 @@ def chain(slurm, inputs) -> dict:
     # Instruction tuning: its node is lost, its processes are not. They are cut off and hung, until their successors
     # want the lock that they hold.
     slurm("scontrol", "release", tuning)
-    script, folder = "instruction_tuning/train.py", root / "slurm/models/sft"
+    script, folder = "instruction_tuning/train.py", work / "models/sft"
     wait_until((folder / "train.log").is_file, "instruction tuning begins")
     old = slurm.processes_of(tuning, script)
     for process in old:
@@ -678,17 +563,19 @@ def chain(slurm, inputs) -> dict:
     seen["holder"] = (folder / ".folder.lock").read_text()
     for process in old:
         process.resume()
-    assert slurm.wait_for(tuning) == ["COMPLETED"], log_of("instruction_tuning", tuning)
+    assert slurm.wait_for(tuning) == ["COMPLETED"], log("instruction_tuning", tuning)
     seen["survivors"] = [process.pid for process in old]
-    seen["tuning"] = log_of("instruction_tuning", tuning)
+    seen["tuning"] = log("instruction_tuning", tuning)
     assert not psutil.wait_procs(old, timeout=WAIT_S)[1]
     slurm.start_node(node)
     slurm.wait_for_nodes()
 
     assert slurm.wait_for(second["summarize"]) == ["COMPLETED"]
-    seen["requeued_log"] = log_of("generate_mt", array, int(task))
-    seen["last"] = slurm("sbatch/submit_pipeline.sh", config)
-    seen["status_done"] = slurm("sbatch/status.sh", config)
+    seen["requeued_log"] = log("generate_mt", array, int(task))
+    subprocess.run(["git", "-C", root, "checkout", "-q", *edited], check=True)
+    write_system(config, work)
+    seen["last"] = submit()
+    seen["status_done"] = slurm(root / "sbatch/status.sh", config)
     return seen
 
 
@@ -696,30 +583,24 @@ def chain(slurm, inputs) -> dict:
 def test_a_stage_that_fails_cancels_its_dependents_and_is_named(chain):
     states = chain["states"]
     assert states["build_mixture"] == ["FAILED"]
-    done = ("fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer", "build_instructions")
+    done = (*BEFORE, "build_instructions")
     assert all(set(states[stage]) == {"COMPLETED"} for stage in done)
     after = ("continued_pretraining", "export_checkpoint", "instruction_tuning", "generate_mt", "score", "summarize")
     assert all(set(states[stage]) == {"CANCELLED"} for stage in after)
     assert "no_such.jsonl does not exist" in chain["log"]
     told = next(line for line in chain["status"].splitlines() if line.startswith("build_mixture"))
-    assert "FAILED" in told and "error: python data_mixture/build_mixture.py ended with status 1" in told
+    assert "FAILED" in told and re.search(r"error: python \S+/data_mixture/build_mixture.py ended with status 1", told)
 
 
 @pytest.mark.slow
 def test_submitted_again_it_leaves_out_what_is_done_or_queued(chain):
     second = chain["second"]
-    assert [stage for stage, job in second.items() if job == "-"] == [
-        "fit_kmeans",
-        "label_train",
-        "label_test",
-        "train_bpe_tokenizer",
-        "build_instructions",
-        "build_instructions_sft",
-    ]
+    done = [*BEFORE, "build_instructions", "build_instructions_sft"]
+    assert [stage for stage, job in second.items() if job == "-"] == done
     assert chain["third"] == second
     rows = [line.split() for line in chain["last"].splitlines() if line and not line.startswith(("stage", "job ids"))]
-    assert len(rows) == 16 and all(row[1] == "-" for row in rows)
-    assert chain["status_done"].count("done before") == 16
+    assert len(rows) == 18 and all(row[1] == "-" for row in rows)
+    assert chain["status_done"].count("done before") == 18
 
 
 @pytest.mark.slow
@@ -746,12 +627,80 @@ def test_a_requeued_generation_task_goes_on(chain):
 
 
 @pytest.mark.slow
-def test_the_csvs_are_those_of_a_local_run(chain, inputs, local_results):
-    found = sorted((inputs / "slurm/results").glob("*.csv"))
-    assert [path.stem for path in found] == ["1200", "400", "base", "sft"]
-    for path in found:
-        assert path.read_bytes() == (local_results / path.name).read_bytes(), path.name
-    summed = (inputs / "slurm/summary/table.md").read_text()
-    assert "sft" in summed
-    info = read_json(inputs / "slurm/cpt_run/run_info.json", "")
-    assert info["counts"]["steps"] == STEPS[-1]
+def test_editing_the_checkout_changes_no_job_that_waits(chain):
+    """The library too: the commit that a run_info has is the one that stands beside the library that wrote it."""
+    head = subprocess.run(["git", "-C", chain["root"], "rev-parse", "HEAD"], capture_output=True, text=True)
+    (frozen,) = {line.split()[-1] for line in chain["tuning"].splitlines() if ", code frozen in " in line}
+    assert Path(frozen).is_relative_to(chain["work"] / "code")
+    for name in ("models/sft/run_info.json", "results/score.run_info.json", "generations/asr/sft/run_info.json"):
+        info = read_json(chain["work"] / name, "")
+        assert info["commit"] == head.stdout.strip() and info["command"][0].startswith(frozen)
+    assert f"commit {head.stdout.strip()}" in chain["training"]
+
+
+@pytest.mark.slow
+def test_the_csvs_are_those_of_a_local_run(chain, local):
+    csvs = sorted((chain["work"] / "results").glob("*.csv"))
+    assert [path.stem for path in csvs] == ["1200", "400", "base", "sft"]
+    for path in csvs:
+        assert path.read_bytes() == (local / "results" / path.name).read_bytes(), path.name
+    assert "sft" in (chain["work"] / "summary/table.md").read_text()
+    assert read_json(chain["work"] / "cpt_run/run_info.json", "")["counts"]["steps"] == STEPS[-1]
+
+
+# --- A changed key --------------------------------------------------------------------------------
+SCORED = {"score", "summarize"}
+DECODED = {"generate_mt", "generate_asr", "generate_mt_sft", "generate_asr_sft", *SCORED}
+TUNED = {"instruction_tuning", "generate_mt_sft", "generate_asr_sft", *SCORED}
+TRAINED = {"continued_pretraining", "export_checkpoint", "instruction_tuning", *DECODED}
+CHANGES = [  # block, key, value, the stages that depend on it
+    ("score", "mixture", "other", SCORED),
+    ("generate", "max_new_tokens", 25, {"generate_mt", "generate_mt_sft", *SCORED}),
+    ("generate_ASR", "max_new_tokens", 25, {"generate_asr", "generate_asr_sft", *SCORED}),
+    (
+        "build_instructions",
+        "test_lines",
+        "1-10",
+        {"build_instructions", "build_instructions_sft", "generate_mt"} | {"generate_mt_sft", *SCORED},
+    ),
+    ("instruction_tuning", "sft", {"learning_rate": 1e-3}, TUNED),
+    ("build_sft_data", "num_asr", 299, TUNED),
+    ("export_checkpoint", "dtype", "bfloat16", TRAINED - {"continued_pretraining"}),
+    ("continued_pretraining", "learning_rate", 1e-3, TRAINED),
+    ("continued_pretraining", "save_every", 99, set()),  # changes no output
+    ("build_mixture", "bos", True, {"build_mixture", *TRAINED}),
+    ("extend_model", "seed", 1, {"train_bpe_tokenizer", "build_mixture", *TRAINED}),
+    ("label_audio", "num_workers", 2, set()),
+    (
+        "fit_kmeans",
+        "seed",
+        1,
+        {"fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer", "build_mixture"} | TRAINED,
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "key", "value", "stages"), CHANGES, ids=[f"{c[0]}-{c[1]}" for c in CHANGES])
+def test_a_changed_key_runs_the_stages_that_depend_on_it(local, tmp_path, block, key, value, stages):
+    config = write_system(tmp_path / "changed.yaml", local, **{block: {key: value}})
+    command = ["bash", REPO / "sbatch/submit_pipeline.sh", config, "--dry_run"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    named = re.findall(r"(?m)^# (\w+)( is done)?$", told)
+    assert {name for name, done in named if not done} == stages and len(named) == 18
+
+
+@pytest.mark.slow
+def test_a_changed_key_here(local, tmp_path):
+    """Refused, then run again with --overwrite: what depends on it, nothing else. Changed back, it runs once more."""
+    command = [sys.executable, REPO / "systems/run.py", "--overwrite", "true", "--system"]
+    before = {path.name: path.read_bytes() for path in (local / "results").glob("*.csv")}
+    for tokens, message in ((23, "max_new_tokens was 24, now 23"), (24, "max_new_tokens was 23, now 24")):
+        config = write_system(tmp_path / "changed.yaml", local, generate={"max_new_tokens": tokens})
+        plain = [word for word in command if word not in ("--overwrite", "true")]
+        refused = subprocess.run([*plain, config], capture_output=True, text=True)
+        assert refused.returncode == 1 and refused.stderr.count(message) == len(STEPS) + 2
+        told = subprocess.run([*command, config], capture_output=True, text=True, check=True).stdout
+        ran = re.findall(r"(?m)^\[\S+ (\w+), \d+ s\]$", told)
+        assert ran == ["generate_mt", "generate_mt_sft", "score", "summarize"]
+    assert {path.name: path.read_bytes() for path in (local / "results").glob("*.csv")} == before

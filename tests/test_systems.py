@@ -1,20 +1,23 @@
 """The systems' YAMLs: every block is its command's own, budgets are what was published, and --config takes a block."""
 
 import math
+import os
 import re
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from towerspeech.command import is_command, read_block
-from towerspeech.errors import UserError
+from towerspeech import chain
 from towerspeech.languages import LANGUAGES
 
 REPO = Path(__file__).resolve().parent.parent
-SYSTEMS = sorted((REPO / "systems").glob("*.yaml"))
+EVERY = sorted((REPO / "systems").glob("*.yaml"))
+SYSTEMS = [path for path in EVERY if path.stem not in ("tiny", "tiny_ci")]
 BILLION = 1_000_000_000
 BUDGETS = {  # of speech and text, in tokens, as the original states them
     "towerspeech_6b": (5 * BILLION, BILLION),
@@ -41,9 +44,11 @@ def run_script(script: Path, *words) -> subprocess.CompletedProcess:
 
 def test_the_five_are_there():
     assert {path.stem for path in SYSTEMS} == BUDGETS.keys()
+    assert {path.stem for path in EVERY} == {*BUDGETS, "tiny", "tiny_ci"}
 
 
-BLOCKS = [(path, block) for path in SYSTEMS for block in read(path)]
+NOT_COMMANDS = ("system", "sbatch", "base", "few_shot")
+BLOCKS = [(path, block) for path in EVERY for block in read(path) if block not in NOT_COMMANDS]
 
 
 @pytest.mark.parametrize(("path", "block"), BLOCKS, ids=[f"{path.stem}-{block}" for path, block in BLOCKS])
@@ -51,7 +56,7 @@ def test_each_block_is_taken_whole_by_its_command(path, block):
     """By its own parser, with the values that stand there; what it does not know, it refuses."""
     taken = run_script(script_of(block), "--config", path.relative_to(REPO), "--print_config")
     assert taken.returncode == 0, taken.stderr
-    given, wanted = yaml.safe_load(taken.stdout), read(path)[block]
+    given, wanted = yaml.safe_load(taken.stdout), chain.System(path).blocks[block]
     if block == "build_mixture":
         wanted["sources"] = [{"max_epochs": 1.0, **source} for source in wanted["sources"]]
     for name, value in wanted.items():
@@ -78,7 +83,8 @@ def test_budgets_and_steps(path):
     assert max(training["keep_steps"]) < steps
     assert f"in {steps:,} steps" in path.read_text(encoding="utf-8")
     assert training["warmup_share"] * steps == pytest.approx(13, abs=0.5)
-    assert system["merge_tokenizer"]["base"] == system["extend_model"]["model"]
+    assert system["system"]["work"] == f"runs/{path.stem}"
+    assert system["system"]["tokenizer"] == f"tokenizers/{system['system']['base']}"  # shared by those of one base
     assert system["score"]["model"] == path.stem
 
 
@@ -93,9 +99,15 @@ def test_readme_tells_of_the_same():
 
 
 def test_every_source_of_a_number_is_said():
-    for path in SYSTEMS:
+    for path in EVERY:
         text = path.read_text(encoding="utf-8")
-        for said in ("# Sources:", "not published", "our default", "Hardware assumed", "# Each command takes its own"):
+        for said in (
+            "# Sources:",
+            "published",
+            "our (default|own)",
+            "Hardware assumed",
+            "# Each command takes its own",
+        ):
             assert re.search(said, text, re.IGNORECASE), (path.name, said)
 
 
@@ -123,7 +135,6 @@ def test_keys_and_blocks_that_are_not_known_are_refused(system, tmp_path):
     for changed, message in (
         ({**SYSTEM, "build_mixture": {"sed": 1}}, "Option 'sed' is not accepted"),
         ({**SYSTEM, "build_mixtures": {}}, "'build_mixtures' is no command's block"),
-        ({"score": {"model": "x"}}, "has no block 'build_mixture'"),
         ({"seed": 1, "bso": True}, "Option 'bso' is not accepted"),  # flags alone, as ever
     ):
         system.write_text(yaml.safe_dump(changed))
@@ -132,22 +143,95 @@ def test_keys_and_blocks_that_are_not_known_are_refused(system, tmp_path):
         assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
 
 
-def test_what_is_a_block_and_what_a_file_of_flags(tmp_path, system):
-    assert read_block(system, "score") == {"model": "x"}
-    with pytest.raises(UserError, match="has no block 'generate'\n.*build_mixture, score"):
-        read_block(system, "generate")
-    flags = tmp_path / "flags.yaml"
-    for text in (
-        "metrics: [bleu]\n",
-        "sft: {max_length: 5}\n",
-        "checkpoints: [a]\nunits: [b]\n",
-        "- a\n",
-        "a: [\n",
-        "",
+# --- Dry runs -------------------------------------------------------------------------------------
+def dry_run(path: Path) -> dict[str, list[str]]:
+    """Stage -> the lines that submit_pipeline.sh prints for it: its sbatch command, then what its job runs."""
+    command = ["bash", REPO / "sbatch/submit_pipeline.sh", path, "--dry_run"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    parts = [list(filter(None, part.splitlines())) for part in told.stdout.split("# ")[1:]]
+    return {name: lines for name, *lines in parts}
+
+
+@pytest.fixture(scope="module")
+def dry_runs() -> dict[str, dict[str, list[str]]]:
+    return {path.stem: dry_run(path) for path in EVERY}
+
+
+def test_every_stage_of_every_system_is_shown(dry_runs):
+    """And every file of sbatch/ has its place in a chain."""
+    files = set()
+    for path in EVERY:
+        shown, stages = dry_runs[path.stem], {stage.name: stage for stage in chain.chain(chain.System(path))}
+        assert [*shown] == [*stages]
+        for name, lines in shown.items():
+            words = shlex.split(lines[0])
+            files.add(re.search(r"sbatch/(\w+)\.sbatch", lines[0])[1])
+            waits = [word for word in words if word.startswith("--dependency=afterok:")]
+            named = re.findall(r"<(\w+)>", waits[0]) if waits else []
+            assert named == [*stages[name].after] and [*shown].index(name) >= len(named), name
+            tasks = stages[name].tasks
+            assert (f"--array=0-{(tasks or 0) - 1}" in words) == bool(tasks)
+            assert len(lines) - 1 >= (tasks or 1)
+    assert files == {file.stem for file in REPO.glob("sbatch/*.sbatch")}
+    assert [len(dry_runs[name]) for name in ("towerspeech_6b", "tiny", "tiny_ci")] == [24, 24, 18]
+
+
+def test_options_of_slurm_reach_their_stage(dry_runs):
+    """Nodes and processes too: 4 nodes of 8 GPUs are 4 copies of the model, over 8 GPUs each."""
+    sbatch, command = dry_runs["towerspeech_6b"]["continued_pretraining"]
+    assert "--nodes=4 --time=24:00:00 sbatch/continued_pretraining.sbatch" in sbatch
+    assert "--nnodes 4" in command and "--nproc_per_node 8" in command
+    assert "--replicate 4 --shard 8" in command
+    assert "--replicate 8 --shard 1" in dry_runs["tinyllama_10b"]["continued_pretraining"][1]
+
+
+def test_systems_share_what_they_name_alike(dry_runs):
+    """Units with all, tokenizer and extended model with those of the same base."""
+
+    def output(system: str, stage: str) -> list[str]:
+        return re.findall(r"--output_dir (\S+)", "\n".join(dry_runs[system][stage][1:]))
+
+    for stage in ("fit_kmeans", "label_mls_en"):
+        assert len({tuple(output(name, stage)) for name in BUDGETS}) == 1
+    made = {name: tuple(output(name, "train_bpe_tokenizer")) for name in BUDGETS}
+    assert made["towerspeech_6b"] == made["towerspeech_8b"] and made["llamaspeech_6b"] == made["llama2_10b"]
+    assert len(set(made.values())) == 3
+    own = [folder for name in BUDGETS for stage in ("build_mixture", "score") for folder in output(name, stage)]
+    assert len(set(own)) == 2 * len(BUDGETS)
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
+def test_every_command_that_is_shown_is_parsed_by_its_script(dry_runs, path):
+    """Tasks of label_audio differ in their shard alone, so one of them speaks for all."""
+    commands = []
+    for name, (_, *lines) in dry_runs[path.stem].items():
+        if name.startswith("label_"):
+            alike = {re.sub(r"--shard \d+$", "--shard 0", line) for line in lines}
+            assert len(alike) == 1 and [int(line.split()[-1]) for line in lines] == [*range(len(lines))]
+            lines = [*alike]
+        commands += map(shlex.split, lines)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for words, flags in zip(commands, pool.map(chain.parsed, commands), strict=True):
+            script, own = chain.script_of(words)
+            for flag, value in re.findall(r"--(\w+) (\S+)", " ".join(own)):
+                if flag != "config":
+                    assert value in str(flags[flag]), (script, flag)
+
+
+def test_a_mistake_in_a_block_shows_before_anything_is_submitted(tmp_path):
+    blocks = read(REPO / "systems/tiny.yaml")
+    for block, key, value, message in (
+        ("generate", "max_tokens", 5, "generate.py refuses its flags: .*'max_tokens' is not accepted"),
+        ("continued_pretraining", "learning_rate", -1, "continued_pretraining/train.py refuses its flags"),
+        ("train_bpe", "num_units", 99, "num_units differs in fit_kmeans and train_bpe"),
+        ("continued_pretraining", "keep_steps", [], "block 'continued_pretraining' does not say keep_steps"),
+        ("build_sft_data", "parallel", ["a b.jsonl"], "build_sft_data.parallel holds 'a b.jsonl'"),
     ):
-        flags.write_text(text)
-        assert read_block(flags, "score") is None
-    assert read_block(tmp_path / "nowhere.yaml", "score") is None
-    assert is_command("instruction_tuning") and is_command("generate_ASR")
-    for name in ("sft", "nothing", "units", "packing", "train_bpe_tokenizer"):  # the library's modules, a room's
-        assert not is_command(name)
+        changed = tmp_path / "changed.yaml"
+        changed.write_text(yaml.safe_dump({**blocks, block: {**blocks[block], key: value}}))
+        told = subprocess.run(
+            ["bash", REPO / "sbatch/submit_pipeline.sh", changed, "--dry_run"], capture_output=True, text=True
+        )
+        assert told.returncode == 1 and re.search(message, told.stderr), (told.stderr, told.stdout)
+        assert "Traceback" not in told.stderr and not told.stdout

@@ -95,10 +95,10 @@ def text_model(system: System) -> Iterable[Stage]:
     """The pocket language and a base model that has read it, for a system that makes its own."""
     data, untrained = f"{system.work}/data", f"{system.work}/base_untrained"
     if "make_data" in system.blocks:
-        made = {"SCRIPT": "make_data", "OUTPUTS": [data]}
+        made = {"SCRIPT": "tiny/make_data.py", "OUTPUT_DIR": data}
         yield Stage("make_data", "tiny", [], made, arguments=["--output_dir", data])
     if "make_base" in system.blocks:
-        made = {"SCRIPT": "make_base", "OUTPUTS": [untrained]}
+        made = {"SCRIPT": "tiny/make_base.py", "OUTPUT_DIR": untrained}
         words = ["--mono", f"{data}/mono.jsonl", "--output_dir", untrained]
         yield Stage("make_base", "tiny", ["make_data"], made, arguments=words)
     if "base" in system.blocks:
@@ -181,7 +181,7 @@ def evaluation(system: System) -> Iterable[Stage]:
     if "make_controls" in system.blocks:
         words = ["--train", system.folders("train_sets")[0], "--test", tests[0]]
         words += ["--shuffled_dir", shuffled, "--nearest_dir", nearest]
-        made = {"SCRIPT": "make_controls", "OUTPUTS": [shuffled, nearest]}
+        made = {"SCRIPT": "tiny/make_controls.py", "OUTPUT_DIR": shuffled}
         after = [*labelled(system, "train_sets"), *heard]
         yield Stage("make_controls", "tiny", after, made, arguments=words)
         scored.append(nearest)
@@ -343,25 +343,50 @@ def differences(name: str, flags: dict, info: dict, folder: Path) -> list[str]:
 
     Arguments are compared, and inputs by what the stages that wrote them recorded; no corpus is read.
     """
-    recorded = info["arguments"]
-    told = [
-        f"{key} was {recorded[key]!r}, now {value!r}"
-        for key, value in plain(flags).items()
-        if key in recorded and recorded[key] != value
-    ]
+    flags = plain(as_recorded(name, flags))
+    recorded, told = info["arguments"], []
+    for key in sorted(flags.keys() & recorded.keys()):
+        if not same(recorded[key], flags[key]):
+            told.append(f"{key} was {recorded[key]!r}, now {flags[key]!r}")
     for key, paths in info["paths"].items():
-        now = flags.get(key)
-        now = now if isinstance(now, list) else [now]
-        if key in flags and now != [None] and list(map(os.path.abspath, paths)) != list(map(os.path.abspath, now)):
-            told.append(f"{key} was {', '.join(paths)}, now {', '.join(map(str, now))}")
+        if key in flags and not same_paths(paths, flags[key]):
+            told.append(f"{key} was {' '.join(paths)}, now {flags[key]}")
             continue
-        hashes = info["inputs"].get(key, [])
-        told += [
-            f"{path} is another one now"
-            for path, old in zip(paths, hashes, strict=False)
-            if (new := recorded_hash(Path(path))) and new != old
-        ]
+        for path, old in zip(paths, info["inputs"].get(key, []), strict=True):
+            if recorded_hash(Path(path)) not in ("", old):
+                told.append(f"{path} is another one now")
     return told + [f"{path} is gone" for path in info["outputs"] if not (folder / path).is_file()]
+
+
+def as_recorded(name: str, flags: dict) -> dict:
+    """A command's flags as its stage records them."""
+    if name == "merge_tokenizer" and flags["special_tokens"] is None:  # its own then
+        return {key: value for key, value in flags.items() if key != "special_tokens"}
+    if name != "build_mixture":
+        return flags
+    sources = flags["sources"]
+    return {
+        **flags,
+        "sources": [[source["name"], source["kind"], len(source["paths"])] for source in sources],
+        "budgets": {source["name"]: [source["budget"], source["max_epochs"]] for source in sources},
+        "paths": [path for source in sources for path in source["paths"]],
+    }
+
+
+def same(old, new) -> bool:
+    """Whether two values are the same; lists of names or numbers stand for sets of them."""
+    if isinstance(old, list) and isinstance(new, list):
+        return sorted(map(str, old)) == sorted(map(str, new))
+    return old == new
+
+
+def same_paths(old: list[str], new: list[str] | str | None) -> bool:
+    """Whether recorded paths are those that a flag names; of a folder some files may have been recorded."""
+    wanted = [Path(path).absolute() for path in (new if isinstance(new, list) else [new] if new else [])]
+    paths = [Path(path).absolute() for path in old]
+    return paths == wanted or (
+        len(wanted) == 1 and all(path.is_relative_to(wanted[0]) for path in paths) and bool(paths)
+    )
 
 
 def recorded_hash(path: Path) -> str:
@@ -400,13 +425,14 @@ def state(several: list[tuple[str, dict]]) -> State:
     return State(done, there, refused)
 
 
-def check(chosen: list[Stage], every: list[Stage], states: dict[str, State], overwrite: bool) -> None:
-    """Refuse what the stages' commands would refuse to replace, and stages whose input is not there.
+def check(chosen: list[Stage], coming: set[str], states: dict[str, State], overwrite: bool) -> None:
+    """Refuse what the stages' commands would refuse to replace, and stages whose input neither is there nor will be.
+
+    ``coming`` are the stages that will have ended before.
 
     Raises:
         UserError: It names all of it.
     """
-    names = {stage.name for stage in chosen}
     refused = [f"{stage.name}: {line}" for stage in chosen for line in states[stage.name].refused]
     if refused and not overwrite:
         told = "\n  ".join(refused)
@@ -416,5 +442,5 @@ def check(chosen: list[Stage], every: list[Stage], states: dict[str, State], ove
         )
     for stage in chosen:
         for name in stage.after:
-            if name not in names and not states[name].there:
+            if name not in coming and not states[name].there:
                 raise UserError(f"{stage.name} reads what {name} makes, which is not there", f"add {name} to --stages")

@@ -136,14 +136,16 @@ def read_system(path: Path) -> dict[str, dict]:
 
 
 def _checked(path: Path, blocks: dict) -> dict[str, dict]:
-    for name, block in blocks.items():
-        named = {f"{name}.{key}": value for key, value in block.items()} if name in VARIANTS and block else {}
-        for called, one in (named or {name: block}).items():
-            key = called.rpartition(".")[2]
-            if key not in ("system", "sbatch") and not is_command(key):
-                raise UserError(f"{path}: {called!r} is no command's block", "blocks are called as commands are")
-            if not isinstance(one, dict):
-                raise UserError(f"{path}: block {called!r} holds no settings", "give it {name: value, ...}")
+    named = {name: block for name, block in blocks.items() if name not in VARIANTS}
+    for variant in VARIANTS:
+        if variant in blocks:
+            inner = blocks[variant] if isinstance(blocks[variant], dict) else {"": None}
+            named |= {f"{variant}.{name}".removesuffix("."): block for name, block in inner.items()}
+    for called, block in named.items():
+        if called not in ("system", "sbatch", *VARIANTS) and not is_command(called.rpartition(".")[2]):
+            raise UserError(f"{path}: {called!r} is no command's block", "blocks are called as commands are")
+        if not isinstance(block, dict):
+            raise UserError(f"{path}: block {called!r} holds no settings", "give it {name: value, ...}")
     if "sbatch" in blocks:
         _check_options(path, blocks["sbatch"])
     if "system" not in blocks:

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tiny import make_smollm2 as smollm2
-from tiny.pipeline import Runner
 from towerspeech import prompts
 from towerspeech import units as dsu
 from towerspeech.records import read_jsonl, write_jsonl
@@ -19,6 +19,7 @@ from towerspeech.tokenizer import read_metadata, stop_token_ids
 from towerspeech.units_parquet import read_units
 from train_bpe_tokenizer.extend_model import extend_model
 from train_bpe_tokenizer.merge_tokenizer import merge_tokenizer
+from train_bpe_tokenizer.train_bpe import train_bpe
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ TEXTS = [
     prompts.mt_few_shot("en", "fr", "the red boat", [("the dog", "le chien"), ("a garden", "un jardin")]),
     "人人生而自由，在尊严和权利上",
 ]
-NUM_UNITS, VOCAB_SIZE = 100, 300  # as in tiny/ci.yaml
+SYSTEM = ROOT / "systems/tiny.yaml"
 
 
 def make_smollm2(folder: Path) -> None:
@@ -75,18 +76,14 @@ def make_mistral(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """The tiny pipeline from audio to BPE, by its own settings, on fewer sentences: units/train, units/test, bpe."""
-    root, do = tmp_path_factory.mktemp("tiny"), Runner(1)
-    audio = root / "data/audio"
-    do("tiny/make_data.py", output_dir=root / "data", num_train=400, num_tuning=20, num_test=20)
-    spoken = {"audio_root": audio, "manifest": audio / "train.jsonl"}
-    fit = {"features": "mfcc", "num_units": NUM_UNITS, "max_frames": 100000}
-    do("speech_units/fit_kmeans.py", output_dir=root / "kmeans", **spoken, **fit)
-    for name in ("train", "test"):
-        spoken["manifest"] = audio / f"{name}.jsonl"
-        do("speech_units/label_audio.py", kmeans=root / "kmeans", output_dir=root / "units" / name, **spoken)
-    sizes = {"num_units": NUM_UNITS, "vocab_size": VOCAB_SIZE}
-    do("train_bpe_tokenizer/train_bpe.py", units=[root / "units/train"], output_dir=root / "bpe", **sizes)
+    """The tiny system from audio to BPE, by its own settings, on fewer sentences: units/train, units/test, bpe."""
+    root = tmp_path_factory.mktemp("tiny")
+    blocks = yaml.safe_load(SYSTEM.read_text())
+    blocks["make_data"] = {"num_train": 400, "num_tuning": 20, "num_test": 20}
+    (root / "system.yaml").write_text(yaml.safe_dump(blocks))
+    command = [sys.executable, ROOT / "systems/run.py", "--system", root / "system.yaml", "--work", root]
+    subprocess.run([*command, "--stages", "make_data,fit_kmeans,label_audio"], check=True)
+    train_bpe([root / "units/train"], output_dir=root / "bpe", **blocks["train_bpe"])
     return root
 
 
