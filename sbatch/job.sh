@@ -147,7 +147,8 @@ run() { # command...
     [[ -z $stop_file ]] || rm -f "$stop_file"
     ((status)) || return 0
     if ((signals)) || slurm_took_it; then requeue; fi
-    fail "$status" "$1 ${2-} ended with status $status; the reason stands above"
+    local script=${2-}
+    fail "$status" "$1 ${script#"$code/"} ended with status $status; the reason stands above"
 }
 
 # Whether the command failed because Slurm is preempting the job, or because a node is gone: the other nodes' processes

@@ -33,6 +33,9 @@ SCRIPTS = (
     "results/compare.py",
     "results/summarize.py",
     "results/published/score_published.py",
+    "systems/run.py",
+    "sbatch/submit_pipeline.py",
+    "sbatch/status.py",
 )
 
 

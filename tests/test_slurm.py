@@ -589,7 +589,7 @@ def test_a_stage_that_fails_cancels_its_dependents_and_is_named(chain):
     assert all(set(states[stage]) == {"CANCELLED"} for stage in after)
     assert "no_such.jsonl does not exist" in chain["log"]
     told = next(line for line in chain["status"].splitlines() if line.startswith("build_mixture"))
-    assert "FAILED" in told and re.search(r"error: python \S+/data_mixture/build_mixture.py ended with status 1", told)
+    assert "FAILED" in told and "error: python data_mixture/build_mixture.py ended with status 1" in told
 
 
 @pytest.mark.slow

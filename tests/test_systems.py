@@ -106,7 +106,7 @@ def test_every_source_of_a_number_is_said():
             "published",
             "our (default|own)",
             "Hardware assumed",
-            "# Each command takes its own",
+            "Each command takes its own",
         ):
             assert re.search(said, text, re.IGNORECASE), (path.name, said)
 

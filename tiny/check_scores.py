@@ -1,6 +1,6 @@
 """Check that the pocket TowerSpeech has learned: its scores against limits that were fixed before the test was opened.
 
-Usage: python tiny/check_scores.py --results runs/tiny/results/tiny --limits tiny/ci_limits.yaml
+Usage: python tiny/check_scores.py --results runs/tiny/results --limits tiny/limits.yaml
 
 Reads the results CSVs and a YAML of limits; prints a warning for each one that is broken. How the limits were found
 stands in the YAML.
@@ -42,7 +42,7 @@ def problems(results: Path, limits: Path) -> list[str]:
     import yaml
 
     check_exists(results, "run tiny/run.sh")
-    check_exists(limits, "name a YAML such as tiny/ci_limits.yaml")
+    check_exists(limits, "name a YAML such as tiny/limits.yaml")
     scores = read_scores(results)
     broken = []
     for checkpoint, test, metric, operator, bound in yaml.safe_load(limits.read_text(encoding="utf-8"))["limits"]:

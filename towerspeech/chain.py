@@ -382,8 +382,8 @@ def same(old, new) -> bool:
 
 def same_paths(old: list[str], new: list[str] | str | None) -> bool:
     """Whether recorded paths are those that a flag names; of a folder some files may have been recorded."""
-    wanted = [Path(path).absolute() for path in (new if isinstance(new, list) else [new] if new else [])]
-    paths = [Path(path).absolute() for path in old]
+    wanted = [Path(os.path.abspath(path)) for path in (new if isinstance(new, list) else [new] if new else [])]
+    paths = [Path(os.path.abspath(path)) for path in old]
     return paths == wanted or (
         len(wanted) == 1 and all(path.is_relative_to(wanted[0]) for path in paths) and bool(paths)
     )
