@@ -47,7 +47,7 @@ def compare(folder: Path, outputs: dict[str, list[tuple[str, int]]]) -> list[boo
 
 def bench_tiny(root: Path, output_dir: Path) -> list[dict]:
     """The pocket models that complete texts, on the prompts of the tiny run."""
-    models = [root / "tokenizer/base", *sorted((root / "models").glob("checkpoint-*"))]  # sft is asked in another style
+    models = [root / "tokenizer/base", *sorted((root / "models").glob("checkpoint-*"))]  # sft chats
     prompts = sorted((root / "instructions/original").glob("*_shot/*.jsonl"))
     words = ["--test_set", "units", "--data_root", root / "units/test"]
     run_script("instructions/build_instructions.py", output_dir / "prompts", *words)
