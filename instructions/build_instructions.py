@@ -434,7 +434,8 @@ def build_instructions(request: Request) -> None:
         write_file(file, request)
     outputs = [request.output_dir / file.folder / f"{file.stem}.jsonl" for file in files]
     name = f"{'all' if request.all else request.shots}_shot"
-    record(__file__, name, request.output_dir, vars(request), [], outputs)
+    named = ["data_root", "example_file", "translations"]
+    record(__file__, name, request.output_dir, vars(request), [], outputs, named)
     if request.style == "original" and not request.test_lines and request.split in (None, "devtest"):
         for line in verify((f"{file.folder}/{file.stem}.jsonl", file.rows) for file in files):
             print(line)

@@ -135,7 +135,8 @@ def score(
         for path, csv in tables.items():
             print(f"{path}: {len(csv.table):,} rows")
     if output_dir:
-        record(__file__, "score", output_dir, arguments, ["generations"], list(tables))
+        asked = {name: value for name, value in arguments.items() if name != "processes"}  # which are speed alone
+        record(__file__, "score", output_dir, asked, ["generations"], list(tables))
 
 
 if __name__ == "__main__":

@@ -45,15 +45,16 @@ class Submission:
         self.queue = Queue(optional=dry_run)
         self.job_of: dict[str, str] = {}  # stage -> job, or "-" if it is done
         self.anew: set[str] = set()
-        self.frozen = ROOT
-        self.config = system.config
+        self.frozen, self.to_run = ROOT, system
 
     def queued(self, name: str) -> bool:
         """Whether an earlier call's job waits or runs, and can still come to a good end."""
         return self.queue.will_end_well(self.earlier.get(name, "-"))
 
     def freeze(self) -> None:
-        self.frozen, self.config = freeze(self.system.config, Path(self.system.work) / "code")
+        """From now on jobs get a copy of the code, and of the YAML."""
+        self.frozen, config = freeze(self.system.config, Path(self.system.work) / "code")
+        self.to_run = chain.System(config)
 
     def place(self, stage: chain.Stage, state: chain.State) -> None:
         """Submit a stage unless it is done or queued, and nothing that it waits for is submitted anew."""
@@ -89,14 +90,10 @@ class Submission:
         return [*words, str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file), *stage.arguments]
 
     def variables(self, stage: chain.Stage) -> dict[str, str]:
-        given = chain.environment(stage, self.system, "slurm", self.overwrite)
-        if self.config != self.system.config:  # the copy
-            old, new = str(self.system.config), str(self.config)
-            given = {
-                name: new + value.removeprefix(old) if value.partition(":")[0] == old else value
-                for name, value in given.items()
-            }
-        return {**given, "TOWERSPEECH_CODE": str(self.frozen)}
+        """What a job's file reads; paths of code and YAML are those of the copy."""
+        (copied,) = chain.choose(chain.chain(self.to_run), [stage.name])
+        given = chain.environment(copied, self.to_run, "slurm", self.overwrite)
+        return {**given, "TOWERSPEECH_CODE": str(self.frozen.resolve())}
 
     def show(self, stage: chain.Stage, words: list[str]) -> None:
         """Print the sbatch command, and below it what the job or each task of its array runs."""
@@ -164,7 +161,7 @@ def submit_pipeline(
     Path("logs").mkdir(exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work / ".submit.lock"):
-        submission.earlier = read_jobs(work)
+        submission.earlier, submission.queue = read_jobs(work), Queue()  # another call may just have submitted
         submission.freeze()
         for stage in every:
             if stage in chosen:

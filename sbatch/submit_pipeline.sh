@@ -6,7 +6,7 @@ words=()
 for word in "$@"; do
     case "$word" in
     --dry_run | --overwrite) words+=("$word" true) ;;
-    true) ;; # of --dry_run true
+    true | --system) ;; # as in --dry_run true, --system systems/tiny.yaml
     *.yaml | *.yml) words+=(--system "$word") ;;
     *) words+=("$word") ;;
     esac

@@ -9,9 +9,11 @@ the YAML start at the repo's folder. What is done with the same settings stays, 
 made with other settings is refused before anything runs, unless told to be replaced.
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,8 +78,14 @@ def run_system(
     """
     system, work = system.resolve(), work and work.resolve()
     os.chdir(ROOT)
-    if work:
-        system = moved(system, work, keep=not dry_run)
+    with contextlib.ExitStack() as stack:
+        if work:
+            system = moved(system, work, stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else work)
+        run_stages(system, stages, overwrite, dry_run)
+
+
+def run_stages(system: Path, stages: list[str] | None, overwrite: bool, dry_run: bool) -> None:
+    """Run or show the chosen stages of a system."""
     if system.is_relative_to(ROOT):
         system = system.relative_to(ROOT)
     asked = chain.System(system)

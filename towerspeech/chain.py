@@ -21,8 +21,8 @@ from towerspeech.stage import RUN_INFO, hash_path, plain
 from towerspeech.system import ROOT, command_name, read_system, variant_of
 from towerspeech.units_parquet import shard_name
 
-# Commands that put what is asked for in place of what they wrote before, and need not be told to.
-REPLACING = ("build_instructions", "score", "score_comet", "summarize")
+# Commands that put what is asked for in place of what they wrote before, without an --overwrite (sbatch/job.sh).
+REPLACING = ("score", "score_comet", "summarize")
 
 
 class Stage(NamedTuple):
@@ -253,7 +253,7 @@ def allotted(stage: Stage, options: Sequence[str]) -> dict[str, object]:
     """Slurm's variables of a job, as far as the stage's file and its sbatch options say what it will get."""
     text = (ROOT / f"sbatch/{stage.file}.sbatch").read_text(encoding="utf-8")
     words = [*re.findall(r"(?m)^#SBATCH (\S+)", text), *options]
-    nodes = [word.partition("=")[2] for word in words if word.startswith(("--nodes=", "-N="))]
+    nodes = [re.sub(r"\D+", "", word) for word in words if re.fullmatch(r"(--nodes=|-N)\d+", word)]
     gpus = [re.search(r"gpu:(?:\w+:)?(\d+)|$", word)[1] for word in words if word.startswith("--gres=")]
     given = {"SLURM_JOB_ID": 0, "SLURM_JOB_NODELIST": "nodes", "SLURM_JOB_NUM_NODES": nodes[-1] if nodes else 1}
     return given | ({"SLURM_GPUS_ON_NODE": gpus[-1]} if gpus and gpus[-1] else {})
@@ -346,14 +346,15 @@ def differences(name: str, flags: dict, info: dict, folder: Path) -> list[str]:
     flags = plain(as_recorded(name, flags))
     recorded, told = info["arguments"], []
     for key in sorted(flags.keys() & recorded.keys()):
-        if not same(recorded[key], flags[key]):
+        if recorded[key] != flags[key]:
             told.append(f"{key} was {recorded[key]!r}, now {flags[key]!r}")
     for key, paths in info["paths"].items():
         if key in flags and not same_paths(paths, flags[key]):
             told.append(f"{key} was {' '.join(paths)}, now {flags[key]}")
             continue
-        for path, old in zip(paths, info["inputs"].get(key, []), strict=True):
-            if recorded_hash(Path(path)) not in ("", old):
+        hashes = info["inputs"].get(key) or [""] * len(paths)  # of some inputs the path alone is recorded
+        for path, old in zip(paths, hashes, strict=True):
+            if old and recorded_hash(Path(path)) not in ("", old):
                 told.append(f"{path} is another one now")
     return told + [f"{path} is gone" for path in info["outputs"] if not (folder / path).is_file()]
 
@@ -371,13 +372,6 @@ def as_recorded(name: str, flags: dict) -> dict:
         "budgets": {source["name"]: [source["budget"], source["max_epochs"]] for source in sources},
         "paths": [path for source in sources for path in source["paths"]],
     }
-
-
-def same(old, new) -> bool:
-    """Whether two values are the same; lists of names or numbers stand for sets of them."""
-    if isinstance(old, list) and isinstance(new, list):
-        return sorted(map(str, old)) == sorted(map(str, new))
-    return old == new
 
 
 def same_paths(old: list[str], new: list[str] | str | None) -> bool:

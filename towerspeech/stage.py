@@ -164,20 +164,26 @@ def stage(
 
 
 def record(
-    script: str, name: str, output_dir: Path, arguments: dict, inputs: Sequence[str], outputs: Sequence[Path]
+    script: str,
+    name: str,
+    output_dir: Path,
+    arguments: dict,
+    inputs: Sequence[str],
+    outputs: Sequence[Path],
+    paths: Sequence[str] = (),
 ) -> None:
     """Write <name>.run_info.json for a command that puts what is asked for in place of what it wrote before.
 
-    Such a command owns files of ``output_dir``, not the folder; ``arguments`` and ``inputs`` are those of ``stage``.
+    Such a command owns files of ``output_dir``, not the folder; ``arguments`` and ``inputs`` are those of ``stage``;
+    ``paths`` are the names of arguments that are paths too, whose content is not hashed.
     """
-    kept = {
-        name: plain(value) for name, value in arguments.items() if name not in {"output_dir", "overwrite", *inputs}
-    }
+    apart = {"output_dir", "overwrite", *inputs, *paths}
+    kept = {name: plain(value) for name, value in arguments.items() if name not in apart}
     hashes = {name: [hash_path(path) for path in _paths(arguments[name])] for name in inputs}
-    paths = {name: [str(path) for path in _paths(arguments[name])] for name in inputs}
+    named = {name: [str(path) for path in _paths(arguments[name])] for name in (*inputs, *paths)}
     request = {"stage": "/".join(Path(script).parts[-2:]), "arguments": kept, "inputs": hashes}
     written = {str(path.relative_to(output_dir)): hash_file(path) for path in outputs}
-    info = _run_info(request, {}, paths, {}, None, written)
+    info = _run_info(request, {}, named, {}, None, written)
     write_json(output_dir / f"{name}.{RUN_INFO}", info)
 
 

@@ -7,7 +7,6 @@ that show examples), over those above: ``--config systems/tiny.yaml:base`` takes
 the system's folder.
 """
 
-import tempfile
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -92,17 +91,16 @@ def read_block(config: str, name: str) -> dict | None:
     return variant_of(_checked(path, blocks), variant).get(name, {})
 
 
-def moved(path: Path, work: Path, keep: bool) -> Path:
-    """A copy of a system's YAML with another work folder: in that folder, or a temporary one."""
+def moved(path: Path, work: Path, folder: Path | str) -> Path:
+    """Write a copy of a system's YAML with another work folder into ``folder``; returns its path."""
     import yaml
 
     read_system(path)  # a mistake is named with the file that it stands in
     blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
     blocks["system"]["work"] = str(work)
-    folder = work if keep else Path(tempfile.mkdtemp())
-    with publish(folder / path.name) as target:
+    with publish(Path(folder) / path.name) as target:
         target.write_text(yaml.safe_dump(blocks, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return folder / path.name
+    return Path(folder) / path.name
 
 
 def _split(config: str) -> tuple[Path, str]:
