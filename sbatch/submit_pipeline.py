@@ -103,7 +103,7 @@ class Submission:
         for task in range(stage.tasks or 1):
             given = self.slurm_variables(stage) | ({"SLURM_ARRAY_TASK_ID": task} if stage.tasks else {})
             for command in chain.commands(stage, self.system, given, self.overwrite):
-                print("    " + shlex.join(command))
+                print("    " + chain.typed(command))
         print()
 
     def slurm_variables(self, stage: chain.Stage) -> dict[str, object]:

@@ -11,7 +11,6 @@ made with other settings is refused before anything runs, unless told to be repl
 
 import contextlib
 import os
-import shlex
 import subprocess
 import tempfile
 import time
@@ -95,7 +94,7 @@ def run_stages(system: Path, stages: list[str] | None, overwrite: bool, dry_run:
     if dry_run:
         for stage in chosen:
             print(f"# {stage.name}")
-            print("\n".join(map(shlex.join, chain.commands(stage, asked, chain.here(stage)))))
+            print("\n".join(map(chain.typed, chain.commands(stage, asked, chain.here(stage)))))
         return
     runner.check(chosen, every)
     for number, stage in enumerate(chosen, 1):

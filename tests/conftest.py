@@ -2,7 +2,9 @@
 
 import os
 import random
+import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,7 +137,9 @@ def save_base_tokenizer(folder: Path) -> None:
     LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=False).save_pretrained(folder)
 
 
-def save_base_model(folder: Path, tied: bool = True, dtype: str = "float32", max_shard_size: str = "1GB") -> None:
+def save_base_model(
+    folder: Path, tied: bool = True, dtype: str = "float32", max_shard_size: str = "1GB", context: int = 512
+) -> None:
     """Save a random two-layer Llama with the base tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,7 +154,7 @@ def save_base_model(folder: Path, tied: bool = True, dtype: str = "float32", max
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=32,  # vLLM's CPU attention takes no smaller one
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
@@ -207,3 +211,20 @@ def test_data() -> Path:
     if not Path(name).is_dir():
         pytest.fail(f"TOWERSPEECH_TEST_DATA={name} is no folder")
     return Path(name)
+
+
+@pytest.fixture(scope="session")
+def dry_runs() -> dict[str, dict[str, list[str]]]:
+    """System -> stage -> what submit_pipeline.sh prints for it: its sbatch command, then what its job runs."""
+    root = Path(__file__).resolve().parents[1]
+
+    def dry_run(path: Path) -> dict[str, list[str]]:
+        command = ["bash", root / "sbatch/submit_pipeline.sh", path, "--dry_run"]
+        told = subprocess.run(command, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        parts = [list(filter(None, part.splitlines())) for part in told.stdout.split("# ")[1:]]
+        return {name: lines for name, *lines in parts}
+
+    paths = sorted(root.glob("systems/*.yaml"))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip([path.stem for path in paths], pool.map(dry_run, paths), strict=True))

@@ -144,20 +144,6 @@ def test_keys_and_blocks_that_are_not_known_are_refused(system, tmp_path):
 
 
 # --- Dry runs -------------------------------------------------------------------------------------
-def dry_run(path: Path) -> dict[str, list[str]]:
-    """Stage -> the lines that submit_pipeline.sh prints for it: its sbatch command, then what its job runs."""
-    command = ["bash", REPO / "sbatch/submit_pipeline.sh", path, "--dry_run"]
-    told = subprocess.run(command, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    parts = [list(filter(None, part.splitlines())) for part in told.stdout.split("# ")[1:]]
-    return {name: lines for name, *lines in parts}
-
-
-@pytest.fixture(scope="module")
-def dry_runs() -> dict[str, dict[str, list[str]]]:
-    return {path.stem: dry_run(path) for path in EVERY}
-
-
 def test_every_stage_of_every_system_is_shown(dry_runs):
     """And every file of sbatch/ has its place in a chain."""
     files = set()

@@ -283,6 +283,11 @@ def commands(stage: Stage, system: System, slurm: dict[str, object], overwrite: 
     return [shlex.split(line) for line in shown.stdout.splitlines()]
 
 
+def typed(words: Sequence[str]) -> str:
+    """A command as one types it: patterns of files are left to the shell."""
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./*-]+", word) else shlex.quote(word) for word in words)
+
+
 def script_of(words: list[str]) -> tuple[Path, list[str]]:
     """The script of a command, and its own words."""
     place = next(number for number, word in enumerate(words) if word.endswith(".py"))
