@@ -124,7 +124,7 @@ class Submission:
             job = self.job_of.get(stage.name) or self.earlier.get(stage.name)
             if job:
                 log = f"logs/{stage.name}-{'%A_%a' if stage.tasks else '%j'}.out"
-                rows.append((stage.name, job, "-" if job == "-" else log))
+                rows.append((stage.name, job, "done" if job == "-" else log))
         return rows
 
 
