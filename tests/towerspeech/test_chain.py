@@ -213,3 +213,21 @@ def test_a_stage_whose_input_nobody_makes_is_refused_before_anything_runs(tmp_pa
 def test_a_dry_run_writes_nothing(tmp_path):
     told = run(TINY, "--work", str(tmp_path / "work"), "--dry_run", "true")
     assert told.returncode == 0 and told.stdout.count("# ") == 24 and not (tmp_path / "work").exists()
+
+
+# --- What is shown --------------------------------------------------------------------------------
+def test_a_shown_command_can_be_typed(tmp_path):
+    """Patterns find their files, and every other word comes through the shell as it is."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    words = ["*.jsonl", "[1, 2]", "it's", "$HOME", "", "x*y z", "a;b"]
+    shown = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {chain.typed(words)}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.stdout.split("\n")[:-1] == ["a.jsonl", "b.jsonl", *words[1:]]
+
+
+@pytest.mark.parametrize(("options", "nodes"), [([], 1), (["--nodes=4"], 4), (["-N2"], 2), (["--nice=3"], 1)])
+def test_nodes_of_a_job(options, nodes):
+    (stage,) = chain.choose(chain.chain(chain.System(TINY)), ["summarize"])
+    assert int(chain.allotted(stage, options)["SLURM_JOB_NUM_NODES"]) == nodes
