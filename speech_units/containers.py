@@ -1,10 +1,10 @@
 """Does an audio file end early? libsndfile reads what is there of a cut-off WAV, Ogg or MP3 file, and says nothing."""
 
+import os
 import re
 import struct
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
 from typing import BinaryIO
 
 # Sizes that programs write who cannot know them, as when they write to a pipe: ffmpeg, SoX, arecord and others.
@@ -28,21 +28,21 @@ MPEG_1 = 3  # its code in a frame's header
 RATE_DIVISORS = {MPEG_1: 1, 2: 2, 0: 4}  # of MPEG 1, 2 and 2.5
 
 
-def ends_early(path: Path, container: str, num_samples: int) -> bool:
+def ends_early(file: BinaryIO, container: str, num_samples: int) -> bool:
     """Whether there is less of a file than its container announces.
 
     Args:
-        path: The file.
+        file: The file, open at its beginning.
         container: soundfile's name of its kind.
-        num_samples: What soundfile read of it, a channel, at the file's own rate.
+        num_samples: What soundfile reads of it, a channel, at the file's own rate.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if container == "OGG":
-            return _ogg_ends_early(file, size)
-        if container == "MP3":
-            return _mp3_ends_early(file.read(), num_samples)
-        return any(end > size for end in _end_of_data(file))
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if container == "OGG":
+        return _ogg_ends_early(file, size)
+    if container == "MP3":
+        return _mp3_ends_early(file.read(), num_samples)
+    return any(end > size for end in _end_of_data(file))
 
 
 def _end_of_data(file: BinaryIO) -> Iterator[int]:

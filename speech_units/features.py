@@ -1,27 +1,18 @@
-"""Audio files and the frame features that speech units are clustered from: MFCC or a HuBERT layer.
+"""The frame features that speech units are clustered from: MFCC, or a layer of HuBERT, wav2vec 2.0 or WavLM.
 
 Shared by fit_kmeans.py and label_audio.py, so that audio is labelled with exactly what the k-means was fitted on.
 """
 
 import contextlib
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 
-from speech_units.containers import ends_early
+from speech_units.audio import SAMPLE_RATE
 from towerspeech.errors import UserError
 from towerspeech.files import check_exists, read_json
 
-SAMPLE_RATE = 16000  # Hz
-RATES = range(1000, 768_001)  # Hz; what else a header says is an error of its own
-LOUDEST = 1000  # of samples that should lie between -1 and 1
-WHOLE = 1 << 20  # bytes; 30 s of WAV. A fingerprint takes smaller files whole, of larger ones three blocks
-BLOCK = 1 << 14  # bytes
-READERS = 16  # threads: on a cluster's file system it is the opening that takes time
 HOP = 320  # samples: 20 ms
 WINDOW = 480  # samples: 30 ms
 FFT_SIZE = 512
@@ -31,81 +22,31 @@ PRE_EMPHASIS = 0.97
 DELTA_WEIGHT = 0.7  # deltas count less in k-means' distances
 LOG_FLOOR = 1e-10  # power of digital silence
 HUBERT_WINDOW = 400  # samples; features.json of earlier versions does not say it
+BATCH_SECONDS = 320.0  # of audio on a GPU: HuBERT-large then takes an estimated 8 GB of it
+ENCODERS = ("hubert", "wav2vec2", "wavlm")  # as transformers calls these architectures
 
 
 @dataclass(frozen=True)
 class FeatureConfig:
     """Which features; kept as features.json beside the k-means."""
 
-    features: str  # mfcc or hubert
-    hubert: str = ""  # hub name or folder
+    features: str  # mfcc, or one of ENCODERS
+    encoder: str = ""  # hub name or folder
     layer: int = 0  # counted from 1
     hop_samples: int = HOP
     window_samples: int = WINDOW  # the shortest audio that gives a frame
+    normalise: bool = False  # whether an utterance's samples are brought to mean 0 and variance 1
 
 
-# --- Audio ----------------------------------------------------------------------------------------
-def fingerprint(rows: Iterable[dict], audio_root: Path) -> str:
-    """SHA-256 over the rows' audio: path in the manifest, size, and content (of large files three blocks)."""
-
-    def digest(row: dict) -> bytes:
-        path = Path(audio_root) / row["audio"]
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                content = hashlib.sha256(f"{row['audio']}\0{size}\0".encode())
-                if size <= WHOLE:
-                    content.update(file.read())
-                else:
-                    for place in (0, (size - BLOCK) // 2, size - BLOCK):
-                        file.seek(place)
-                        content.update(file.read(BLOCK))
-                return content.digest()
-        except OSError as error:
-            raise UserError(
-                f"{row['where']}: {path} cannot be read ({error.strerror})", "check --audio_root and the line"
-            ) from None
-
-    with ThreadPoolExecutor(READERS) as readers:
-        return hashlib.sha256(b"".join(readers.map(digest, rows))).hexdigest()
-
-
-def read_audio(path: Path, where: str, min_samples: int = 1, said_s: float | None = None):
-    """Read an audio file as mono at 16 kHz: float32 array (samples,).
-
-    Raises:
-        UserError: It cannot be read, ends early, holds what is no sound, is shorter than ``min_samples``, or lasts
-            over a second more or less than the manifest says, ``said_s``; ``where`` names the manifest's line.
-    """
+def prepare(samples, config: FeatureConfig):
+    """What a decoding process makes of samples, float32 (n,): MFCC (frames, dim), or samples for the encoder (n,)."""
     import numpy as np
-    import soundfile
-    from scipy.signal import resample_poly
 
-    def refuse(problem: str):
-        raise UserError(f"{where}: {path} {problem}", "replace the file or remove the line") from None
-
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, container, announced = file.samplerate, file.format, file.frames
-            samples = file.read(dtype="float32", always_2d=True)
-    except Exception as error:  # soundfile's own, and what its arguments, numpy and the system raise
-        refuse(f"is not readable audio ({str(error) or 'it is damaged or ends early'})")
-    fewer = len(samples) < announced and container != "MP3"  # which may announce an estimate
-    if fewer or ends_early(path, container, len(samples)):
-        refuse("ends early: less of it can be read than its header or its frames announce, or its end is missing")
-    if rate not in RATES:
-        refuse(f"has {rate} samples a second, but {RATES[0]:,} to {RATES[-1]:,} are possible")
-    if len(samples) and not np.abs(samples).max() <= LOUDEST:  # nor if it is NaN
-        refuse(f"holds samples that are not numbers, or above {LOUDEST:,}; they should lie between -1 and 1")
-    samples = samples.mean(axis=1)
-    if rate != SAMPLE_RATE and len(samples):
-        samples = resample_poly(samples, SAMPLE_RATE, rate).astype(np.float32)
-    if len(samples) < min_samples:
-        refuse(f"has {len(samples)} samples at 16 kHz, at least {min_samples} are needed")
-    seconds = len(samples) / SAMPLE_RATE
-    if said_s is not None and not (isinstance(said_s, int | float) and abs(seconds - said_s) <= 1):
-        refuse(f"lasts {seconds:.2f} s, but the manifest says {said_s!r}: does the row mean a part of it?")
-    return samples
+    if config.features == "mfcc":
+        return mfcc(samples)
+    if config.normalise:  # as Wav2Vec2FeatureExtractor does
+        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+    return np.asarray(samples, dtype=np.float32)
 
 
 # --- MFCC -----------------------------------------------------------------------------------------
@@ -141,21 +82,33 @@ def mfcc(samples):
     return np.concatenate([static, DELTA_WEIGHT * delta], axis=1).astype(np.float32)
 
 
-# --- HuBERT ---------------------------------------------------------------------------------------
-def hubert_config(name: str, layer: int) -> FeatureConfig:
-    """What the model's config, which must be a HuBERT's with such a layer, says: how its convolutions cut up audio."""
-    from transformers import AutoConfig
+# --- Encoders -------------------------------------------------------------------------------------
+def encoder_config(features: str, name: str, layer: int) -> FeatureConfig:
+    """What a model's folder or hub page says of its features: how its convolutions cut up audio, and of normalising.
+
+    Raises:
+        UserError: It is another architecture than ``features``, has no such layer, or cannot be read.
+    """
+    from transformers import AutoConfig, AutoFeatureExtractor
 
     with _loading(name):
         config = AutoConfig.from_pretrained(name)
-    if config.model_type != "hubert":
-        raise UserError(f"{name} is a {config.model_type} model, not a HuBERT", "check --hubert")
+    if config.model_type != features:
+        raise UserError(f"{name} is a {config.model_type} model, --features {features}", "check --encoder, --features")
     if not 1 <= layer <= config.num_hidden_layers:
         raise UserError(f"{name} has {config.num_hidden_layers} layers, not {layer}", "check --layer")
+    normalise = True  # as in facebook/hubert-large-ll60k; some folders hold weights alone
+    with contextlib.suppress(OSError):
+        normalise = AutoFeatureExtractor.from_pretrained(name).do_normalize
     window = 1
     for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
         window = (window - 1) * stride + kernel
-    return FeatureConfig("hubert", name, layer, prod(config.conv_stride), window)
+    hop = prod(config.conv_stride)
+    if SAMPLE_RATE % hop:
+        raise UserError(
+            f"{name} gives a frame every {hop} samples, no whole number a second", "take another --encoder"
+        )
+    return FeatureConfig(features, name, layer, hop, window, normalise)
 
 
 @contextlib.contextmanager
@@ -165,68 +118,135 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"HuBERT {name!r} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"encoder {name!r} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
             "give a folder with config.json and weights, or a hub name and a network",
         ) from None
 
 
-def load_hubert(name: str, layer: int, device: str) -> Callable:
-    """Load HuBERT up to ``layer``; returns samples (n,) -> float32 (frames, hidden).
+def check_dim(config: FeatureConfig, dim: int | None) -> None:
+    """Raise UserError if centroids of ``dim`` dimensions cannot be of these features."""
+    from transformers import AutoConfig
 
-    The output of that layer, without the encoder's final layer norm where the model has one after its last layer
-    (hubert-large has; hubert-base norms before its first layer, and that stays). One utterance at a time: padding
-    would change the convolutions' group norm and so the units.
+    if dim is None:
+        return
+    own, called = 2 * NUM_MFCC, "MFCC"
+    if config.features != "mfcc":
+        called = f"encoder {config.encoder!r}"
+        with _loading(config.encoder):
+            own = AutoConfig.from_pretrained(config.encoder).hidden_size
+    if dim != own:
+        problem = f"the centroids have {dim} dimensions, but a frame of {called} has {own}"
+        raise UserError(problem, "label with the encoder that the k-means was fitted on, or fit it anew")
+
+
+def choose_device(device: str):
+    """torch.device of auto, cpu or cuda; UserError if there is no such one."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}, but PyTorch sees no GPU", "use --device auto or cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+class Encoder:
+    """Turns what ``prepare`` gives into features.
+
+    Attributes:
+        device: torch.device of the features.
+        batches: How utterances share a pass: "alone", of "equal" lengths, or "padded".
+
+    On a CPU each goes alone: a batch is no faster there, and its rounding would make units depend on neighbours. On a
+    GPU they are padded, but for models whose convolutions have a group norm over time (hubert-base), which padding
+    would change.
 
     Raises:
-        UserError: No such model, it has fewer layers, or its checkpoint lacks weights (they would be random).
+        UserError: No such model, it has fewer layers, its checkpoint lacks weights (they would be random), it cuts up
+            audio in another way than the config says, or its frames have other dimensions than ``dim``, if given.
     """
-    import numpy as np
-    import torch
-    from transformers import HubertModel
 
-    hubert_config(name, layer)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}, but PyTorch sees no GPU", "use --device auto or cpu")
+    def __init__(self, config: FeatureConfig, device: str, dim: int | None = None):
+        self.config, self.device, self.model = config, choose_device(device), None
+        self.batches = "alone"
+        check_dim(config, dim)
+        if config.features == "mfcc":
+            return
+        found = encoder_config(config.features, config.encoder, config.layer)
+        if found != config:
+            raise UserError(
+                f"encoder {config.encoder!r} gives a frame every {found.hop_samples} samples from"
+                f" {found.window_samples} on{', normalised' * found.normalise}, but the k-means was fitted to"
+                f" {config.hop_samples} and {config.window_samples}{', normalised' * config.normalise}",
+                "fit the k-means anew with speech_units/fit_kmeans.py",
+            )
+        self.model = _load(config.encoder, config.layer).to(self.device)
+        if self.device.type == "cuda":
+            self.batches = "equal" if self.model.config.feat_extract_norm == "group" else "padded"
+
+    def encode(self, prepared: Sequence) -> list:
+        """Features of utterances or windows: float32 tensors (frames, dim), on ``device``.
+
+        An encoder's are the output of its layer: hidden_states[layer] of transformers, before the norm that follows the
+        last layer where the model has one there, as hubert-large has.
+        """
+        import torch
+
+        if self.model is None:
+            return [torch.from_numpy(frames).to(self.device) for frames in prepared]
+        with torch.inference_mode():
+            if self.batches == "alone":
+                return [self._forward(torch.from_numpy(samples)[None])[0] for samples in prepared]
+            lengths = [len(samples) for samples in prepared]
+            padded = torch.zeros(len(prepared), max(lengths))
+            for row, samples in zip(padded, prepared, strict=True):
+                row[: len(samples)] = torch.from_numpy(samples)
+            mask = None
+            if self.batches == "padded":
+                mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+            found = self._forward(padded, mask)
+            return [frames[: self.num_frames(length)] for frames, length in zip(found, lengths, strict=True)]
+
+    def num_frames(self, num_samples: int) -> int:
+        return 1 + (num_samples - self.config.window_samples) // self.config.hop_samples
+
+    def _forward(self, samples, mask=None):
+        """(utterances, n) -> float32 (utterances, frames, hidden)."""
+        import torch
+
+        samples = samples.to(self.device, non_blocking=True)
+        mask = mask if mask is None else mask.to(self.device, torch.long, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model(samples, attention_mask=mask).last_hidden_state.float()
+
+
+def _load(name: str, layer: int):
+    """A model up to ``layer``, without the norm after its last layer if it has one there."""
+    import torch
+    from transformers import AutoModel
+
     with _loading(name):
-        model, loaded = HubertModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        model = model.eval().to(device)
+        model, loaded = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model = model.eval()
     model.encoder.layers = model.encoder.layers[:layer]  # the others' work would be thrown away
     if model.config.do_stable_layer_norm:
         model.encoder.layer_norm = torch.nn.Identity()
     model.masked_spec_embed = None  # used in training alone
+    model.adapter = None  # of some wav2vec 2.0 models, after their last layer
     weights = dict(model.named_parameters())
     bad = [key for key in weights if key in loaded["missing_keys"] or not weights[key].isfinite().all()]
     if bad:
         raise UserError(
-            f"HuBERT {name!r} lacks weights, or they are not numbers: {bad[0]}"
+            f"encoder {name!r} lacks weights, or they are not numbers: {bad[0]}"
             + (f" and {len(bad) - 1} more" if bad[1:] else ""),
             "get the whole checkpoint",
         )
+    convolve = model.feature_extractor.forward
 
-    @torch.inference_mode()
-    def extract(samples):
-        samples = np.asarray(samples, dtype=np.float32)
-        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)  # as Wav2Vec2FeatureExtractor does
-        output = model(torch.from_numpy(samples)[None].to(model.device)).last_hidden_state
-        return output[0].float().cpu().numpy()
+    def in_float32(samples):  # bfloat16's 8 bits are too few for a waveform
+        with torch.autocast(samples.device.type, enabled=False):
+            return convolve(samples)
 
-    return extract
-
-
-def extractor(config: FeatureConfig, device: str) -> Callable:
-    """The function that turns samples at 16 kHz, (n,), into features, float32 (frames, dim)."""
-    if config.features == "mfcc":
-        return mfcc
-    model = hubert_config(config.hubert, config.layer)
-    if model != config:
-        raise UserError(
-            f"HuBERT {config.hubert!r} gives a frame every {model.hop_samples} samples from {model.window_samples} on,"
-            f" but the k-means was fitted to {config.hop_samples} and {config.window_samples}",
-            "fit the k-means anew with speech_units/fit_kmeans.py",
-        )
-    return load_hubert(config.hubert, config.layer, device)
+    model.feature_extractor.forward = in_float32
+    return model
 
 
 # --- The k-means folder ---------------------------------------------------------------------------
@@ -255,12 +275,15 @@ def load_kmeans(folder: Path):
 
     made_by = "run speech_units/fit_kmeans.py"
     check_exists(Path(folder) / "kmeans.safetensors", made_by)
-    saved = read_json(Path(folder) / "features.json", made_by, ("features", "hubert", "layer"))
+    saved = read_json(Path(folder) / "features.json", made_by, ("features", "layer"))
+    saved.setdefault("encoder", saved.pop("hubert", ""))  # of earlier versions
     try:
         if saved["features"] == "mfcc":
             config = FeatureConfig("mfcc")
+            saved.setdefault("normalise", False)
         else:
             saved.setdefault("window_samples", HUBERT_WINDOW)
+            saved.setdefault("normalise", True)
             config = FeatureConfig(**{field.name: saved[field.name] for field in fields(FeatureConfig)})
         centroids = load_file(Path(folder) / "kmeans.safetensors")["centroids"]
     except (ValueError, KeyError, SafetensorError) as error:

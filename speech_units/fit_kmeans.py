@@ -1,184 +1,178 @@
 """Cluster audio frames into speech units with k-means.
 
-Usage: python speech_units/fit_kmeans.py --manifest audio/train.jsonl --audio_root audio --output_dir runs/kmeans
+Usage: python speech_units/fit_kmeans.py --manifest audio/train/manifest.jsonl --audio_root audio \
+           --output_dir runs/kmeans
+       python speech_units/fit_kmeans.py --manifest mls/manifest.jsonl gigaspeech/manifest.jsonl \
+           --audio_root corpora/mls corpora/gigaspeech --weights 1 1 --hours 100 --output_dir runs/kmeans
 
-Reads: a manifest, JSONL rows {"id", "audio" (path relative to audio_root), "language", "text"}, and the audio.
+Reads: manifests (make_manifest.py; their fields stand in towerspeech/manifests.py), and of their audio a sample.
 Writes, in output_dir: kmeans.safetensors ("centroids", float32, (num_units, dim)) and features.json (which features
-the centroids belong to; label_audio.py computes the same).
+the centroids belong to; label_audio.py computes the same). While it works, the sample's frames lie there too: 15 GB
+for 20 hours of huberts of 1,024 dimensions.
 """
 
+import itertools
 import os
-import random
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from speech_units.features import FeatureConfig, extractor, features_json, fingerprint, hubert_config, read_audio
+from speech_units.audio import SAMPLE_RATE, fingerprint, is_silent, too_many_bad
+from speech_units.features import BATCH_SECONDS, Encoder, FeatureConfig, encoder_config, features_json
+from speech_units.kmeans import fit
 from towerspeech.command import run
 from towerspeech.errors import UserError
-from towerspeech.files import write_json
-from towerspeech.manifests import duration, read_manifest
-from towerspeech.sampling import reservoir
+from towerspeech.files import remove, write_json
+from towerspeech.manifests import read_manifest, read_rows, seconds
 from towerspeech.stage import stage
 from towerspeech.units import check_num_units
 
-BATCH_SIZE = 10_000  # frames of a k-means step; the default of HuBERT's own recipe
-EPOCHS = 20  # passes over the frames, at most
-MIN_STEPS = 100
+UNKNOWN_S = 10.0  # seconds of an utterance, where no row says how long it lasts
 COMPARED = 10_000  # files that decide whether the audio is still the same
+SETTINGS = ("audio_root", "num_workers", "batch_seconds", "max_bad_share", "device")
 
 
-def sample_frames(rows: list[dict], audio_root: Path, config: FeatureConfig, device: str, max_frames: int):
-    """Features of the rows, in order, up to ``max_frames``: float32 (frames, dim), and the number of rows used."""
+def lengths_of(manifest: Path):
+    """Seconds of each row, float32 (rows,): rows that do not say how long they last count as the mean of the others."""
     import numpy as np
-    from tqdm import tqdm
 
-    extract = extractor(config, device)
-    frames, filled, used = None, 0, 0
-    with tqdm(total=max_frames, desc="features", unit="frame") as progress:
-        for row in rows:
-            samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
-            spoken = extract(samples)[: max_frames - filled]
-            if frames is None:
-                frames = np.empty((max_frames, spoken.shape[1]), dtype=np.float32)  # touched, and so used, as it fills
-            frames[filled : filled + len(spoken)] = spoken
-            filled, used = filled + len(spoken), used + 1
-            progress.update(len(spoken))
-            if filled == max_frames:
-                break
-    return frames[:filled], used
+    lengths = np.fromiter((seconds(row) or np.nan for row in read_manifest(manifest)), dtype="f4")
+    known = lengths[np.isfinite(lengths)]
+    return np.nan_to_num(lengths, nan=known.mean() if len(known) else UNKNOWN_S)
 
 
-class Fit(NamedTuple):
-    """One fit of k-means."""
+def choose(lengths: list, hours: float, weights: list[float] | None, seed: int) -> list:
+    """Draw utterances of several manifests until there are so many hours: a bool array (rows,) for each.
 
-    centroids: Any  # (num_units, dim) float32
-    distance: float  # mean squared
-    used: int  # centroids that are nearest to a frame
-    distinct: int  # centroids that differ
-
-
-def fit_once(frames, num_units: int, seed: int, **settings) -> Fit:
-    """Fit scikit-learn's mini-batch k-means to frames, (frames, dim)."""
-    import numpy as np
-    from sklearn.cluster import MiniBatchKMeans
-
-    steps_an_epoch = max(1, len(frames) // BATCH_SIZE)
-    model = MiniBatchKMeans(
-        n_clusters=num_units,
-        batch_size=BATCH_SIZE,
-        max_iter=max(EPOCHS, -(-MIN_STEPS // steps_an_epoch)),
-        max_no_improvement=100,
-        init_size=3 * max(BATCH_SIZE, num_units),
-        n_init=1,
-        random_state=seed,
-        **settings,
-    )
-    model.fit(frames)
-    centroids = np.ascontiguousarray(model.cluster_centers_, dtype=np.float32)
-    used, distinct = len(np.unique(model.predict(frames))), len(np.unique(centroids, axis=0))
-    return Fit(centroids, float(-(model.score(frames) / len(frames))), used, distinct)
-
-
-def differing_start(frames, num_units: int, seed: int):
-    """Choose centroids to begin with among frames that differ, of which there must be enough: (num_units, dim)."""
-    import numpy as np
-    from sklearn.cluster import kmeans_plusplus
-
-    keys = [hash((frame + 0.0).tobytes()) for frame in frames]  # 0.0 and -0.0 are the same
-    _, rows, counts = np.unique(keys, return_index=True, return_counts=True)
-    if len(rows) < num_units:
-        raise UserError(
-            f"there are only {len(rows):,} distinct frames for {num_units:,} units",
-            "lower --num_units, or add audio (digital silence is the same in every frame)",
-        )
-    order = rows.argsort()  # np.unique sorts by hash, which is another one in every process
-    order = np.random.default_rng(seed).permutation(order)[: 3 * max(BATCH_SIZE, num_units)]
-    weights = counts[order].astype(frames.dtype)
-    return kmeans_plusplus(frames[rows[order]], num_units, sample_weight=weights, random_state=seed)[0]
-
-
-def cluster(frames, num_units: int, seed: int) -> Fit:
-    """Mini-batch k-means (k-means++ start).
-
-    Centroids that hardly any frame is nearest to are begun anew at random frames, which helps in speech; where many
-    frames are the same, as in digital silence, it makes more and more centroids the same. So if any centroid is used
-    by no frame, k-means is fitted a second time, begun at frames that differ and without that; the better fit is kept.
-    On one thread: then the same frames give the same bytes on any number of cores.
+    Each gives its weight's share of the hours; without weights what it holds of all. All of it, if it holds less.
     """
-    from threadpoolctl import threadpool_limits
+    import numpy as np
 
-    with threadpool_limits(1):
-        best = fit_once(frames, num_units, seed)
-        if min(best.used, best.distinct) < num_units:
-            start = differing_start(frames, num_units, seed)
-            other = fit_once(frames, num_units, seed, init=start, reassignment_ratio=0)
-            best = max(best, other, key=lambda fit: (min(fit.used, fit.distinct), -fit.distance))
-    if best.distinct < num_units:
-        raise UserError(
-            f"only {best.distinct:,} of {num_units:,} centroids are distinct",
-            "lower --num_units or add audio that differs",
-        )
-    return best
+    rng = np.random.default_rng(seed)
+    shares = np.array(weights or [held.sum() for held in lengths])
+    chosen = []
+    for held, wanted_s in zip(lengths, 3600 * hours * shares / shares.sum(), strict=True):
+        order = rng.permutation(len(held))
+        before = np.cumsum(held[order], dtype="f8") - held[order]
+        mask = np.zeros(len(held), dtype=bool)
+        mask[order[before < wanted_s]] = True
+        chosen.append(mask)
+    return chosen
+
+
+def collect(store, frames, manifest: int, chosen: int, max_bad_share: float, progress) -> Counter:
+    """Add one manifest's chosen utterances to a FrameFile; returns how many could not be used, by reason."""
+    reasons: Counter[str] = Counter()
+    first = ""
+    numbers: Counter[int] = Counter()  # windows so far of a row
+    for pieces, encoded in frames:
+        for piece, found in itertools.zip_longest(pieces, encoded):
+            if piece.error or is_silent(piece.peak):
+                reason, problem = (piece.error.reason, piece.error.problem) if piece.error else ("silent", "is silent")
+                reasons[reason] += 1
+                first = first or f"{piece.place} {problem}"
+                if reasons.total() > max_bad_share * chosen:
+                    raise too_many_bad(reasons.total(), chosen, max_bad_share, first)
+                continue
+            store.add((manifest, piece.index, numbers[piece.index]), found.cpu().numpy(), piece.last)
+            numbers[piece.index] += 1
+            progress.update(piece.num_samples / SAMPLE_RATE)
+    return reasons
 
 
 def fit_kmeans(
-    manifest: Path,
-    audio_root: Path,
+    manifest: list[Path],
+    audio_root: list[Path],
     output_dir: Path,
-    features: Literal["mfcc", "hubert"] = "hubert",
-    hubert: str = "facebook/hubert-large-ll60k",
+    features: Literal["mfcc", "hubert", "wav2vec2", "wavlm"] = "hubert",
+    encoder: str = "facebook/hubert-large-ll60k",
     layer: int = 22,
     num_units: int = 5000,
-    max_frames: int = 1_000_000,
+    hours: float = 20,
+    weights: list[float] | None = None,
+    max_seconds: float = 7200,
     seed: int = 0,
+    num_workers: int | None = None,
+    batch_seconds: float = BATCH_SECONDS,
+    max_bad_share: float = 0.01,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Fit k-means on a sample of the frames.
+    """Fit k-means on the frames of a sample of the audio.
 
     Args:
-        manifest: JSONL with "id", "audio", "language" and "text".
-        audio_root: Folder that the manifest's audio paths start from.
+        manifest: One or more manifests.
+        audio_root: Folder that their audio paths start from: one for all, or one for each.
         output_dir: Folder to write.
-        features: mfcc (no model needed) or hubert.
-        hubert: HuBERT model: hub name or folder.
-        layer: HuBERT layer whose output is clustered, counted from 1.
+        features: mfcc (no model needed), hubert, wav2vec2 or wavlm.
+        encoder: The model: hub name or folder.
+        layer: Layer of the encoder whose output is clustered, counted from 1.
         num_units: Clusters, that is speech units; at most 65,534.
-        max_frames: Frames to fit on, most often 20 ms each. They are held in memory: 4 KB a frame for hubert-large.
+        hours: Hours of audio to fit on, all manifests together.
+        weights: What share of the hours each manifest gives; default: as it has of all.
+        max_seconds: Longer utterances are left out.
         seed: Decides the sample and the clusters' start.
-        device: auto, cpu or cuda, for HuBERT.
+        num_workers: Processes that decode audio ahead; default: on a GPU one for each CPU but one, else none.
+        batch_seconds: Seconds of audio that a GPU encodes at a time, padding included.
+        max_bad_share: Of a manifest's sample, how many utterances may be left out because they cannot be used.
+        device: auto, cpu or cuda, for the encoder and the fitting.
         overwrite: Replace the folder's content if it was made from other input.
     """
     arguments = dict(locals())
     check_num_units(num_units)
-    if max_frames < num_units:
-        raise UserError(f"--max_frames {max_frames} is less than --num_units {num_units}", "raise --max_frames")
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy; features of one utterance are small
-        os.environ.setdefault(variable, "1")
-    rng = random.Random(seed)
-    rows, _ = reservoir(read_manifest(manifest, audio_root), max_frames, rng)
-    rng.shuffle(rows)
-    arguments["audio"] = fingerprint(rows[:COMPARED], audio_root)  # the same files elsewhere are the same input
-    with stage(__file__, output_dir, arguments, inputs=["manifest"], ignore=["audio_root", "device"]) as work:
+    roots = audio_root * len(manifest) if len(audio_root) == 1 else audio_root
+    if len(roots) != len(manifest) or len(weights or manifest) != len(manifest):
+        given = f"{len(manifest)} manifests, {len(audio_root)} of --audio_root, {len(weights or [])} of --weights"
+        raise UserError(given, "give one --audio_root for all or one each, and one of --weights each or none")
+    if not hours > 0 or any(not weight > 0 for weight in weights or []):
+        raise UserError(f"--hours {hours:g}, --weights {weights}", "give numbers above 0")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: threads get in the decoding processes' way
+    from tqdm import tqdm
+
+    from speech_units.frame_file import FrameFile
+    from speech_units.frames import Decoder, Frames
+
+    chosen = choose([lengths_of(path) for path in manifest], hours, weights, seed)
+    arguments["audio"] = []  # the same files elsewhere are the same input
+    for path, root, mask in zip(manifest, roots, chosen, strict=True):
+        rows = itertools.islice(itertools.compress(read_rows(path, 0, len(mask)), mask), COMPARED)
+        arguments["audio"].append(fingerprint(rows, root, max_bad_share))
+    with stage(__file__, output_dir, arguments, inputs=["manifest"], ignore=SETTINGS) as work:
         if work.done:
+            print(output_dir)
             return
-        config = hubert_config(hubert, layer) if features == "hubert" else FeatureConfig("mfcc")
-        frames, used = sample_frames(rows, audio_root, config, device, max_frames)
-        if len(frames) < num_units:
-            raise UserError(
-                f"{manifest} has {len(frames):,} frames for {num_units:,} units", "lower --num_units or add audio"
-            )
-        print(f"{len(frames):,} frames of {used:,} utterances, {frames.shape[1]} numbers each", flush=True)
-        fit = cluster(frames, num_units, seed)
+        config = FeatureConfig("mfcc") if features == "mfcc" else encoder_config(features, encoder, layer)
+        model, reasons = Encoder(config, device), Counter()
+        store = FrameFile(output_dir / ".frames.f4")
+        with tqdm(desc="features", unit="s") as progress:
+            for number, (path, root, mask) in enumerate(zip(manifest, roots, chosen, strict=True)):
+                decoder = Decoder(path, root, config, max_seconds, 0, len(mask), ~mask | store.done(number, len(mask)))
+                found = Frames(decoder, model, num_workers, batch_seconds)
+                reasons += collect(store, found, number, int(mask.sum()), max_bad_share, progress)
+        if store.num_frames < num_units:
+            problem = f"the sample has {store.num_frames:,} frames for {num_units:,} units"
+            raise UserError(problem, "lower --num_units, raise --hours, or add audio")
+        frames = store.sorted(output_dir / ".sorted.f4")
+        utterances = len({key[:2] for key in store.entries})
+        print(f"{len(frames):,} frames of {utterances:,} utterances, {frames.shape[1]} numbers each", flush=True)
+        if reasons:
+            print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())))
+        fitted = fit(frames, num_units, seed)
 
         from safetensors.numpy import save_file
 
         with work.publish("kmeans.safetensors") as path:
-            save_file({"centroids": fit.centroids}, path)
-        write_json(output_dir / "features.json", features_json(config, *fit.centroids.shape))
-        work.counts.update(frames=len(frames), utterances=used, mean_squared_distance=round(fit.distance, 4))
-        work.counts.update(distinct_units=num_units, used_units=fit.used)
-        print(f"{num_units:,} distinct units, {fit.used:,} of them used; mean squared distance {fit.distance:.4g}")
+            save_file({"centroids": fitted.centroids}, path)
+        write_json(output_dir / "features.json", features_json(config, *fitted.centroids.shape))
+        work.counts.update(frames=len(frames), utterances=utterances, dropped=dict(reasons))
+        work.counts.update(mean_squared_distance=round(fitted.distance, 4))
+        work.counts.update(distinct_units=num_units, used_units=fitted.used)
+        print(
+            f"{num_units:,} distinct units, {fitted.used:,} of them used; mean squared distance {fitted.distance:.4g}"
+        )
+    for path in output_dir.glob(".*.f4"):
+        remove(path)
+    (output_dir / ".frames.jsonl").unlink(missing_ok=True)
     print(output_dir)
 
 

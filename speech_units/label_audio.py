@@ -1,80 +1,135 @@
 """Turn audio into speech units: the nearest k-means centroid of every frame, consecutive repeats collapsed.
 
-Usage: python speech_units/label_audio.py --manifest audio/train.jsonl --audio_root audio --kmeans runs/kmeans \
-           --output_dir runs/units/train
+Usage: python speech_units/label_audio.py --manifest manifests/train/manifest.jsonl --audio_root audio \
+           --kmeans runs/kmeans --output_dir runs/units/train
 
-Reads: a manifest, JSONL rows {"id", "audio" (path relative to audio_root), "language", "text"}, the audio, and the
-folder that fit_kmeans.py wrote.
-Writes, in output_dir: units-00000-of-00001.parquet and so on (id, audio, language, duration_s, units, text). Each
-shard is finished, or begun anew, by itself: array tasks with --shard N fill one folder together.
+Reads: a manifest (make_manifest.py; its fields stand in towerspeech/manifests.py), the audio, and the folder that
+fit_kmeans.py wrote.
+Writes, in output_dir: units-00000-of-00001.parquet and so on (id, audio, language, duration_s, units, text), and where
+utterances had to be left out units-00000-of-00001.dropped.jsonl (id, audio, reason, problem). Each shard is finished,
+or gone on with, by itself: array tasks with --shard N fill one folder together.
 """
 
-import contextlib
 import functools
-import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
-from speech_units.features import SAMPLE_RATE, extractor, fingerprint, load_kmeans, read_audio
+from speech_units.audio import fingerprint, is_silent, too_many_bad
+from speech_units.features import BATCH_SECONDS, Encoder, load_kmeans
+from speech_units.journal import Journal
+from speech_units.kmeans import Nearest
 from towerspeech.command import run
 from towerspeech.errors import UserError
-from towerspeech.manifests import duration, read_manifest
+from towerspeech.manifests import read_manifest, read_rows, seconds
+from towerspeech.records import write_jsonl
 from towerspeech.stage import Stage, stage
 from towerspeech.units import collapse
 from towerspeech.units_parquet import shard_name, write_units
 
-SETTINGS = ("audio_root", "shard", "num_workers", "device")  # arguments that do not change the output
-FRAMES_AT_ONCE = 2048  # bounds the distance table: 2048 x 5000 units is 41 MB
+# Arguments that do not change the output.
+SETTINGS = ("audio_root", "shard", "num_workers", "batch_seconds", "max_bad_share", "device")
 
 
-def nearest(frames, centroids) -> list[int]:
-    """Index of the centroid nearest to each frame: (frames, dim), (num_units, dim) -> frames ids.
+def boundaries(lengths, num_shards: int) -> list[int]:
+    """The first row of each shard, and the number of rows: equal shares of the seconds, or of the rows if unknown."""
+    import numpy as np
 
-    |f - c|^2 = |f|^2 - 2 f.c + |c|^2, and |f|^2 is the same for all c.
-    """
-    norms = (centroids**2).sum(axis=1)
-    ids: list[int] = []
-    for start in range(0, len(frames), FRAMES_AT_ONCE):
-        ids += (norms - 2 * frames[start : start + FRAMES_AT_ONCE] @ centroids.T).argmin(axis=1).tolist()
-    return ids
+    ends = np.cumsum(lengths if np.isfinite(lengths).all() else np.ones(len(lengths)))
+    inner = np.searchsorted(ends, ends[-1] * np.arange(1, num_shards) / num_shards, side="right")
+    return [0, *inner.tolist(), len(lengths)]
 
 
-@functools.cache  # a worker loads the k-means and the model once
-def load(kmeans: Path, device: str) -> tuple:
-    """The k-means' centroids, the settings of its features, and the function that computes them."""
-    centroids, config = load_kmeans(kmeans)
-    return centroids, config, extractor(config, device)
+def units_rows(journal: Journal, rows: Iterator[dict]) -> Iterator[dict]:
+    """Rows of the shard that have units, in the manifest's order."""
+    for number, row in enumerate(rows):
+        known = journal.read(number)
+        if "units" in known:
+            yield row | known
 
 
-def label(row: dict, kmeans: Path, audio_root: Path, device: str) -> dict:
-    """One manifest row with what a units row has besides."""
-    centroids, config, extract = load(kmeans, device)
-    samples = read_audio(audio_root / row["audio"], row["where"], config.window_samples, duration(row))
-    units = collapse(nearest(extract(samples), centroids))
-    return row | {"duration_s": len(samples) / SAMPLE_RATE, "units": units}
+def dropped_rows(journal: Journal, rows: Iterator[dict]) -> Iterator[dict]:
+    for number, row in enumerate(rows):
+        known = journal.read(number)
+        if "reason" in known:
+            names = {name: row[name] for name in ("id", "audio", "member", "row", "start_s", "end_s") if name in row}
+            yield {**names, "reason": known["reason"], "problem": known["problem"]}
 
 
-@contextlib.contextmanager
-def mapper(num_workers: int) -> Iterator[Callable]:
-    """Give ``map``, by worker processes if more than one."""
-    if num_workers == 1:
-        yield map
-        return
-    # Spawned: CUDA does not survive a fork, and a forked worker would keep the folder's lock.
-    with multiprocessing.get_context("spawn").Pool(num_workers) as workers:
-        yield functools.partial(workers.imap, chunksize=8)
+def label_rows(frames, nearest: Nearest, journal: Journal, max_bad_share: float, progress) -> None:
+    """Label what is missing of a shard; every utterance goes to the journal as soon as its last piece is encoded."""
+    begun: dict[int, tuple[list[int], float]] = {}  # units and loudest sample of utterances in windows
+    num_rows = len(journal.places)
+
+    def finish(pieces: list, ids: list) -> None:
+        for piece, found in zip(pieces, ids, strict=True):
+            earlier, peak = begun.pop(piece.index, ([], 0.0))
+            units, peak = earlier + found.tolist(), max(peak, piece.peak)
+            if not piece.last:
+                begun[piece.index] = units, peak
+                continue
+            row = {"row": piece.index, "duration_s": piece.duration_s, "units": collapse(units)}
+            if is_silent(peak):
+                row = bad(piece, "silent", "is silent from beginning to end")
+            add(row)
+
+    def bad(piece, reason: str, problem: str) -> dict:
+        return {"row": piece.index, "place": piece.place, "reason": reason, "problem": problem}
+
+    def add(row: dict) -> None:
+        journal.add(row)
+        progress.update()
+        num_bad = journal.reasons.total()
+        if "reason" in row and num_bad > max_bad_share * num_rows:
+            journal.sync()
+            raise too_many_bad(num_bad, num_rows, max_bad_share, journal.first_bad)
+
+    waiting: tuple[list, list] = ([], [])  # a GPU encodes a batch while the one before is written down
+    for pieces, encoded in frames:
+        if not encoded:
+            (piece,) = pieces
+            begun.pop(piece.index, None)
+            add(bad(piece, piece.error.reason, piece.error.problem))
+            continue
+        labelled = nearest(encoded)
+        finish(*waiting)
+        waiting = pieces, labelled
+    finish(*waiting)
+    journal.sync()
 
 
-def write_shard(work: Stage, name: str, rows: list[dict]) -> None:
-    """Write one shard of units rows, and say how much speech it holds."""
+def write_shard(work: Stage, name: str, journal: Journal, rows: Callable[[], Iterator[dict]]) -> None:
+    """Write what the journal knows of a shard in the order of the manifest's rows, and say how much speech it holds."""
     with work.publish(f"{name}.parquet") as path:
-        write_units(path, rows)
-    num_units, seconds = sum(len(row["units"]) for row in rows), sum(row["duration_s"] for row in rows)
-    work.counts.update(utterances=len(rows), units=num_units, seconds_of_audio=round(seconds, 2))
-    rate = f", {num_units / seconds:.1f} units a second" if rows else ""
-    print(f"{name}: {len(rows):,} utterances, {num_units:,} units, {seconds / 3600:.2f} h{rate}", flush=True)
+        write_units(path, units_rows(journal, rows()))
+    work.counts.update(utterances=journal.utterances, units=journal.units, seconds_of_audio=round(journal.seconds, 2))
+    said = f"{name}: {journal.utterances:,} utterances, {journal.units:,} units, {journal.seconds / 3600:.2f} h"
+    if journal.seconds:
+        said += f", {journal.units / journal.seconds:.1f} units a second"
+    if journal.reasons:
+        write_jsonl(work.output_dir / f"{name}.dropped.jsonl", dropped_rows(journal, rows()))
+        reasons = dict(sorted(journal.reasons.items()))
+        work.counts["dropped"] = reasons
+        said += "; left out: " + ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+    print(said, flush=True)
+
+
+def say_speed(work: Stage, frames, seconds: float) -> None:
+    """Say how fast a shard, or what was left of it, was labelled."""
+    if not frames.audio_s:
+        return
+    speed = {
+        "audio_seconds_a_second": round(frames.audio_s / seconds, 1),
+        "padding_share": round(frames.padding_s / (frames.audio_s + frames.padding_s), 4),
+        "encoder_idle_share": round(1 - frames.encoder_s() / seconds, 4),
+    }
+    work.counts.update(speed)
+    print(
+        f"{speed['audio_seconds_a_second']:,} seconds of audio a second; padding {speed['padding_share']:.1%}, the encoder"
+        f" idle {speed['encoder_idle_share']:.1%} of the time",
+        flush=True,
+    )
 
 
 def label_audio(
@@ -84,51 +139,66 @@ def label_audio(
     output_dir: Path,
     num_shards: int = 1,
     shard: int | None = None,
-    num_workers: int = 1,
+    num_workers: int | None = None,
+    batch_seconds: float = BATCH_SECONDS,
+    max_seconds: float = 7200,
+    max_bad_share: float = 0.01,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
     """Label every utterance of a manifest with units.
 
     Args:
-        manifest: JSONL with "id", "audio", "language" and "text".
+        manifest: JSONL with "id", "audio", "language" and "text", and "start_s" and "end_s" of segments.
         audio_root: Folder that the manifest's audio paths start from.
         kmeans: Folder written by fit_kmeans.py.
         output_dir: Folder of units shards to write.
-        num_shards: Files to write; a shard's rows are held in memory, so give one for every 100,000 utterances or so.
+        num_shards: Files to write, of about as many hours each if the manifest says how long utterances are.
         shard: Write this one alone, counted from 0 (for array tasks); without it all, in turn.
-        num_workers: Processes; each loads its own HuBERT.
-        device: auto, cpu or cuda, for HuBERT.
+        num_workers: Processes that decode audio ahead; default: on a GPU one for each CPU but one, else none.
+        batch_seconds: Seconds of audio that a GPU encodes at a time, padding included. Units do not depend on it.
+        max_seconds: Longer utterances are left out; those above 60 s are encoded in overlapping windows.
+        max_bad_share: Of a shard's utterances, how many may be left out because their audio cannot be used.
+        device: auto, cpu or cuda, for the encoder.
         overwrite: Replace a shard if it was made from other input.
     """
     arguments = dict(locals())
     if num_shards < 1 or (shard is not None and not 0 <= shard < num_shards):
         raise UserError(f"--shard {shard} of --num_shards {num_shards}", "shards are 0 to num_shards - 1")
-    if num_workers < 1:
-        raise UserError(f"--num_workers is {num_workers}", "give at least 1")
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: threads only get in workers' way
-        os.environ.setdefault(variable, "1")
+    if (num_workers is not None and num_workers < 0) or batch_seconds <= 0 or not 0 <= max_bad_share <= 1:
+        given = f"--num_workers {num_workers}, --batch_seconds {batch_seconds:g}, --max_bad_share {max_bad_share:g}"
+        raise UserError(f"{given} make no sense", "give 0 or more processes, some seconds, a share from 0 to 1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: threads get in the decoding processes' way
+    import numpy as np
     from tqdm import tqdm
 
-    load_kmeans(kmeans)  # bad input is found before workers start
-    num_rows = sum(1 for _ in read_manifest(manifest, audio_root if shard is None else None))
-    shards = range(num_shards) if shard is None else [shard]
-    begins = [num_rows * index // num_shards for index in range(num_shards + 1)]  # the first row of each shard
-    left = read_manifest(manifest, audio_root, begins[shards[0]])
-    label_row = functools.partial(label, kmeans=kmeans, audio_root=audio_root, device=device)
-    with contextlib.ExitStack() as stack:
-        map_rows = None
-        for index in shards:
-            name = shard_name(index, num_shards)
-            spoken = list(islice(left, begins[index + 1] - begins[index]))
-            arguments["audio"] = fingerprint(spoken, audio_root)  # the same files elsewhere are the same input
-            with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
-                if work.done:
-                    continue
-                if map_rows is None:  # workers start with the first shard that is not done yet
-                    map_rows = stack.enter_context(mapper(num_workers))
-                labelled = tqdm(map_rows(label_row, spoken), total=len(spoken), desc=name, unit="utt")
-                write_shard(work, name, list(labelled))
+    from speech_units.frames import Decoder, Frames
+
+    centroids, config = load_kmeans(kmeans)
+    lengths = np.fromiter((seconds(row) or np.nan for row in read_manifest(manifest)), dtype="f4")
+    begins = boundaries(lengths, num_shards)
+    encoder = None
+    for index in range(num_shards) if shard is None else [shard]:
+        name, first, end = shard_name(index, num_shards), begins[index], begins[index + 1]
+        rows = functools.partial(read_rows, manifest, first, end)
+        arguments["audio"] = fingerprint(
+            rows(), audio_root, max_bad_share
+        )  # the same files elsewhere are the same input
+        journal_path = output_dir / f".{name}.journal.jsonl"
+        with stage(__file__, output_dir, arguments, ["manifest", "kmeans"], SETTINGS, part=name) as work:
+            if not work.done:
+                if encoder is None:
+                    encoder = Encoder(config, device, dim=centroids.shape[1])
+                    nearest = Nearest(centroids, encoder.device)
+                journal = Journal(journal_path, first, end - first)
+                decoder = Decoder(manifest, audio_root, config, max_seconds, first, end, journal.done())
+                frames = Frames(decoder, encoder, num_workers, batch_seconds)
+                started = time.monotonic()
+                with tqdm(total=end - first, initial=sum(journal.done()), desc=name, unit="utt") as progress:
+                    label_rows(frames, nearest, journal, max_bad_share, progress)
+                say_speed(work, frames, time.monotonic() - started)
+                write_shard(work, name, journal, rows)
+        journal_path.unlink(missing_ok=True)
     print(output_dir)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from towerspeech.errors import UserError
@@ -18,7 +19,11 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is half a charac
 
 
 def iter_jsonl(
-    path: Path, required: Sequence[str] = (), texts: Sequence[str] = (), unique_ids: bool = False
+    path: Path,
+    required: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    unique_ids: bool = False,
+    start: int = 0,
 ) -> Iterator[tuple[str, dict]]:
     """Stream the rows of a JSONL file, each with its ``file:line``. Blank lines are passed over.
 
@@ -28,6 +33,7 @@ def iter_jsonl(
         required: Fields that every row must have.
         texts: Fields that every row must have, as strings.
         unique_ids: Whether a row's id must be no other row's.
+        start: Rows to pass over, unread.
 
     Raises:
         UserError: The file is missing, empty or malformed, a row lacks a field, has something else where a text is
@@ -35,7 +41,7 @@ def iter_jsonl(
     """
     path, fields, ids = _file(path), [*required, *texts], set()
     number_of_rows = 0
-    for where, row in _json_rows(path):
+    for where, row in _json_rows(path, start):
         if not isinstance(row, dict):
             raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
         for name in fields:
@@ -74,19 +80,22 @@ def _file(path: Path) -> Path:
     return Path(path)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """The values of a JSONL file or a JSON list, each with its place."""
+def _json_rows(path: Path, start: int = 0) -> Iterator[tuple[str, object]]:
+    """The values of a JSONL file or a JSON list from number ``start`` on, each with its place."""
     with open(path, "rb") as file:
-        begun = False
+        begun, passed = False, 0
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8)  # in the middle too: files that were joined have one a file
             if not line.strip():
                 continue
             if not begun and line.lstrip().startswith(b"["):
                 items = _loads(line + file.read(), f"{path}", number)
-                yield from ((f"{path}, item {i}", item) for i, item in enumerate(items, 1))
+                yield from islice(((f"{path}, item {i}", item) for i, item in enumerate(items, 1)), start, None)
                 return
             begun = True
+            if passed < start:
+                passed += 1
+                continue
             yield f"{path}:{number}", _loads(line, f"{path}", number)
 
 

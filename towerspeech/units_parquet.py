@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from towerspeech import units as dsu
@@ -12,6 +13,7 @@ from towerspeech.stage import RUN_INFO
 
 UNIT_COLUMNS = ("id", "audio", "language", "duration_s", "units", "text")
 REMAKE = "run speech_units/label_audio.py"
+ROWS_HELD = 8192
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -19,14 +21,20 @@ def shard_name(shard: int, num_shards: int) -> str:
     return f"units-{shard:05d}-of-{num_shards:05d}"
 
 
-def write_units(path: Path, rows: list[dict]) -> None:
-    """Write one shard of units rows (``UNIT_COLUMNS``) to ``path``."""
+def write_units(path: Path, rows: Iterable[dict]) -> None:
+    """Write one shard of units rows (``UNIT_COLUMNS``; other fields are left out) to ``path``, ROWS_HELD at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = (pa.string(), pa.string(), pa.string(), pa.float64(), pa.list_(pa.uint16()), pa.string())
     schema = pa.schema(list(zip(UNIT_COLUMNS, types, strict=True)))
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+    left = iter(rows)
+    with pq.ParquetWriter(path, schema, compression="zstd") as file:
+        held = list(islice(left, ROWS_HELD))
+        while True:
+            file.write_table(pa.Table.from_pylist(held, schema=schema))
+            if not (held := list(islice(left, ROWS_HELD))):
+                return
 
 
 def unit_shards(folder: Path) -> list[Path]:
