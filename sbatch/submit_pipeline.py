@@ -25,8 +25,9 @@ from towerspeech.system import ROOT
 def check_inputs(system: chain.System) -> None:
     """Refuse a system of which something that no stage makes is not there."""
     places, blocks = system.places, system.blocks
-    wanted = [f"{places['manifests']}/{name}.jsonl" for name in places["train_sets"] + places["test_sets"]]
-    wanted += [f"{places['base']}/config.json", places["audio_root"], system.need("build_instructions", "data_root")]
+    wanted = [places["sets"][name][key] for name in places["sets"] for key in ("root", "manifest")]
+    wanted = [path for path in wanted if path is not None]
+    wanted += [f"{places['base']}/config.json", system.need("build_instructions", "data_root")]
     wanted += system.need("build_sft_data", "parallel")
     made = [Path(system.work), *(Path(system.units) / name for name in places["train_sets"])]
     for source in blocks["build_mixture"].get("sources", []):

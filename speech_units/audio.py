@@ -26,8 +26,8 @@ TOLERANCE_S = 0.05  # segments' times are rounded: so far a segment may reach be
 DURATION_TOLERANCE_S = 1  # between what a manifest says and what a file holds
 
 # Longer utterances are read, encoded and labelled in windows that overlap; of each window its margins, where it knows
-# one side alone, are left to its neighbours. LibriSpeech's longest utterance (35 s) is whole. In whole seconds, so that
-# at every sampling rate windows start at a sample, and at a frame of HuBERT.
+# one side alone, are left to its neighbours. LibriSpeech's longest utterance (35 s) is whole. In whole seconds, so
+# that at every sampling rate windows start at a sample, and at a frame of HuBERT.
 WINDOW_S, MARGIN_S = 60, 2
 STRIDE_S = WINDOW_S - 2 * MARGIN_S
 
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
 
     @property
     def first_frame_s(self) -> float:
-        """Where in the window the frames begin that are its own; up to STRIDE_S later, or its end if it is the last."""
+        """Where in the window the frames begin that are its own, in whole seconds."""
         return 0 if self.number == 0 else MARGIN_S
 
 
@@ -216,7 +216,7 @@ class Tar:
     """Members of a tar file by name; of a compressed one they are read fastest in their order."""
 
     def __init__(self, path: Path):
-        self.file = tarfile.open(path)
+        self.file = tarfile.open(path)  # noqa: SIM115 (open as long as its members are read)
         self.members = {member.name: member for member in self.file if member.isfile()}
 
     def read(self, name: str) -> bytes:
@@ -322,5 +322,5 @@ def _ahead(readers: ThreadPoolExecutor, function, items: Iterable) -> Iterator:
 
 
 def too_many_bad(num_bad: int, num_rows: int, max_bad_share: float, first: str) -> UserError:
-    told = f"{first}\n  {num_bad:,} of {num_rows:,} utterances cannot be used, more than --max_bad_share {max_bad_share:g}"
-    return UserError(told, "check --audio_root, mend the audio or the lines, or raise --max_bad_share")
+    told = f"{num_bad:,} of {num_rows:,} utterances cannot be used, more than --max_bad_share {max_bad_share:g}"
+    return UserError(f"{first}\n  {told}", "check --audio_root, mend the audio or the lines, or raise --max_bad_share")

@@ -185,8 +185,8 @@ class Encoder:
     def encode(self, prepared: Sequence) -> list:
         """Features of utterances or windows: float32 tensors (frames, dim), on ``device``.
 
-        An encoder's are the output of its layer: hidden_states[layer] of transformers, before the norm that follows the
-        last layer where the model has one there, as hubert-large has.
+        An encoder's are the output of its layer: hidden_states[layer] of transformers, before the norm that follows
+        the last layer where the model has one there, as hubert-large has.
         """
         import torch
 

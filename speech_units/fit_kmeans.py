@@ -33,7 +33,7 @@ SETTINGS = ("audio_root", "num_workers", "batch_seconds", "max_bad_share", "devi
 
 
 def lengths_of(manifest: Path):
-    """Seconds of each row, float32 (rows,): rows that do not say how long they last count as the mean of the others."""
+    """Seconds of each row, float32 (rows,); rows that do not say how long they last count as the others' mean."""
     import numpy as np
 
     lengths = np.fromiter((seconds(row) or np.nan for row in read_manifest(manifest)), dtype="f4")

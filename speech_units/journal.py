@@ -14,8 +14,8 @@ SYNC_S = 10  # seconds between two syncs: no more work than that is lost
 class Journal:
     """The utterances of a shard that are labelled or found bad, in the order in which they were: JSONL, appended.
 
-    A line is {"row", "duration_s", "units"} or {"row", "place", "reason", "problem"}; ``row`` counts in the manifest from
-    0. What a killed run left of its last line is cut off.
+    A line is {"row", "duration_s", "units"} or {"row", "place", "reason", "problem"}; ``row`` counts in the manifest
+    from 0. What a killed run left of its last line is cut off.
     """
 
     def __init__(self, path: Path, first: int, num_rows: int):

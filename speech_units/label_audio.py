@@ -100,7 +100,7 @@ def label_rows(frames, nearest: Nearest, journal: Journal, max_bad_share: float,
 
 
 def write_shard(work: Stage, name: str, journal: Journal, rows: Callable[[], Iterator[dict]]) -> None:
-    """Write what the journal knows of a shard in the order of the manifest's rows, and say how much speech it holds."""
+    """Write what is known of a shard, in the order of the manifest's rows, and say how much speech it holds."""
     with work.publish(f"{name}.parquet") as path:
         write_units(path, units_rows(journal, rows()))
     work.counts.update(utterances=journal.utterances, units=journal.units, seconds_of_audio=round(journal.seconds, 2))
@@ -119,17 +119,12 @@ def say_speed(work: Stage, frames, seconds: float) -> None:
     """Say how fast a shard, or what was left of it, was labelled."""
     if not frames.audio_s:
         return
-    speed = {
-        "audio_seconds_a_second": round(frames.audio_s / seconds, 1),
-        "padding_share": round(frames.padding_s / (frames.audio_s + frames.padding_s), 4),
-        "encoder_idle_share": round(1 - frames.encoder_s() / seconds, 4),
-    }
-    work.counts.update(speed)
-    print(
-        f"{speed['audio_seconds_a_second']:,} seconds of audio a second; padding {speed['padding_share']:.1%}, the encoder"
-        f" idle {speed['encoder_idle_share']:.1%} of the time",
-        flush=True,
-    )
+    speed = round(frames.audio_s / seconds, 1)
+    padding = round(frames.padding_s / (frames.audio_s + frames.padding_s), 4)
+    idle = round(1 - frames.encoder_s() / seconds, 4)
+    work.counts.update(audio_seconds_a_second=speed, padding_share=padding, encoder_idle_share=idle)
+    said = f"{speed:,} seconds of audio a second; padding {padding:.1%}"
+    print(said + (f", the encoder idle {idle:.1%} of the time" if frames.encoder.model else ""), flush=True)
 
 
 def label_audio(

@@ -11,7 +11,7 @@ language):
   flores/dev/*.dev             the tuning split in FLORES-200's layout, one sentence a line
   flores/devtest/*.devtest     the test split
   audio/<split>/<id>.wav       English speech, 16 kHz, mono, 16 bit
-  audio/{train,tuning,test}.jsonl  {"id", "audio" (relative to audio/), "language", "text"}
+  audio/<split>/{wav.scp,text} which is where, and what it says, as Kaldi has them
 
 The speech is eSpeak NG's (pip install -r tiny/requirements.txt), one of several voices, rates and pitches a sentence.
 """
@@ -210,7 +210,10 @@ def write_speech(work, splits: dict[str, list[dict[str, str]]], voices: int, see
         chunks += speech_chunks(audio, manifests[split], voices, seed)
     speak_all(chunks, num_workers)
     for split, rows in manifests.items():
-        work.counts[f"audio_{split}"] = write_jsonl(audio / f"{split}.jsonl", rows)
+        work.counts[f"audio_{split}"] = len(rows)
+        for name, said in (("wav.scp", lambda row: f"{row['id']}.wav"), ("text", lambda row: row["text"])):
+            with publish(audio / split / name) as path:
+                path.write_text("".join(f"{row['id']} {said(row)}\n" for row in rows), encoding="utf-8")
     num_samples = sum((path.stat().st_size - WAV_HEADER_BYTES) // 2 for path in audio.glob("*/*.wav"))
     work.counts["audio_hours"] = round(num_samples / SAMPLE_RATE / 3600, 3)
 

@@ -5,6 +5,7 @@ Slurm. Which commands a stage runs stands in its file alone; the file itself sho
 """
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from towerspeech.errors import UserError
 from towerspeech.files import read_json
 from towerspeech.stage import RUN_INFO, hash_path, plain
-from towerspeech.system import ROOT, command_name, read_system, variant_of
+from towerspeech.system import FORMS, ROOT, command_name, read_system, variant_of
 from towerspeech.units_parquet import shard_name
 
 # Commands that put what is asked for in place of what they wrote before, without an --overwrite (sbatch/job.sh).
@@ -70,6 +71,20 @@ class System:
         """What ``--config`` takes."""
         return f"{self.config}:{variant}" if variant else str(self.config)
 
+    def manifest(self, name: str) -> str:
+        """A set's manifest."""
+        return self.places["sets"][name]["manifest"] or f"{self.places['manifests']}/{name}/manifest.jsonl"
+
+    def manifest_words(self, name: str) -> list[str]:
+        """make_manifest.py's flags for a set; none if it has its manifest already."""
+        known = self.places["sets"][name]
+        if known["manifest"]:
+            return []
+        given = [(key, known[key]) for key in (*FORMS, "root", "split", "text", "language") if known[key] is not None]
+        return [
+            word for key, value in given for word in (f"--{key}", *(value if isinstance(value, list) else [value]))
+        ]
+
     def folders(self, sets: str) -> list[str]:
         return [f"{self.units}/{name}" for name in self.places[sets] or self.places["train_sets"]]
 
@@ -106,19 +121,26 @@ def text_model(system: System) -> Iterable[Stage]:
 
 
 def units(system: System) -> Iterable[Stage]:
-    """Audio -> units -> tokenizer and extended model."""
-    places, speech = system.places, {"AUDIO_ROOT": system.places["audio_root"]}
+    """Audio -> manifests -> units -> tokenizer and extended model."""
+    places = system.places
     num_units = system.need("fit_kmeans", "num_units")
     if system.get("train_bpe", "num_units") not in (None, num_units):
         raise UserError(f"{system.config}: num_units differs in fit_kmeans and train_bpe", "give both the same")
-    fitted = {"MANIFEST": f"{places['manifests']}/{places['train_sets'][0]}.jsonl", **speech}
+    learned, heard = places["train_sets"], [*places["train_sets"], *places["test_sets"]]
+    for name in dict.fromkeys(heard):
+        if words := system.manifest_words(name):
+            made = {"OUTPUT_DIR": f"{places['manifests']}/{name}"}
+            yield Stage(f"manifest_{name}", "make_manifest", ["make_data"], made, arguments=words)
+    fitted = {"MANIFEST": [system.manifest(name) for name in learned]}
+    fitted |= {"AUDIO_ROOT": [places["sets"][name]["root"] for name in learned]}
     fitted |= {"NUM_UNITS": num_units, "OUTPUT_DIR": places["kmeans"]}
-    yield Stage("fit_kmeans", "fit_kmeans", ["make_data"], fitted)
-    shards = places["num_shards"]
-    for name in [*places["train_sets"], *places["test_sets"]]:
-        given = {"MANIFEST": f"{places['manifests']}/{name}.jsonl", **speech, "KMEANS": places["kmeans"]}
-        given |= {"OUTPUT_DIR": f"{system.units}/{name}", "NUM_SHARDS": shards}
-        yield Stage(f"label_{name}", "label_audio", ["make_data", "fit_kmeans"], given, tasks=shards)
+    yield Stage("fit_kmeans", "fit_kmeans", ["make_data", *(f"manifest_{name}" for name in learned)], fitted)
+    for name in dict.fromkeys(heard):
+        shards = math.ceil((places["sets"][name]["hours"] or 0) / places["shard_hours"]) or 1
+        given = {"MANIFEST": system.manifest(name), "AUDIO_ROOT": places["sets"][name]["root"]}
+        given |= {"KMEANS": places["kmeans"], "OUTPUT_DIR": f"{system.units}/{name}", "NUM_SHARDS": shards}
+        after = ["make_data", f"manifest_{name}", "fit_kmeans"]
+        yield Stage(f"label_{name}", "label_audio", after, given, tasks=shards)
     given = {
         "UNITS": system.folders("train_sets"),
         "NUM_UNITS": num_units,

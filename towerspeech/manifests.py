@@ -12,7 +12,6 @@ Other fields are kept and mean nothing here.
 
 import functools
 import math
-import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -103,7 +102,7 @@ def _check_other_names(row: dict, where: str) -> None:
         if not (name.startswith("offset") and value == 0 and not has_length):
             raise UserError(
                 f"{where}: field {name!r} means a part of the recording, but start_s and end_s (seconds) say which",
-                "rename it, or let speech_units/make_manifest.py write the manifest (it reads NeMo's, Kaldi's, lhotse's)",
+                "rename it, or let speech_units/make_manifest.py write the manifest (from NeMo's and others)",
             )
 
 

@@ -7,6 +7,8 @@ that show examples), over those above: ``--config systems/tiny.yaml:base`` takes
 the system's folder.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -25,32 +27,61 @@ class Places:
     Attributes:
         work: Folder of what is this system's alone.
         base: Hugging Face folder of the text model.
-        manifests: Folder of <set>.jsonl (id, audio, language, text).
-        audio_root: Folder that the manifests' audio paths start from.
-        train_sets: Sets of speech to learn from; k-means is fitted on the first.
-        test_sets: Sets of speech to transcribe.
+        sets: The sets of speech: {name: ``SpeechSet``}.
+        train_sets: Those to learn from; k-means is fitted on a sample of them all.
+        test_sets: Those to transcribe.
         sft_sets: Those of train_sets that instruction tuning draws from; default: all.
+        manifests: Folder of <set>/manifest.jsonl.
         kmeans: Folder of the k-means. Systems that name the same one share it; so with the next two.
         units: Folder of the sets' units.
         tokenizer: Folder of units_bpe/, tokenizer/ and base/, the extended model.
-        num_shards: Files that a set's units are written to, a task of an array each.
+        shard_hours: Hours of a set that one task of an array labels.
         array_limit: Tasks of an array that may run at a time; default: all.
         nproc_per_node: Processes of a training on a node; default: one for each of its GPUs.
     """
 
     work: str
     base: str
-    manifests: str
-    audio_root: str
+    sets: dict[str, dict]
     train_sets: list[str]
     test_sets: list[str]
     sft_sets: list[str] | None = None
+    manifests: str = "{work}/manifests"
     kmeans: str = "{work}/kmeans"
     units: str = "{work}/units"
     tokenizer: str = "{work}/tokenizer"
-    num_shards: int = 8
+    shard_hours: float = 100
     array_limit: int | None = None
     nproc_per_node: int | None = None
+
+
+FORMS = ("corpus", "cuts", "nemo", "fairseq", "kaldi", "parquet")  # options of speech_units/make_manifest.py
+
+
+@dataclass
+class SpeechSet:
+    """A set of speech: one of the six forms that make_manifest.py reads, or a manifest.
+
+    Attributes:
+        root: Folder of the corpus; audio paths start there.
+        corpus, cuts, nemo, fairseq, kaldi, parquet: As make_manifest.py's.
+        manifest: A manifest that is there already.
+        split, text, language: As make_manifest.py's.
+        hours: How long the set is, which decides the number of shards; default: one shard.
+    """
+
+    root: str
+    corpus: str | None = None
+    cuts: str | None = None
+    nemo: str | None = None
+    fairseq: str | None = None
+    kaldi: str | None = None
+    parquet: list[str] | None = None
+    manifest: str | None = None
+    split: str | None = None
+    text: str | None = None
+    language: str | None = None
+    hours: float | None = None
 
 
 def command_name(script: Path) -> str:
@@ -163,33 +194,58 @@ def _check_options(path: Path, options: dict) -> None:
 
 def _places(path: Path, block: dict) -> dict:
     """``system`` with its defaults; paths of lists end at white space in a job, so these hold none."""
-    known = {field.name: field for field in fields(Places)}
+    places = _filled_in(f"{path}: system", Places, block, ("work", "units", "tokenizer", "manifests"))
+    for name, given in places["sets"].items():
+        where = f"{path}: system.sets.{name}"
+        if not isinstance(given, dict) or not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"{where} is {given!r}", "name it with letters, digits and . _ + -, and say what it is")
+        places["sets"][name] = _filled_in(where, SpeechSet, given, ("root", *FORMS, "manifest"))
+        forms = [form for form in (*FORMS, "manifest") if given.get(form) is not None]
+        if len(forms) != 1:
+            said = f"says {' and '.join(forms)}" if forms else "does not say what it is"
+            raise UserError(f"{where} {said}", f"give one of {', '.join(FORMS)}, manifest")
+    for sets in ("train_sets", "test_sets", "sft_sets"):
+        among = "train_sets" if sets == "sft_sets" else "sets"
+        for name in sorted({*(places[sets] or [])} - {*places[among]}):
+            raise UserError(f"{path}: system.{sets} names {name}, {among} do not", "add it there")
+    return places
+
+
+def _filled_in(where: str, kind: type, block: dict, words: Sequence[str]) -> dict:
+    """A block with its defaults; ``words`` and lists hold no white space.
+
+    Raises:
+        UserError: It has unknown keys, lacks some, or has values of another type.
+    """
+    known = {field.name: field for field in fields(kind)}
     if unknown := block.keys() - known.keys():
-        raise UserError(f"{path}: system has no key {min(unknown)!r}", f"it takes: {', '.join(known)}")
-    places = {name: field.default for name, field in known.items()} | block
-    for name, value in places.items():
-        kind = known[name].type
+        raise UserError(f"{where} has no key {min(unknown)!r}", f"it takes: {', '.join(known)}")
+    filled = {name: field.default for name, field in known.items()} | block
+    for name, value in filled.items():
+        wanted = known[name].type
         if value is MISSING:
-            raise UserError(f"{path}: system does not say {name}", "README.md and the other systems show it")
-        if not _is(value, kind):
-            raise UserError(f"{path}: system.{name} is {value!r}", f"it wants {getattr(kind, '__name__', kind)}")
-        if isinstance(value, list) or name in ("work", "units", "tokenizer"):
+            raise UserError(f"{where} does not say {name}", "README.md and the other systems show it")
+        if not _is(value, wanted):
+            raise UserError(f"{where}.{name} is {value!r}", f"it wants {getattr(wanted, '__name__', wanted)}")
+        if isinstance(value, list) or (name in words and value is not None):
             for word in value if isinstance(value, list) else [value]:
                 if any(mark in word for mark in " \t\r\n*?["):
-                    raise UserError(f"{path}: system.{name} holds {word!r}", "no white space, no * ? [ here")
-    for name in sorted({*(places["sft_sets"] or [])} - {*places["train_sets"]}):
-        raise UserError(f"{path}: system.sft_sets names {name}, train_sets do not", "add it there")
-    return places
+                    raise UserError(f"{where}.{name} holds {word!r}", "no white space, no * ? [ here")
+    return filled
 
 
 def _is(value, kind) -> bool:
     """Whether a value is what a key of ``system`` wants, and not empty."""
     if value is None:
-        return kind not in (str, int, list[str])
+        return "None" in str(kind)
+    if "dict" in str(kind):
+        return isinstance(value, dict) and bool(value)
     if "list" in str(kind):
         return isinstance(value, list) and bool(value) and all(isinstance(word, str) and word for word in value)
     if "int" in str(kind):
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if "float" in str(kind):
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
     return isinstance(value, str) and bool(value.strip())
 
 

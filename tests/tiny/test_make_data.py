@@ -124,21 +124,28 @@ def data(tmp_path_factory):
     return folder
 
 
+def spoken_rows(data: Path, split: str) -> list[dict]:
+    """What the Kaldi files of a split say."""
+    texts, audio = (
+        dict(line.split(" ", 1) for line in read_lines(data / f"audio/{split}/{name}")) for name in ("text", "wav.scp")
+    )
+    assert list(texts) == list(audio)
+    return [{"id": name, "audio": f"{split}/{audio[name]}", "text": text} for name, text in texts.items()]
+
+
 def test_files(data):
     mono, parallel = read_jsonl(data / "mono.jsonl"), read_jsonl(data / "parallel.jsonl")
     assert len(mono) == len(parallel) == 2 * 28
     assert {(row["src_lang"], row["tgt_lang"]) for row in parallel} == {("en", "de"), ("de", "en")}
     assert len({row["id"] for row in mono + parallel}) == 4 * 28
     for split, size in (("train", 28), ("tuning", 7), ("test", 7)):
-        rows = read_jsonl(data / "audio" / f"{split}.jsonl")
+        rows = spoken_rows(data, split)
         assert len(rows) == size
         for row in rows:
             with wave.open(str(data / "audio" / row["audio"])) as file:
                 assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (16000, 1, 2)
                 assert 0.8 < file.getnframes() / 16000 < 6
-    assert [r["text"] for r in read_jsonl(data / "audio/test.jsonl")] == read_lines(
-        data / "flores/devtest/eng_Latn.devtest"
-    )
+    assert [r["text"] for r in spoken_rows(data, "test")] == read_lines(data / "flores/devtest/eng_Latn.devtest")
 
 
 def test_splits_are_disjoint_in_both_languages(data):
@@ -174,7 +181,7 @@ def test_same_bytes_with_more_workers_and_after_sigkill(data, tmp_path):
     assert wavs(tmp_path) == wavs(data)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())  # not done twice
     assert not list(tmp_path.rglob(".tmp-*"))
-    for name in ("mono.jsonl", "parallel.jsonl", "audio/train.jsonl"):
+    for name in ("mono.jsonl", "parallel.jsonl", "audio/train/wav.scp", "audio/train/text"):
         assert hash_file(tmp_path / name) == hash_file(data / name)
 
 
@@ -242,7 +249,7 @@ def test_who_speaks_depends_on_the_id_and_the_seed_alone(tmp_path):
 
 def test_16_khz_is_resampled_and_not_just_named(data):
     """A sentence lasts as long at 16 kHz as in eSpeak's own 22,050 Hz."""
-    (path, *sound), *_ = make_data.speech_chunks(data / "audio", read_jsonl(data / "audio/train.jsonl"), 3, 0)[0]
+    (path, *sound), *_ = make_data.speech_chunks(data / "audio", spoken_rows(data, "train"), 3, 0)[0]
     with wave.open(path) as file:
         seconds = file.getnframes() / 16000
     rate = make_data.espeak()[1]
@@ -265,7 +272,7 @@ def test_each_side_is_in_its_language(data):
         assert (row["src_lang"], row["tgt_lang"]) == (src, tgt)
         assert (row["source"], row["target"]) == (texts[f"mono-{src}-{number}"], texts[f"mono-{tgt}-{number}"])
     english = {text for name, text in texts.items() if name.startswith("mono-en")}
-    spoken = {row["text"] for row in read_jsonl(data / "audio/train.jsonl")}
+    spoken = {row["text"] for row in spoken_rows(data, "train")}
     assert spoken == english
 
 

@@ -1,16 +1,18 @@
 """A system's YAML: what it holds, what is refused and how, and what a command takes of it."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from towerspeech.errors import UserError
-from towerspeech.system import is_command, moved, read_block, read_system
+from towerspeech.system import SpeechSet, is_command, moved, read_block, read_system
 
 REPO = Path(__file__).resolve().parents[2]
-PLACES = {"work": "runs/x", "base": "b", "manifests": "m", "audio_root": "a", "train_sets": ["t"], "test_sets": ["u"]}
+SETS = {"t": {"root": "a", "corpus": "mls", "split": "train", "hours": 7}, "u": {"root": "c", "manifest": "u.jsonl"}}
+PLACES = {"work": "runs/x", "base": "b", "sets": SETS, "train_sets": ["t"], "test_sets": ["u"]}
 SYSTEM = {
     "system": PLACES,
     "build_mixture": {"bos": True, "sources": [{"paths": ["{work}/data/x"]}]},
@@ -35,11 +37,13 @@ def test_places_have_defaults_below_work(tmp_path):
     blocks = read_system(write(tmp_path / "x.yaml", SYSTEM))
     assert blocks["system"] == {
         **PLACES,
+        "sets": {name: {**{field.name: None for field in fields(SpeechSet)}, **given} for name, given in SETS.items()},
         "sft_sets": None,
+        "manifests": "runs/x/manifests",
         "kmeans": "runs/x/kmeans",
         "units": "runs/x/units",
         "tokenizer": "runs/x/tokenizer",
-        "num_shards": 8,
+        "shard_hours": 100,
         "array_limit": None,
         "nproc_per_node": None,
     }
@@ -85,8 +89,18 @@ def test_another_work_folder(tmp_path):
         (changed("system", train_sets=[]), r"system.train_sets is \[\]"),
         (changed("system", train_sets="a"), "system.train_sets is 'a'"),
         (changed("system", test_sets=["a b"]), "system.test_sets holds 'a b'"),
-        (changed("system", num_shards="8"), "system.num_shards is '8'"),
-        (changed("system", num_shards=0), "system.num_shards is 0"),
+        (changed("system", shard_hours="8"), "system.shard_hours is '8'"),
+        (changed("system", shard_hours=0), "system.shard_hours is 0"),
+        (changed("system", sets=["t"]), r"system.sets is \['t'\]"),
+        (changed("system", sets={"t": SETS["t"]}), "system.test_sets names u, sets do not"),
+        (changed("system", sets={**SETS, "u": "u.jsonl"}), "system.sets.u is 'u.jsonl'"),
+        (changed("system", sets={**SETS, "u v": SETS["u"]}), "system.sets.u v is"),
+        (changed("system", sets={**SETS, "u": {"corpus": "mls"}}), "system.sets.u does not say root"),
+        (changed("system", sets={**SETS, "u": {"root": "a"}}), "system.sets.u does not say what it is"),
+        (changed("system", sets={**SETS, "u": SETS["t"] | SETS["u"]}), "system.sets.u says corpus and manifest"),
+        (changed("system", sets={**SETS, "u": {**SETS["u"], "corpora": 1}}), "system.sets.u has no key 'corpora'"),
+        (changed("system", sets={**SETS, "u": {**SETS["u"], "hours": "5"}}), "system.sets.u.hours is '5'"),
+        (changed("system", sets={**SETS, "u": {**SETS["u"], "root": "a b"}}), "system.sets.u.root holds 'a b'"),
         (changed("system", nproc_per_node=True), "system.nproc_per_node is True"),
         (changed("system", sft_sets=["other"]), "system.sft_sets names other, train_sets do not"),
         (changed("sbatch", generate=["--time=1"]), "sbatch.generate is no file of sbatch/"),
