@@ -11,7 +11,8 @@ from towerspeech.files import publish
 class FrameFile:
     """Float32 frames (n, dim), appended piece by piece, with an index beside them.
 
-    The index is JSONL of {"key", "frames", "dim", "last"}. ``key`` is where a piece belongs in the order, (manifest, row, window); ``last`` says that its row ends there.
+    The index is JSONL of {"key", "frames", "dim", "last"}. ``key`` is where a piece belongs in the order, (manifest,
+    row, window); ``last`` says that its row ends there.
     """
 
     def __init__(self, path: Path):

@@ -123,7 +123,7 @@ def test_its_prompts_are_the_committed_ones(killed_run):
 def test_run_again_it_says_that_all_is_done(killed_run):
     root, before = killed_run
     printed = finish(root)[len(before) :]
-    assert printed.count(" s] done\n") == 24 and "python " not in printed  # not one script is run
+    assert printed.count(" s] done\n") == 26 and "python " not in printed  # not one script is run
     assert "| sft" in printed and "all done in " in printed and "the model has learned" in printed
 
 

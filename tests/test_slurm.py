@@ -382,7 +382,8 @@ def submit(slurm, root: Path) -> dict[str, str]:
     return jobs(root / "work")
 
 
-BEFORE = ["make_data", "make_base", "fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer"]
+MANIFESTS = ["manifest_train", "manifest_test"]
+BEFORE = ["make_data", "make_base", *MANIFESTS, "fit_kmeans", "label_train", "label_test", "train_bpe_tokenizer"]
 
 
 @pytest.mark.slow
@@ -462,7 +463,7 @@ def test_what_waits_for_a_cancelled_stage_is_submitted_anew(slurm, stubs):
 def local(tmp_path_factory) -> Path:
     """The work folder of the same system, run without Slurm; continued pretraining with two processes, as there."""
     work = tmp_path_factory.mktemp("chain") / "local"
-    first = "make_data,make_base,fit_kmeans,label_audio,train_bpe_tokenizer,build_mixture"
+    first = "make_data,make_base,make_manifest,fit_kmeans,label_audio,train_bpe_tokenizer,build_mixture"
     for stages, processes in ((first, 1), ("continued_pretraining", 2), ("", 1)):
         command = [sys.executable, REPO / "systems/run.py", "--system", TINY, "--work", work]
         command += ["--stages", stages] if stages else []
@@ -599,8 +600,8 @@ def test_submitted_again_it_leaves_out_what_is_done_or_queued(chain):
     assert [stage for stage, job in second.items() if job == "-"] == done
     assert chain["third"] == second
     rows = [line.split() for line in chain["last"].splitlines() if line and not line.startswith(("stage", "job ids"))]
-    assert len(rows) == 18 and all(row[1] == "-" for row in rows)
-    assert chain["status_done"].count("done before") == 18
+    assert len(rows) == 20 and all(row[1] == "-" for row in rows)
+    assert chain["status_done"].count("done before") == 20
 
 
 @pytest.mark.slow
@@ -687,7 +688,7 @@ def test_a_changed_key_runs_the_stages_that_depend_on_it(local, tmp_path, block,
     command = ["bash", REPO / "sbatch/submit_pipeline.sh", config, "--dry_run"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     named = re.findall(r"(?m)^# (\w+)( is done)?$", told)
-    assert {name for name, done in named if not done} == stages and len(named) == 18
+    assert {name for name, done in named if not done} == stages and len(named) == 20
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_every_stage_of_every_system_is_shown(dry_runs):
             assert (f"--array=0-{(tasks or 0) - 1}" in words) == bool(tasks)
             assert len(lines) - 1 >= (tasks or 1)
     assert files == {file.stem for file in REPO.glob("sbatch/*.sbatch")}
-    assert [len(dry_runs[name]) for name in ("towerspeech_6b", "tiny", "tiny_ci")] == [24, 24, 18]
+    assert [len(dry_runs[name]) for name in ("towerspeech_6b", "tiny", "tiny_ci")] == [33, 26, 20]
 
 
 def test_options_of_slurm_reach_their_stage(dry_runs):

@@ -50,7 +50,7 @@ class Places:
     kmeans: str = "{work}/kmeans"
     units: str = "{work}/units"
     tokenizer: str = "{work}/tokenizer"
-    shard_hours: float = 100
+    shard_hours: float = 250
     array_limit: int | None = None
     nproc_per_node: int | None = None
 

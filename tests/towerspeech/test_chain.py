@@ -47,7 +47,7 @@ def test_nothing_learns_from_what_is_scored(tmp_path, split, flores):
         for word in sum(commands, [])
         if word.startswith(asked.work) and (split in Path(word).name or "flores" in word)
     }
-    assert named == {f"label_{split}"}
+    assert named == {f"manifest_{split}", f"label_{split}"}
     assert re.search(rf"--units {asked.units}/train --parallel", shlex.join(told["instruction_tuning"][0]))
     for name in ("build_instructions", "build_few_shot", "build_instructions_sft", "build_few_shot_sft"):
         flags = chain.parsed(told[name][0])
@@ -92,10 +92,34 @@ def test_the_order_and_what_each_stage_builds_on(tmp_path):
 
 
 def test_sets_for_instruction_tuning(tmp_path):
-    places = {"train_sets": ["a", "b"], "sft_sets": ["b"]}
+    places = {"train_sets": ["mls_en", "voxpopuli_en"], "sft_sets": ["voxpopuli_en"]}
     told = shown(system(tmp_path, REPO / "systems/llama2_10b.yaml", system=places))
-    assert chain.parsed(told["train_bpe_tokenizer"][0])["units"] == ["units/a", "units/b"]
-    assert chain.parsed(told["instruction_tuning"][0])["units"] == ["units/b"]
+    assert chain.parsed(told["train_bpe_tokenizer"][0])["units"] == ["units/mls_en", "units/voxpopuli_en"]
+    assert chain.parsed(told["instruction_tuning"][0])["units"] == ["units/voxpopuli_en"]
+
+
+def test_sets_of_speech(tmp_path):
+    """Each form's flags, a manifest that is there, shards by hours; k-means is fitted on all that is learned from."""
+    sets = {
+        "cuts": {"root": "c", "cuts": "c/cuts.jsonl.gz", "hours": 250},
+        "hub": {"root": "h", "parquet": ["h/0.parquet", "h/1.parquet"], "text": "raw", "hours": 250.1},
+        "own": {"root": "o", "manifest": "o/own.jsonl"},
+        "unused": {"root": "u", "nemo": "u.jsonl"},
+    }
+    places = {"sets": sets, "train_sets": ["cuts", "own"], "test_sets": ["hub"], "shard_hours": 125}
+    asked = system(tmp_path, REPO / "systems/llama2_10b.yaml", system=places)
+    told = shown(asked)
+    assert [name for name in told if name.startswith("manifest_")] == ["manifest_cuts", "manifest_hub"]
+    flags = chain.parsed(told["manifest_cuts"][0])
+    assert (flags["cuts"], flags["root"], flags["output_dir"]) == ("c/cuts.jsonl.gz", "c", "manifests/cuts")
+    flags = chain.parsed(told["manifest_hub"][0])
+    assert (flags["parquet"], flags["text"]) == (["h/0.parquet", "h/1.parquet"], "raw")
+    flags = chain.parsed(told["fit_kmeans"][0])
+    assert flags["manifest"] == ["manifests/cuts/manifest.jsonl", "o/own.jsonl"] and flags["audio_root"] == ["c", "o"]
+    stages = {stage.name: stage for stage in chain.chain(asked)}
+    assert [stages[f"label_{name}"].tasks for name in ("cuts", "own", "hub")] == [2, 1, 3]
+    assert stages["label_hub"].after == ["manifest_hub", "fit_kmeans"] and stages["label_own"].after == ["fit_kmeans"]
+    assert chain.parsed(told["label_own"][0])["manifest"] == "o/own.jsonl"
 
 
 def test_stages_are_chosen_by_name_or_by_file(tmp_path):
@@ -212,7 +236,7 @@ def test_a_stage_whose_input_nobody_makes_is_refused_before_anything_runs(tmp_pa
 
 def test_a_dry_run_writes_nothing(tmp_path):
     told = run(TINY, "--work", str(tmp_path / "work"), "--dry_run", "true")
-    assert told.returncode == 0 and told.stdout.count("# ") == 24 and not (tmp_path / "work").exists()
+    assert told.returncode == 0 and told.stdout.count("# ") == 26 and not (tmp_path / "work").exists()
 
 
 # --- What is shown --------------------------------------------------------------------------------

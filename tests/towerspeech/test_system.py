@@ -43,7 +43,7 @@ def test_places_have_defaults_below_work(tmp_path):
         "kmeans": "runs/x/kmeans",
         "units": "runs/x/units",
         "tokenizer": "runs/x/tokenizer",
-        "shard_hours": 100,
+        "shard_hours": 250,
         "array_limit": None,
         "nproc_per_node": None,
     }
