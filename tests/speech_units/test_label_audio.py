@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ import torch
 from safetensors.numpy import save_file
 
 from speech_units import audio, features, frames, label_audio
+from speech_units.kmeans import Nearest
+from speech_units.make_manifest import make_manifest
+from tests.corpus_trees import CORPORA
 from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.units import collapse
@@ -102,6 +106,26 @@ def test_segments_are_the_same_audio_cut_into_files(tmp_path, kmeans, name, rate
     assert len(found) == len(SEGMENTS) and len({tuple(units) for units in found.values()}) == len(SEGMENTS)
     durations = [row["duration_s"] for row in read_units(tmp_path / "segments")]
     assert durations == pytest.approx([min(end or 9, 9) - start for start, end in SEGMENTS], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "subtype"),
+    [("a.flac", 16000, None), ("a.ogg", 16000, "VORBIS"), ("b.ogg", 44100, "VORBIS"), ("a.opus", 48000, "OPUS"),
+     ("a.mp3", 16000, None)],
+)  # fmt: skip
+def test_segments_are_sought_to_the_sample(tmp_path, name, rate, subtype):
+    """One after the other in one open recording: after a seek libsndfile may read Ogg Vorbis wrongly."""
+    soundfile.write(tmp_path / name, speech(4, 40, rate), rate, format="OGG" if subtype else None, subtype=subtype)
+    whole, _ = soundfile.read(tmp_path / name, dtype="f4")
+    rows = [
+        row(n, name, start_s=start, end_s=start + 0.7, where="") for n, start in enumerate(np.arange(0.1, 37, 0.9))
+    ]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    for order in (rows, shuffled):
+        for told, piece in audio.utterances(order, tmp_path):
+            start, end = (round(told[key] * rate) for key in ("start_s", "end_s"))
+            wanted = audio.Recording.resampled(SimpleNamespace(rate=rate), whole[start:end])
+            np.testing.assert_allclose(piece.samples, wanted, atol=0 if name != "a.mp3" else 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
@@ -197,7 +221,7 @@ def test_windows_of_a_long_recording_meet(tmp_path, seconds):
         stitched.append(found[0])
     (piece,) = [p for _, p in audio.utterances([row(0, "a.wav", where="")], tmp_path)][:1]
     assert pieces == (1 if seconds <= 60 else -(-round((seconds - 4) * rate) // (56 * rate)))
-    whole = StandIn().encode([audio.Recording.resampled(audio.Recording(row(0, "a.wav"), tmp_path), samples)])[0]
+    whole = StandIn().encode([audio.Recording.resampled(SimpleNamespace(rate=rate), samples)])[0]
     assert torch.cat(stitched).shape == whole.shape
     torch.testing.assert_close(torch.cat(stitched), whole, rtol=1e-5, atol=1e-7)
     assert piece.duration_s == pytest.approx(seconds, abs=1e-4)
@@ -429,3 +453,28 @@ def test_kills_at_any_moment_leave_the_same_bytes(corpus, kmeans, tmp_path, pyte
     for name in names:
         if name.endswith((".parquet", "dropped.jsonl")):
             assert hash_file(tmp_path / "killed" / name) == hash_file(tmp_path / "whole" / name)
+
+
+# --- Corpora --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_each_corpus_becomes_units(tmp_path, kmeans, corpus):
+    """From its real layout: every utterance gets the units of its own audio, segments those of their part."""
+    CORPORA[corpus](tmp_path / "corpus")
+    split = "TEST" if corpus == "gigaspeech" else "test"
+    make_manifest(tmp_path / "m", corpus=corpus, root=tmp_path / "corpus", split=split)
+    path = tmp_path / "m/manifest.jsonl"
+    label_audio.label_audio(path, tmp_path / "corpus", kmeans, tmp_path / "u")
+    found = units_of(tmp_path / "u")
+    rows = [json.loads(line) for line in path.open()]
+    assert list(found) == [row["id"] for row in rows] and len(rows) >= 2
+    nearest = Nearest(features.load_kmeans(kmeans)[0], "cpu")
+    for row in rows:
+        file = tmp_path / "corpus" / row["audio"]
+        if "member" in row:
+            with tarfile.open(file) as tar:
+                file = io.BytesIO(tar.extractfile(row["member"]).read())
+        samples, rate = soundfile.read(file, dtype="f4")
+        start, end = (round(row.get(name, place) * rate) for name, place in (("start_s", 0), ("end_s", 1e9)))
+        samples = audio.Recording.resampled(SimpleNamespace(rate=rate), samples[start:end])
+        (ids,) = nearest([torch.from_numpy(features.mfcc(samples))])  # in float32: a tone's frames are all but ties
+        assert found[row["id"]] == collapse(ids.tolist())
