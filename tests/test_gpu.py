@@ -80,3 +80,33 @@ def test_training_over_nccl_follows_the_cpu_and_vllm_decodes_it(tmp_path, model_
     results = (tmp_path / "generations" / exported.name / "prompts.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in results] == [row["id"] for row in rows]
     assert all(0 < json.loads(line)["num_tokens"] <= 16 for line in results)
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["large-like", "base-like"])
+def test_units_on_the_gpu_are_nearly_those_of_the_cpu(tmp_path, large, record_property):
+    """bfloat16 in padded batches (base-like: equal lengths) beside float32 alone: the share of frames that differ."""
+    import numpy as np
+
+    from speech_units import features
+    from speech_units.kmeans import Nearest
+    from tests.speech_units.test_speech_units import small_encoder
+
+    small_encoder(tmp_path, "hubert", large, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    config = features.encoder_config("hubert", str(tmp_path), 3)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(16_000, 160_000, 24) if large else [80_000] * 24
+    samples = [features.prepare(rng.standard_normal(length).astype("f4"), config) for length in lengths]
+    found = {}
+    for device in ("cpu", "cuda"):
+        encoder = features.Encoder(config, device)
+        frames = encoder.encode(samples)
+        if device == "cpu":
+            assert encoder.batches == "alone"
+            centroids = torch.cat(frames)[::37][:200].numpy()
+        else:
+            assert encoder.batches == ("padded" if large else "equal")
+        found[device] = torch.cat(Nearest(centroids, encoder.device)(frames)).cpu()
+    differing = (found["cpu"] != found["cuda"]).float().mean().item()
+    record_property("share_of_units_that_differ", differing)
+    print(f"{differing:.2%} of {len(found['cpu']):,} units differ")
+    assert differing < 0.03  # with bfloat16 on a CPU 0.4% and 0.7%; on a GPU not measured yet
