@@ -332,10 +332,17 @@ def list_items(path: Path, name: str) -> Iterator[dict]:
         UserError: There is no such list, or it is malformed.
     """
     decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8") as file:
+
+        def read(characters: int) -> str:
+            try:
+                return file.read(characters)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: not UTF-8 ({error.reason})", "download it again") from None
+
         buffer, begun, wanted = "", None, CHUNK
         while begun is None:
-            chunk = file.read(CHUNK)
+            chunk = read(CHUNK)
             buffer += chunk
             begun = re.search(rf'"{name}"\s*:\s*\[', buffer)
             if begun is None and (not chunk or len(buffer) > LARGEST_OBJECT):
@@ -350,7 +357,7 @@ def list_items(path: Path, name: str) -> Iterator[dict]:
                 wanted = CHUNK
                 yield item
             except ValueError as error:  # it goes on in the next chunk, or is malformed
-                chunk = file.read(wanted)
+                chunk = read(wanted)
                 wanted *= 2  # so that a long object is not parsed over and over
                 buffer, place = buffer[place:] + chunk, 0
                 if not chunk or len(buffer) > LARGEST_OBJECT:

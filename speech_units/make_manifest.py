@@ -44,7 +44,7 @@ from towerspeech.stage import Stage, stage
 
 SLACK_S = 0.05  # a segment may end so much after its recording, whose length was rounded or measured otherwise
 WITH_TRANSLATIONS = ("covost2", "europarl_st", "fleurs")
-ALL_BAD = 1000  # if so many rows come first of which none is usable, the others will not be either
+ALL_BAD = 10_000  # if so many rows come first of which none is usable, the others will not be either
 FOOTER = 1 << 20  # bytes of a Parquet file's end that stand for it: where its columns are, and their statistics
 
 
@@ -121,12 +121,14 @@ def manifest_row(utterance: Utterance, audio: str, language: str) -> dict:
     return row
 
 
-def translations(utterance: Utterance, language: str) -> Iterator[dict]:
-    """Rows of parallel text for what an utterance says."""
+def translations(utterance: Utterance, language: str) -> Iterator[dict | None]:
+    """Rows of parallel text for what an utterance says; None where a side is empty or would be units."""
     for code, target in sorted(utterance.targets.items()):
         pair = {"source": utterance.source or utterance.text, "target": target}
         if all(text.strip() and not PLANE_15.search(text) for text in pair.values()):
             yield {"id": utterance.id, "src_lang": language, "tgt_lang": code, **pair}
+        else:
+            yield None
 
 
 class Tally:
@@ -207,8 +209,9 @@ def write(work: Stage, source: Source, root: Path, max_bad_share: float) -> Tall
             files[0].write(dumps(row) + "\n")
             tally.kept, tally.kept_s = tally.kept + 1, tally.kept_s + row["duration_s"]
             for pair in translations(utterance, language) if len(files) > 2 else ():
-                files[2].write(dumps(pair) + "\n")
-                tally.translations[pair["tgt_lang"]] += 1
+                if pair:
+                    files[2].write(dumps(pair) + "\n")
+                tally.translations[pair["tgt_lang"] if pair else "left out"] += 1
         tally.check(source.base, max_bad_share)
     return tally
 
@@ -277,8 +280,8 @@ def make_manifest(
     print(f"{tally.kept:,} utterances, {tally.kept_s / 3600:,.2f} h")
     for reason, numbers in work.counts["dropped"].items():
         print(f"left out: {numbers['utterances']:,} ({numbers['hours']:,.2f} h where known): {reason}")
-    for code, number in tally.translations.items():
-        print(f"translations into {code}: {number:,}")
+    for code, number in sorted(tally.translations.items()):
+        print(f"translations {'' if code == 'left out' else 'into '}{code}: {number:,}")
     print(output_dir)
 
 

@@ -225,6 +225,8 @@ def _keyed(path: Path) -> Iterator[tuple[str, str, str]]:
     """Stream (key, file:line, the rest) of a file that is sorted by its first words; UserError where it is not."""
     last = ""
     for where, line in lines(path):
+        if line is not None and not line.strip():
+            continue
         key, rest = _words(line)
         if key:
             if key < last:
@@ -254,11 +256,13 @@ def parquet(paths: list[Path], root: Path | None, text: str) -> Source:
     files = []
     for path in paths:
         check_exists(path, "check --parquet")
-        files += [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        splits = {split for split in SPLITS if path.is_dir() and any(f.name.startswith(split) for f in files)}
+        here = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        names = [str(file.relative_to(path)) for file in here] if path.is_dir() else []
+        splits = [split for split in SPLITS if any(re.search(rf"(^|/){split}[-_./]", name) for name in names)]
         if len(splits) > 1:
-            problem = f"{path} holds several splits: {', '.join(sorted(splits))}"
-            raise UserError(problem, f"name one's files: --parquet {path}/{min(splits)}-*.parquet")
+            problem = f"{path} holds several splits: {', '.join(splits)}"
+            raise UserError(problem, "name one's files, as a shell's pattern does: --parquet .../train-*.parquet")
+        files += here
     if not files:
         raise UserError(f"{paths[0]} holds no Parquet file", "check --parquet")
     column = _check_parquet(files, text)
@@ -301,6 +305,9 @@ def _check_parquet(files: list[Path], text: str) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def is_string(kind) -> bool:
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
     wanted = (*RAW_COLUMNS, *TEXT_COLUMNS) if text == "raw" else TEXT_COLUMNS
     columns = {}
     for file in files:
@@ -312,7 +319,7 @@ def _check_parquet(files: list[Path], text: str) -> str:
         if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             problem = f"{file}: no column audio with bytes among {', '.join(schema.names)}"
             raise UserError(problem, "give Parquet files that hold audio as the Hugging Face hub has it")
-        found = [name for name in wanted if name in schema.names and pa.types.is_string(schema.field(name).type)]
+        found = [name for name in wanted if name in schema.names and is_string(schema.field(name).type)]
         if not found:
             raise UserError(f"{file}: none of the text columns {', '.join(wanted)}", "rename its column to text")
         columns.setdefault(found[0], file)

@@ -159,6 +159,17 @@ def test_europarl_without_libsndfiles_formats_says_how_to_convert(tmp_path):
         make_manifest(tmp_path / "out2", corpus="europarl_st", root=tmp_path / "b", split="test")
 
 
+def test_a_segment_twice_in_one_europarl_list_is_a_duplicate(tmp_path):
+    wanted, translated = europarl_tree(tmp_path)
+    for ending in ("lst", "en", "de"):
+        path = tmp_path / f"en/de/test/segments.{ending}"
+        path.write_text(path.read_text() + path.read_text().splitlines()[0].replace("Danke", "Nochmal") + "\n")
+    found = made(tmp_path / "out", corpus="europarl_st", root=tmp_path, split="test", max_bad_share=0.5)
+    same(found, wanted)
+    assert pairs(tmp_path / "out") == translated
+    assert reasons(tmp_path / "out") == {next(iter(wanted)): "duplicate id"}
+
+
 def test_covost_equals_pandas_merge(tmp_path):
     """CoVoST's own script reads and joins the TSVs so."""
     import pandas
@@ -176,6 +187,16 @@ def test_covost_equals_pandas_merge(tmp_path):
         wanted = joined[joined.split.isin([split, "train_covost"] if split == "train" else [split])]
         wanted = {(Path(r.path).stem, "de", r.sentence, r.translation) for r in wanted.itertuples()}
         assert len(wanted) and {pair for pair in pairs(out) if pair[1] == "de"} == wanted
+
+
+def test_translations_left_out_are_counted(tmp_path):
+    CORPORA["covost2"](tmp_path)
+    german = tmp_path / "covost_v2.en_de.tsv"
+    german.write_text(german.read_text().replace("Nein.", " ").replace("Hallo", "Hallo\U000f0001"))
+    found = made(tmp_path / "out", corpus="covost2", root=tmp_path, split="test")
+    assert len(found) == 2 and {code for _, code, *_ in pairs(tmp_path / "out")} == {"zh"}
+    counts = json.loads((tmp_path / "out/run_info.json").read_text())["counts"]
+    assert counts["translations"] == {"left out": 2, "zh": 1}
 
 
 def test_covost_lists_what_common_voice_lacks(tmp_path):
@@ -341,8 +362,8 @@ def test_one_bad_row_is_listed_and_left_out_up_to_a_share(name, tmp_path):
 
 
 def test_all_bad_ends_early(tmp_path):
-    path = nemo(tmp_path / "m.json", *({"audio_filepath": f"{i}.wav", "text": "a"} for i in range(5000)))
-    with pytest.raises(UserError, match="of 1,000 rows none can be used: 1,000 missing audio.*\n  -> check --root"):
+    path = nemo(tmp_path / "m.json", *({"audio_filepath": f"{i}.wav", "text": "a"} for i in range(12_000)))
+    with pytest.raises(UserError, match="of 10,000 rows none can be used: 10,000 missing audio.*\n  -> check --root"):
         make_manifest(tmp_path / "out", nemo=path)
 
 
@@ -389,6 +410,9 @@ def test_json_of_any_size_is_read_in_chunks(tmp_path, monkeypatch):
             assert list(corpora.list_items(path, "audios")) == items
     path.write_text(path.read_text()[:3000])
     with pytest.raises(UserError, match="g.json: not JSON"):
+        list(corpora.list_items(path, "audios"))
+    path.write_bytes(b'{"audios": ["\xff"]}')
+    with pytest.raises(UserError, match="g.json: not UTF-8"):
         list(corpora.list_items(path, "audios"))
     path.write_text('{"other": []}')
     with pytest.raises(UserError, match="no list 'audios'"):
@@ -517,9 +541,9 @@ def test_fairseq(ending, tmp_path):
     seconds = [tone(tmp_path / f"audio/s/{name}.flac", 0.5 + name / 8) for name in range(2)]
     path = write(tmp_path / "lists/t.tsv", str(tmp_path / "audio"), "s/0.flac\t8000", "s/1.flac\t10000")
     texts = {".wrd": ["HE SAID", "NO"], ".ltr": ["H E | S A I D |", "N O |"]}[ending]
-    write(path.with_suffix(ending), *texts)
+    write(path.with_suffix(ending), *(f"{said}\r" for said in texts))
     wanted = row("s/0", "s/0.flac", "HE SAID", seconds[0]) | row("s/1", "s/1.flac", "NO", seconds[1])
-    same(made(tmp_path / "out", fairseq=path), wanted)
+    same(made(tmp_path / "out", fairseq=path, text="raw"), wanted)
     write(path.with_suffix(ending), "HE SAID")
     with pytest.raises(UserError, match=rf"t.tsv has 2 rows, but t{ending} 1 lines"):
         make_manifest(tmp_path / "out2", fairseq=path)
@@ -572,7 +596,7 @@ def test_kaldi_without_segments(tmp_path):
     for name in ("a", "b"):
         tone(tmp_path / f"{name}.wav", 1)
     write(tmp_path / "wav.scp", "a a.wav", f"b {tmp_path}/b.wav", "c sph2pipe c.sph |")
-    write(tmp_path / "text", "a HE", "b SAID")
+    write(tmp_path / "text", "a HE", "", "b SAID")
     found = made(tmp_path / "out", kaldi=tmp_path)
     same(found, row("a", "a.wav", "HE", 1.0) | row("b", "b.wav", "SAID", 1.0))
 
@@ -604,7 +628,7 @@ def test_parquet(tmp_path):
     missing = {"clip-train-0-2": "no transcript", "clip-train-0-3": "missing audio (no bytes)"}
     assert reasons(tmp_path / "out") == missing
     parquet(tmp_path / "d/test-0.parquet", [0.5], text=["a"])
-    with pytest.raises(UserError, match="holds several splits: test, train\n.*--parquet"):
+    with pytest.raises(UserError, match="holds several splits: train, test\n.*--parquet"):
         make_manifest(tmp_path / "out2", parquet=[tmp_path / "d"])
 
 
