@@ -14,6 +14,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = (
+    "speech_units/make_manifest.py",
     "speech_units/fit_kmeans.py",
     "speech_units/label_audio.py",
     "train_bpe_tokenizer/train_bpe.py",

@@ -202,7 +202,7 @@ def walk(place: Place, name: str, shown: dict[str, list[str]]) -> None:
     ]
     place.run(line, "--sources", json.dumps(sources))
     mixed = read_json(work / "mixture/manifest.json", "")["sources"]
-    assert [source["documents"] for source in mixed] == [86] + [40] * (len(sources) - 1)
+    assert [source["documents"] for source in mixed] == [88] + [40] * (len(sources) - 1)
 
     [line] = stages["continued_pretraining"]
     nodes = 4 if "--nnodes 4" in line else 1
