@@ -101,6 +101,8 @@ def test_the_readme_lists_it_with_its_variables(file):
 LISTS = {  # file and variable -> the flag before its words; without one, an array's task takes one of them
     ("comet", "GENERATIONS"): "--generations",
     ("export_checkpoint", "STEPS"): "",
+    ("fit_kmeans", "MANIFEST"): "--manifest",
+    ("fit_kmeans", "AUDIO_ROOT"): "--audio_root",
     ("generate_asr", "CHECKPOINTS"): "",
     ("generate_asr", "UNITS"): "--units",
     ("generate_mt", "CHECKPOINTS"): "",

@@ -168,9 +168,9 @@ def walks(place, dry_runs) -> Iterator[dict[str, Future]]:
         stages = shown["towerspeech_6b"]
         manifests = [lines[1] for stage, lines in stages.items() if stage.startswith("manifest_")]
         list(pool.map(place.run, manifests))
-        place.run(stages["fit_kmeans"][1])
+        place.run(stages["fit_kmeans"][1], "--num_workers", 0)
         labels = [lines[1] for stage, lines in stages.items() if stage.startswith("label_")]
-        list(pool.map(lambda line: place.run(line, "--num_shards", 1), labels))
+        list(pool.map(lambda line: place.run(line, "--num_shards", 1, "--num_workers", 0), labels))
         of_bases = {lines["train_bpe_tokenizer"][-1]: lines["train_bpe_tokenizer"] for lines in shown.values()}
         list(pool.map(place.make_tokenizer, of_bases.values()))
         yield {name: pool.submit(walk, place, name, stages) for name, stages in shown.items()}

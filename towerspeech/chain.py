@@ -277,7 +277,9 @@ def allotted(stage: Stage, options: Sequence[str]) -> dict[str, object]:
     words = [*re.findall(r"(?m)^#SBATCH (\S+)", text), *options]
     nodes = [re.sub(r"\D+", "", word) for word in words if re.fullmatch(r"(--nodes=|-N)\d+", word)]
     gpus = [re.search(r"gpu:(?:\w+:)?(\d+)|$", word)[1] for word in words if word.startswith("--gres=")]
+    cpus = [re.sub(r"\D+", "", word) for word in words if re.fullmatch(r"(--cpus-per-task=|-c)\d+", word)]
     given = {"SLURM_JOB_ID": 0, "SLURM_JOB_NODELIST": "nodes", "SLURM_JOB_NUM_NODES": nodes[-1] if nodes else 1}
+    given |= {"SLURM_CPUS_PER_TASK": cpus[-1]} if cpus else {}
     return given | ({"SLURM_GPUS_ON_NODE": gpus[-1]} if gpus and gpus[-1] else {})
 
 
