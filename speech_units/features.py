@@ -5,7 +5,7 @@ Shared by fit_kmeans.py and label_audio.py, so that audio is labelled with exact
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 
@@ -171,11 +171,11 @@ class Encoder:
         if config.features == "mfcc":
             return
         found = encoder_config(config.features, config.encoder, config.layer)
-        if found != config:
+        if replace(found, normalise=config.normalise) != config:  # which is the k-means' affair
             raise UserError(
                 f"encoder {config.encoder!r} gives a frame every {found.hop_samples} samples from"
-                f" {found.window_samples} on{', normalised' * found.normalise}, but the k-means was fitted to"
-                f" {config.hop_samples} and {config.window_samples}{', normalised' * config.normalise}",
+                f" {found.window_samples} on, but the k-means was fitted to {config.hop_samples} and"
+                f" {config.window_samples}",
                 "fit the k-means anew with speech_units/fit_kmeans.py",
             )
         self.model = _load(config.encoder, config.layer).to(self.device)

@@ -17,47 +17,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from speech_units.audio import SAMPLE_RATE, fingerprint, is_silent, too_many_bad
+from speech_units.audio import SAMPLE_RATE, is_silent, too_many_bad
 from speech_units.features import BATCH_SECONDS, Encoder, FeatureConfig, encoder_config, features_json
 from speech_units.kmeans import fit
+from speech_units.sample import choose, fingerprint_of_sample, lengths_of
 from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.files import remove, write_json
-from towerspeech.manifests import read_manifest, read_rows, seconds
 from towerspeech.stage import stage
 from towerspeech.units import check_num_units
 
-UNKNOWN_S = 10.0  # seconds of an utterance, where no row says how long it lasts
-COMPARED = 10_000  # files that decide whether the audio is still the same
 SETTINGS = ("audio_root", "num_workers", "batch_seconds", "max_bad_share", "device")
-
-
-def lengths_of(manifest: Path):
-    """Seconds of each row, float32 (rows,); rows that do not say how long they last count as the others' mean."""
-    import numpy as np
-
-    lengths = np.fromiter((seconds(row) or np.nan for row in read_manifest(manifest)), dtype="f4")
-    known = lengths[np.isfinite(lengths)]
-    return np.nan_to_num(lengths, nan=known.mean() if len(known) else UNKNOWN_S)
-
-
-def choose(lengths: list, hours: float, weights: list[float] | None, seed: int) -> list:
-    """Draw utterances of several manifests until there are so many hours: a bool array (rows,) for each.
-
-    Each gives its weight's share of the hours; without weights what it holds of all. All of it, if it holds less.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    shares = np.array(weights or [held.sum() for held in lengths])
-    chosen = []
-    for held, wanted_s in zip(lengths, 3600 * hours * shares / shares.sum(), strict=True):
-        order = rng.permutation(len(held))
-        before = np.cumsum(held[order], dtype="f8") - held[order]
-        mask = np.zeros(len(held), dtype=bool)
-        mask[order[before < wanted_s]] = True
-        chosen.append(mask)
-    return chosen
 
 
 def collect(store, frames, manifest: int, chosen: int, max_bad_share: float, progress) -> Counter:
@@ -133,10 +103,8 @@ def fit_kmeans(
     from speech_units.frames import Decoder, Frames
 
     chosen = choose([lengths_of(path) for path in manifest], hours, weights, seed)
-    arguments["audio"] = []  # the same files elsewhere are the same input
-    for path, root, mask in zip(manifest, roots, chosen, strict=True):
-        rows = itertools.islice(itertools.compress(read_rows(path, 0, len(mask)), mask), COMPARED)
-        arguments["audio"].append(fingerprint(rows, root, max_bad_share))
+    samples = zip(manifest, roots, chosen, strict=True)
+    arguments["audio"] = [fingerprint_of_sample(*sample, max_bad_share) for sample in samples]
     with stage(__file__, output_dir, arguments, inputs=["manifest"], ignore=SETTINGS) as work:
         if work.done:
             print(output_dir)

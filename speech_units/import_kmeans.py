@@ -1,13 +1,13 @@
 """Take over somebody else's k-means: a scikit-learn model (joblib or pickle), or an array of centroids (.npy).
 
 Usage: python speech_units/import_kmeans.py --kmeans hubert_large_ll60k_L22_km5000.bin --trust_pickle true \\
-           --hubert facebook/hubert-large-ll60k --layer 22 --output_dir runs/kmeans
+           --encoder facebook/hubert-large-ll60k --layer 22 --output_dir runs/kmeans
 
 Reads: what fairseq's learn_kmeans.py writes and SpireLM, textlesslib and slamkit read, a joblib of scikit-learn's
 MiniBatchKMeans or KMeans; or (num_units, dim) as .npy.
 Writes, in output_dir: kmeans.safetensors and features.json, as fit_kmeans.py does.
 
-A k-means file does not say which features its centroids belong to; --hubert and --layer must. Layers are counted from
+A k-means file does not say which features its centroids belong to; --encoder and --layer must. Layers are counted from
 1, and a layer's output is taken without the norm that a large HuBERT has after its last layer. So it is elsewhere:
 - fairseq: `output_layer` "is 1-based", and the encoder leaves its last norm out where a layer is asked for
   (fairseq/models/hubert/hubert.py, forward; fairseq/models/wav2vec/wav2vec2.py, TransformerEncoder.forward).
@@ -17,18 +17,21 @@ A k-means file does not say which features its centroids belong to; --hubert and
 - slamkit takes transformers' `hidden_states[layer]`, of which number 0 is the first layer's input; the same, but for a
   large HuBERT's last layer, to which transformers applies the norm.
 
-Here the waveform is brought to mean 0 and variance 1, an utterance at a time. So does SpireLM. fairseq and textlesslib
-go by how the model was trained: hubert_large_librivox.yaml says `normalize: true`, hubert_base_librispeech.yaml false.
-slamkit never does it. A base HuBERT's first convolution has no bias and a norm over the utterance after it, so that a
-constant factor or offset matters little there, unless the audio is very quiet: expect units that are nearly theirs.
-fairseq and textlesslib cut audio every 100 s, and slamkit adds 40 zeros at both ends; neither is done here.
+Whether the waveform is brought to mean 0 and variance 1, an utterance at a time, is what the model's
+preprocessor_config.json says (do_normalize), and yes where there is none; --normalise says otherwise. SpireLM does it.
+fairseq and textlesslib go by how the model was trained: hubert_large_librivox.yaml says `normalize: true`,
+hubert_base_librispeech.yaml false. slamkit never does it. A base
+HuBERT's first convolution has no bias and a norm over the utterance after it, so that a constant factor or offset
+matters little there, unless the audio is very quiet: expect units that are nearly theirs. fairseq and textlesslib cut
+audio every 100 s, and slamkit adds 40 zeros at both ends; neither is done here.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from speech_units.features import NUM_MFCC, FeatureConfig, features_json, hubert_config
+from speech_units.features import NUM_MFCC, FeatureConfig, encoder_config, features_json
 from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.files import check_exists, write_json
@@ -104,7 +107,7 @@ def check_centroids(path: Path, found, dim: int, model: str):
     if centroids.shape[1] != dim:
         raise UserError(
             f"{path} has centroids of {centroids.shape[1]} numbers, but {model} gives {dim}",
-            "check --features and --hubert (39 numbers are other MFCC than ours, such as fairseq's: fit anew)",
+            "check --features and --encoder (39 numbers are other MFCC than ours, such as fairseq's: fit anew)",
         )
     bad = ~np.isfinite(centroids).all(axis=1)
     if bad.any():
@@ -115,9 +118,10 @@ def check_centroids(path: Path, found, dim: int, model: str):
 def import_kmeans(
     kmeans: Path,
     output_dir: Path,
-    features: Literal["mfcc", "hubert"] = "hubert",
-    hubert: str = "facebook/hubert-large-ll60k",
+    features: Literal["mfcc", "hubert", "wav2vec2", "wavlm"] = "hubert",
+    encoder: str = "facebook/hubert-large-ll60k",
     layer: int = 22,
+    normalise: bool | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -126,9 +130,10 @@ def import_kmeans(
     Args:
         kmeans: The file: .npy, or joblib or pickle of a (MiniBatch)KMeans or of its centroids.
         output_dir: Folder to write.
-        features: What was clustered: mfcc (as features.py computes them, no others) or hubert.
-        hubert: HuBERT model that it was clustered from: hub name or folder.
-        layer: HuBERT layer whose output was clustered, counted from 1.
+        features: What was clustered: mfcc (as features.py computes them, no others), hubert, wav2vec2 or wavlm.
+        encoder: Model that it was clustered from: hub name or folder.
+        layer: Layer whose output was clustered, counted from 1.
+        normalise: Whether utterances were brought to mean 0 and variance 1; default: as the model's folder says.
         trust_pickle: Load a file that is no .npy. Whatever code was put into it runs: only from who you trust.
         overwrite: Replace the folder's content if it was made from other input.
     """
@@ -136,13 +141,14 @@ def import_kmeans(
     import numpy as np
 
     found = read_centroids(kmeans, trust_pickle)
-    if features == "hubert":
+    if features == "mfcc":
+        config, dim, model = FeatureConfig("mfcc"), 2 * NUM_MFCC, "our MFCC"
+    else:
         from transformers import AutoConfig
 
-        config = hubert_config(hubert, layer)
-        dim, model = AutoConfig.from_pretrained(hubert).hidden_size, hubert
-    else:
-        config, dim, model = FeatureConfig("mfcc"), 2 * NUM_MFCC, "our MFCC"
+        config = encoder_config(features, encoder, layer)
+        config = config if normalise is None else replace(config, normalise=normalise)
+        dim, model = AutoConfig.from_pretrained(encoder).hidden_size, encoder
     centroids = check_centroids(kmeans, found, dim, model)
     distinct = len(np.unique(centroids, axis=0))
     with stage(__file__, output_dir, arguments, inputs=["kmeans"], ignore=["trust_pickle"]) as work:
@@ -156,8 +162,11 @@ def import_kmeans(
         work.counts.update(units=len(centroids), distinct_units=distinct)
         print(f"{len(centroids):,} units of {dim} numbers", end="")
         print(f", of which only {distinct:,} differ: the others' ids will not occur" * (distinct < len(centroids)))
-        if features == "hubert":
-            print(f"taken to be of {hubert}, layer {layer} (counted from 1, without a last norm), waveform normalised")
+        if features != "mfcc":
+            waveform = "normalised" if config.normalise else "as it is"
+            print(
+                f"taken to be of {encoder}, layer {layer} (counted from 1, without a last norm), waveform {waveform}"
+            )
     print(output_dir)
 
 

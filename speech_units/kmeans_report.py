@@ -9,7 +9,8 @@ utterance of the manifest in order, each with where it starts and ends, in secon
 Writes, in output_dir: report.json and report.png.
 
 In report.json:
-    hours, frames, utterances    what was used; an hour is counted by its frames
+    hours, frames, utterances    what was used; an hour is counted by its frames. Windows of utterances above 60 s
+                                 (label_audio.py) count as utterances
     units, units_used            units that there are, and that are the nearest to a frame
     perplexity                   of the frames' units: so many, used equally often, would be as hard to guess
     repeated_frames              share of the frames whose unit is that of the frame before
@@ -22,35 +23,21 @@ A frame is the phone that is spoken in its middle. Labels are taken as they are,
 
 import math
 import os
-import random
-from collections.abc import Iterator
+from collections import Counter
+from itertools import compress
 from pathlib import Path
 
-from speech_units.features import SAMPLE_RATE, FeatureConfig, extractor, fingerprint, load_kmeans, read_audio
+from speech_units.audio import SAMPLE_RATE, is_silent
+from speech_units.features import BATCH_SECONDS, Encoder, FeatureConfig, load_kmeans
+from speech_units.sample import choose, fingerprint_of_sample, lengths_of
 from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.files import write_json
-from towerspeech.manifests import read_manifest, seconds, segment
+from towerspeech.manifests import read_rows
 from towerspeech.records import iter_jsonl
-from towerspeech.sampling import reservoir
 from towerspeech.stage import stage
 
 FRAMES_AT_ONCE = 2048  # bounds the distance table: 2048 x 5000 units is 41 MB
-COMPARED = 10_000  # files that decide whether the audio is still the same
-
-
-def frames_of(rows: list[dict], audio_root: Path, config: FeatureConfig, device: str) -> Iterator[tuple]:
-    """Stream manifest rows with their features, float32 (frames, dim)."""
-    extract = extractor(config, device)
-    for row in rows:
-        start, end = segment(row)
-        whole = start == 0 and end is None
-        path, where = audio_root / row["audio"], row["where"]
-        samples = read_audio(path, where, config.window_samples, seconds(row) if whole else None)
-        spoken = samples[round(start * SAMPLE_RATE) : None if end is None else round(end * SAMPLE_RATE)]
-        if len(spoken) < config.window_samples:
-            raise UserError(f"{where}: {path} has {len(spoken)} samples from {start} s on", "mend or remove the line")
-        yield row, extract(spoken)
 
 
 def nearest(frames, centroids, norms):
@@ -99,12 +86,12 @@ def read_phones(path: Path, ids: set[str]) -> dict[str, tuple]:
     return found
 
 
-def phones_of_frames(phones: tuple, num_frames: int, config: FeatureConfig) -> list[str | None]:
-    """The phone in the middle of each frame; None where there is none."""
+def phones_of_frames(phones: tuple, num_frames: int, config: FeatureConfig, first: int = 0) -> list[str | None]:
+    """The phone in the middle of each frame, from frame ``first`` of the utterance on; None where there is none."""
     import numpy as np
 
     labels, starts, ends = phones
-    middles = (np.arange(num_frames) * config.hop_samples + config.window_samples / 2) / SAMPLE_RATE
+    middles = (np.arange(first, first + num_frames) * config.hop_samples + config.window_samples / 2) / SAMPLE_RATE
     places = np.searchsorted(starts, middles, side="right") - 1
     return [
         labels[place] if place >= 0 and middle < ends[place] else None
@@ -144,6 +131,36 @@ def draw(statistics, figures: dict, path: Path) -> None:
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})  # the same bytes from every version
 
 
+def measure(frames, centroids, ids: dict[int, str], phones: dict[str, tuple], progress) -> tuple:
+    """Count what the utterances' frames are; ids are by the manifest's rows.
+
+    Returns:
+        UnitStatistics, PhoneStatistics, and how many utterances could not be used, by reason.
+    """
+    from speech_units.unit_statistics import PhoneStatistics, UnitStatistics
+
+    statistics, of_phones, reasons = UnitStatistics(*centroids.shape), PhoneStatistics(len(centroids)), Counter()
+    norms = (centroids**2).sum(axis=1)
+    begun: Counter[int] = Counter()  # frames so far of utterances in windows
+    config = frames.encoder.config
+    for pieces, encoded in frames:
+        for piece in pieces:
+            if piece.error or is_silent(piece.peak):
+                reasons[piece.error.reason if piece.error else "silent"] += 1
+        for piece, found in zip(pieces, encoded, strict=False):  # a bad piece comes without frames
+            if is_silent(piece.peak):
+                continue
+            values = found.cpu().numpy()
+            units, distances = nearest(values, centroids, norms)
+            statistics.add(values, units, distances)
+            if ids[piece.index] in phones:
+                said = phones_of_frames(phones[ids[piece.index]], len(units), config, begun[piece.index])
+                of_phones.add(said, units)
+            begun[piece.index] += len(units)
+            progress.update(len(units))
+    return statistics, of_phones, reasons
+
+
 def kmeans_report(
     manifest: Path,
     audio_root: Path,
@@ -152,54 +169,56 @@ def kmeans_report(
     hours: float = 1.0,
     phones: Path | None = None,
     seed: int = 0,
+    num_workers: int | None = None,
+    batch_seconds: float = BATCH_SECONDS,
+    max_bad_share: float = 0.01,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
     """Measure a k-means on audio that it was not fitted on.
 
     Args:
-        manifest: JSONL with "id", "audio", "language" and "text".
+        manifest: Manifest of the audio, or of more of which a sample is drawn.
         audio_root: Folder that the manifest's audio paths start from.
         kmeans: Folder written by fit_kmeans.py or import_kmeans.py.
         output_dir: Folder to write.
         hours: Audio to use, in whole utterances. 5,000 units want an hour or more for each to have its chance.
         phones: JSONL with "id" and "phones", for purity and PNMI.
         seed: Seed of the sample.
-        device: auto, cpu or cuda, for HuBERT.
+        num_workers: Processes that decode audio ahead; default: on a GPU one for each CPU but one, else none.
+        batch_seconds: Seconds of audio that a GPU encodes at a time, padding included.
+        max_bad_share: Of the sample, how many utterances may be left out because they cannot be used.
+        device: auto, cpu or cuda, for the encoder.
         overwrite: Replace the folder's content if it was made from other input.
     """
     arguments = dict(locals())
     if not 0 < hours < math.inf:
         raise UserError(f"--hours is {hours}", "give more than 0")
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy; features of one utterance are small
-        os.environ.setdefault(variable, "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: threads get in the decoding processes' way
     from tqdm import tqdm
 
-    from speech_units.unit_statistics import PhoneStatistics, UnitStatistics
+    from speech_units.frames import Decoder, Frames
 
     centroids, config = load_kmeans(kmeans)
-    norms = (centroids**2).sum(axis=1)
-    rng = random.Random(seed)
-    rows, num_rows = reservoir(read_manifest(manifest), math.ceil(hours * 3600), rng)  # a second each, at the least
-    rng.shuffle(rows)
-    arguments["audio"] = fingerprint(rows[:COMPARED], audio_root)  # the same files elsewhere are the same input
-    inputs = ["manifest", "kmeans", "phones"]
-    with stage(__file__, output_dir, arguments, inputs, ignore=["audio_root", "device"]) as work:
+    [chosen] = choose([lengths_of(manifest)], hours, None, seed)
+    arguments["audio"] = fingerprint_of_sample(manifest, audio_root, chosen, max_bad_share)
+    settings = ("audio_root", "num_workers", "batch_seconds", "max_bad_share", "device")
+    with stage(__file__, output_dir, arguments, ["manifest", "kmeans", "phones"], ignore=settings) as work:
         if work.done:
             return
-        known = read_phones(phones, {row["id"] for row in rows}) if phones else {}
-        statistics, of_phones = UnitStatistics(*centroids.shape), PhoneStatistics(len(centroids))
+        rows = enumerate(read_rows(manifest, 0, len(chosen)))
+        ids = {number: row["id"] for number, row in compress(rows, chosen)}
+        known = read_phones(phones, {*ids.values()}) if phones else {}
+        decoder = Decoder(manifest, audio_root, config, None, 0, len(chosen), ~chosen)
+        frames = Frames(decoder, Encoder(config, device, centroids.shape[1]), num_workers, batch_seconds)
         frames_a_second = SAMPLE_RATE / config.hop_samples
         wanted = math.ceil(hours * 3600 * frames_a_second)
         with tqdm(total=wanted, desc="features", unit="frame") as progress:
-            for row, frames in frames_of(rows, audio_root, config, device):
-                ids, distances = nearest(frames, centroids, norms)
-                statistics.add(frames, ids, distances)
-                if row["id"] in known:
-                    of_phones.add(phones_of_frames(known[row["id"]], len(ids), config), ids)
-                progress.update(len(ids))
-                if statistics.frames >= wanted:
-                    break
+            statistics, of_phones, reasons = measure(frames, centroids, ids, known, progress)
+        if reasons.total() > max_bad_share * len(ids) or not statistics.frames:
+            told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+            problem = f"{manifest}: {reasons.total():,} of {len(ids):,} utterances cannot be used: {told}"
+            raise UserError(problem, "mend the audio, or raise --max_bad_share; label_audio.py names each")
         figures = statistics.figures(frames_a_second)
         if phones and not of_phones.table:
             raise UserError(f"{phones} has no phone for any frame that was used", "times must be in seconds")
@@ -207,11 +226,13 @@ def kmeans_report(
         write_json(output_dir / "report.json", figures)
         with work.publish("report.png") as path:
             draw(statistics, figures, path)
-        work.counts.update(utterances=figures["utterances"], frames=figures["frames"])
+        work.counts.update(utterances=figures["utterances"], frames=figures["frames"], dropped=dict(reasons))
         for name, value in figures.items():
             print(f"{name:>22}  {value:,.4f}" if isinstance(value, float) else f"{name:>22}  {value}")
-        if statistics.frames < wanted:
-            print(f"these are not {hours} hours: {len(rows):,} of {num_rows:,} utterances were drawn, and are used up")
+        if statistics.frames < 0.9 * wanted:
+            print(
+                f"these are not {hours} hours: {len(ids):,} of {len(chosen):,} utterances were drawn, and are used up"
+            )
     print(output_dir)
 
 

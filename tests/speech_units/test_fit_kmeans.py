@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speech_units import features, fit_kmeans
+from speech_units import features, fit_kmeans, sample
 from speech_units.frame_file import FrameFile
 from towerspeech.errors import UserError
 from towerspeech.files import hash_file
@@ -40,16 +40,16 @@ def test_the_sample_has_the_hours_and_each_manifest_its_share():
     held = [part.sum() / 3600 for part in lengths]
     longest = 20 / 3600
     for weights, shares in ((None, [held[0] / sum(held), held[1] / sum(held)]), ([1, 3], [0.25, 0.75])):
-        chosen = fit_kmeans.choose(lengths, 4.0, weights, seed=1)
+        chosen = sample.choose(lengths, 4.0, weights, seed=1)
         for part, mask, share in zip(lengths, chosen, shares, strict=True):
             assert 0 <= part[mask].sum() / 3600 - 4.0 * share < longest
-        again = fit_kmeans.choose(lengths, 4.0, weights, seed=1)
-        other = fit_kmeans.choose(lengths, 4.0, weights, seed=2)
+        again = sample.choose(lengths, 4.0, weights, seed=1)
+        other = sample.choose(lengths, 4.0, weights, seed=2)
         assert all((a == b).all() for a, b in zip(chosen, again, strict=True))
         assert (chosen[0] != other[0]).sum() > 100
         halves = [mask[: len(mask) // 2].sum() for mask in chosen]  # from everywhere
         assert all(0.4 < half / mask.sum() < 0.6 for half, mask in zip(halves, chosen, strict=True))
-    everything = fit_kmeans.choose(lengths, 1000, None, seed=0)
+    everything = sample.choose(lengths, 1000, None, seed=0)
     assert all(mask.all() for mask in everything)
 
 
@@ -57,9 +57,9 @@ def test_rows_that_do_not_say_how_long_they_are_count_as_the_others(tmp_path):
     path = write_set(tmp_path, "a", [1.0, 3.0])
     rows = path.read_text() + path.read_text().replace('"id": "a', '"id": "b').replace("duration_s", "nothing")
     path.write_text(rows)
-    assert fit_kmeans.lengths_of(path).tolist() == [1, 3, 2, 2]
+    assert sample.lengths_of(path).tolist() == [1, 3, 2, 2]
     path.write_text(rows.replace("duration_s", "nothing"))
-    assert fit_kmeans.lengths_of(path).tolist() == [10] * 4
+    assert sample.lengths_of(path).tolist() == [10] * 4
 
 
 def fit(*words, **flags) -> list[str]:

@@ -51,11 +51,12 @@ def test_layers_are_those_of_hidden_states_and_units_those_of_scikit_learn(huber
     theirs = states.hidden_states[layer][0].numpy()
     model = MiniBatchKMeans(12, n_init=1, random_state=0).fit(theirs)
     joblib.dump(model, tmp_path / "km.bin")  # as fairseq's learn_kmeans.py
-    import_kmeans(tmp_path / "km.bin", tmp_path / "k", hubert=hubert, layer=layer, trust_pickle=True)
+    import_kmeans(tmp_path / "km.bin", tmp_path / "k", encoder=str(hubert), layer=layer, trust_pickle=True)
     centroids, config = features.load_kmeans(tmp_path / "k")
-    assert config == features.hubert_config(hubert, layer)
+    assert config == features.encoder_config("hubert", str(hubert), layer)
     assert centroids.dtype == np.float32 and centroids.shape == (12, DIM)
-    ours = features.extractor(config, "cpu")(samples)
+    (ours,) = features.Encoder(config, "cpu", DIM).encode([features.prepare(samples, config)])
+    ours = ours.numpy()
     ids = ((ours[:, None] - centroids) ** 2).sum(axis=2).argmin(axis=1)
     np.testing.assert_array_equal(ids, model.predict(theirs))
     assert len({*ids.tolist()}) > 6
@@ -158,6 +159,6 @@ def test_what_is_no_kmeans_is_refused(tmp_path, content, message):
 def test_width_and_layer_are_the_models(hubert, tmp_path):
     np.save(tmp_path / "km.npy", frames(5, DIM + 1))
     with pytest.raises(UserError, match=f"centroids of 33 numbers, but {hubert} gives 32"):
-        import_kmeans(tmp_path / "km.npy", tmp_path / "k", hubert=hubert, layer=2)
+        import_kmeans(tmp_path / "km.npy", tmp_path / "k", encoder=str(hubert), layer=2)
     with pytest.raises(UserError, match="has 3 layers, not 22"):
-        import_kmeans(tmp_path / "km.npy", tmp_path / "k", hubert=hubert)
+        import_kmeans(tmp_path / "km.npy", tmp_path / "k", encoder=str(hubert))
