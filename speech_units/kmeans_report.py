@@ -230,9 +230,7 @@ def kmeans_report(
         for name, value in figures.items():
             print(f"{name:>22}  {value:,.4f}" if isinstance(value, float) else f"{name:>22}  {value}")
         if statistics.frames < 0.9 * wanted:
-            print(
-                f"these are not {hours} hours: {len(ids):,} of {len(chosen):,} utterances were drawn, and are used up"
-            )
+            print(f"these are not {hours} hours, though {len(ids):,} of {len(chosen):,} utterances were drawn")
     print(output_dir)
 
 
