@@ -80,11 +80,16 @@ def label_rows(frames, nearest: Nearest, journal: Journal, max_bad_share: float,
     def add(row: dict) -> None:
         journal.add(row)
         progress.update()
+        if "reason" in row:
+            check_share()
+
+    def check_share() -> None:
         num_bad = journal.reasons.total()
-        if "reason" in row and num_bad > max_bad_share * num_rows:
+        if num_bad > max_bad_share * num_rows:
             journal.sync()
             raise too_many_bad(num_bad, num_rows, max_bad_share, journal.first_bad)
 
+    check_share()  # of what an earlier run found
     waiting: tuple[list, list] = ([], [])  # a GPU encodes a batch while the one before is written down
     for pieces, encoded in frames:
         if not encoded:

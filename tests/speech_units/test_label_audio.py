@@ -362,6 +362,9 @@ def test_above_the_share_it_stops_and_a_higher_one_goes_on(corpus, kmeans, tmp_p
     (journal,) = (tmp_path / "u").glob(".*.journal.jsonl")
     done = len(journal.read_text().splitlines())
     assert 3 <= done < 67
+    with pytest.raises(UserError, match="3 of 67 utterances cannot be used"):  # again, and not passed over
+        label_audio.label_audio(corpus / "m.jsonl", corpus, kmeans, tmp_path / "u", max_bad_share=0.04)
+    assert len(journal.read_text().splitlines()) == done
     label_audio.label_audio(corpus / "m.jsonl", corpus, kmeans, tmp_path / "u", max_bad_share=0.2)
     label_audio.label_audio(corpus / "m.jsonl", corpus, kmeans, tmp_path / "v", max_bad_share=0.2)
     for name in ("parquet", "dropped.jsonl"):
