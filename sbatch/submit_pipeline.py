@@ -25,7 +25,8 @@ from towerspeech.system import ROOT
 def check_inputs(system: chain.System) -> None:
     """Refuse a system of which something that no stage makes is not there."""
     places, blocks = system.places, system.blocks
-    wanted = [places["sets"][name][key] for name in places["sets"] for key in ("root", "manifest")]
+    heard = places["train_sets"] + places["test_sets"]
+    wanted = [places["sets"][name][key] for name in heard for key in ("root", "manifest")]
     wanted = [path for path in wanted if path is not None]
     wanted += [f"{places['base']}/config.json", system.need("build_instructions", "data_root")]
     wanted += system.need("build_sft_data", "parallel")

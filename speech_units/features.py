@@ -155,9 +155,8 @@ class Encoder:
         device: torch.device of the features.
         batches: How utterances share a pass: "alone", of "equal" lengths, or "padded".
 
-    On a CPU each goes alone: a batch is no faster there, and its rounding would make units depend on neighbours. On a
-    GPU they are padded, but for models whose convolutions have a group norm over time (hubert-base), which padding
-    would change.
+    On a CPU each goes alone: the rounding of batches would make units depend on neighbours. On a GPU they are padded,
+    but for models whose convolutions have a group norm over time (hubert-base), which padding would change.
 
     Raises:
         UserError: No such model, it has fewer layers, its checkpoint lacks weights (they would be random), it cuts up

@@ -7,10 +7,11 @@ Usage: python speech_units/fit_kmeans.py --manifest audio/train/manifest.jsonl -
 
 Reads: manifests (make_manifest.py; their fields stand in towerspeech/manifests.py), and of their audio a sample.
 Writes, in output_dir: kmeans.safetensors ("centroids", float32, (num_units, dim)) and features.json (which features
-the centroids belong to; label_audio.py computes the same). While it works, the sample's frames lie there too: 15 GB
-for 20 hours of huberts of 1,024 dimensions.
+the centroids belong to; label_audio.py computes the same). While it works, the sample's frames lie there too, twice:
+30 GB for 20 hours of HuBERT-large.
 """
 
+import contextlib
 import itertools
 import os
 from collections import Counter
@@ -24,7 +25,7 @@ from speech_units.sample import choose, fingerprint_of_sample, lengths_of
 from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.files import remove, write_json
-from towerspeech.stage import stage
+from towerspeech.stage import Stage, stage
 from towerspeech.units import check_num_units
 
 SETTINGS = ("audio_root", "num_workers", "batch_seconds", "max_bad_share", "device")
@@ -48,6 +49,29 @@ def collect(store, frames, manifest: int, chosen: int, max_bad_share: float, pro
             numbers[piece.index] += 1
             progress.update(piece.num_samples / SAMPLE_RATE)
     return reasons
+
+
+def cluster(work: Stage, store, config: FeatureConfig, num_units: int, seed: int, reasons: Counter) -> None:
+    """Fit k-means to the frames of a FrameFile, write it, and say how it fits."""
+    if store.num_frames < num_units:
+        problem = f"the sample has {store.num_frames:,} frames for {num_units:,} units"
+        raise UserError(problem, "lower --num_units, raise --hours, or add audio")
+    frames = store.sorted(work.output_dir / ".sorted.f4")
+    utterances = len({key[:2] for key in store.entries})
+    print(f"{len(frames):,} frames of {utterances:,} utterances, {frames.shape[1]} numbers each", flush=True)
+    if reasons:
+        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())))
+    fitted = fit(frames, num_units, seed)
+
+    from safetensors.numpy import save_file
+
+    with work.publish("kmeans.safetensors") as path:
+        save_file({"centroids": fitted.centroids}, path)
+    write_json(work.output_dir / "features.json", features_json(config, *fitted.centroids.shape))
+    work.counts.update(frames=len(frames), utterances=utterances, dropped=dict(reasons))
+    work.counts.update(mean_squared_distance=round(fitted.distance, 4))
+    work.counts.update(distinct_units=num_units, used_units=fitted.used)
+    print(f"{num_units:,} distinct units, {fitted.used:,} of them used; mean squared distance {fitted.distance:.4g}")
 
 
 def fit_kmeans(
@@ -85,7 +109,7 @@ def fit_kmeans(
         num_workers: Processes that decode audio ahead; default: on a GPU one for each CPU but one, else none.
         batch_seconds: Seconds of audio that a GPU encodes at a time, padding included.
         max_bad_share: Of a manifest's sample, how many utterances may be left out because they cannot be used.
-        device: auto, cpu or cuda, for the encoder and the fitting.
+        device: auto, cpu or cuda, for the encoder.
         overwrite: Replace the folder's content if it was made from other input.
     """
     arguments = dict(locals())
@@ -106,39 +130,21 @@ def fit_kmeans(
     samples = zip(manifest, roots, chosen, strict=True)
     arguments["audio"] = [fingerprint_of_sample(*sample, max_bad_share) for sample in samples]
     with stage(__file__, output_dir, arguments, inputs=["manifest"], ignore=SETTINGS) as work:
-        if work.done:
-            print(output_dir)
-            return
-        config = FeatureConfig("mfcc") if features == "mfcc" else encoder_config(features, encoder, layer)
-        model, reasons = Encoder(config, device), Counter()
-        store = FrameFile(output_dir / ".frames.f4")
-        with tqdm(desc="features", unit="s") as progress:
-            for number, (path, root, mask) in enumerate(zip(manifest, roots, chosen, strict=True)):
-                decoder = Decoder(path, root, config, max_seconds, 0, len(mask), ~mask | store.done(number, len(mask)))
-                found = Frames(decoder, model, num_workers, batch_seconds)
-                reasons += collect(store, found, number, int(mask.sum()), max_bad_share, progress)
-        if store.num_frames < num_units:
-            problem = f"the sample has {store.num_frames:,} frames for {num_units:,} units"
-            raise UserError(problem, "lower --num_units, raise --hours, or add audio")
-        frames = store.sorted(output_dir / ".sorted.f4")
-        utterances = len({key[:2] for key in store.entries})
-        print(f"{len(frames):,} frames of {utterances:,} utterances, {frames.shape[1]} numbers each", flush=True)
-        if reasons:
-            print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())))
-        fitted = fit(frames, num_units, seed)
-
-        from safetensors.numpy import save_file
-
-        with work.publish("kmeans.safetensors") as path:
-            save_file({"centroids": fitted.centroids}, path)
-        write_json(output_dir / "features.json", features_json(config, *fitted.centroids.shape))
-        work.counts.update(frames=len(frames), utterances=utterances, dropped=dict(reasons))
-        work.counts.update(mean_squared_distance=round(fitted.distance, 4))
-        work.counts.update(distinct_units=num_units, used_units=fitted.used)
-        print(
-            f"{num_units:,} distinct units, {fitted.used:,} of them used; mean squared distance {fitted.distance:.4g}"
-        )
-    for path in output_dir.glob(".*.f4"):
+        if not work.done:
+            config = FeatureConfig("mfcc") if features == "mfcc" else encoder_config(features, encoder, layer)
+            model, reasons = Encoder(config, device), Counter()
+            with (
+                contextlib.closing(FrameFile(output_dir / ".frames.f4")) as store,
+                tqdm(desc="features", unit="s") as progress,
+            ):
+                for number, (path, root, mask) in enumerate(zip(manifest, roots, chosen, strict=True)):
+                    skip = ~mask | store.done(number, len(mask))
+                    found = Frames(
+                        Decoder(path, root, config, max_seconds, 0, len(mask), skip), model, num_workers, batch_seconds
+                    )
+                    reasons += collect(store, found, number, int(mask.sum()), max_bad_share, progress)
+            cluster(work, store, config, num_units, seed, reasons)
+    for path in output_dir.glob(".*.f4"):  # the sample's frames, also of a run that was killed just before
         remove(path)
     (output_dir / ".frames.jsonl").unlink(missing_ok=True)
     print(output_dir)

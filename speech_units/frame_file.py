@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from towerspeech.errors import space_needed
-from towerspeech.files import publish
+from towerspeech.files import cut_torn_line, publish
 
 
 class FrameFile:
@@ -20,20 +20,22 @@ class FrameFile:
         self.entries: dict[tuple, tuple[int, int]] = {}  # key: first frame, frames
         self.finished: set[tuple] = set()  # manifest and row
         self.end = self.dim = 0  # frames in the file, of a row that was begun twice too
-        self.file, self.index = open(path, "a+b"), open(self.index_path, "a+b")  # noqa: SIM115 (closed below)
+        self.file, self.index = open(path, "a+b"), open(self.index_path, "a+b")  # noqa: SIM115 (``close`` closes them)
+        cut_torn_line(self.index_path)
         size, end = os.fstat(self.file.fileno()).st_size, 0
         self.index.seek(0)
         for line in self.index:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
+            entry = json.loads(line)
             if (self.end + entry["frames"]) * 4 * entry["dim"] > size:
                 break
             self.note(entry)
             end += len(line)
         self.index.truncate(end)
         self.file.truncate(self.end * 4 * self.dim)
+
+    def close(self) -> None:
+        self.file.close()
+        self.index.close()
 
     @property
     def num_frames(self) -> int:

@@ -32,7 +32,6 @@ from towerspeech.stage import stage
 from towerspeech.units_parquet import shard_name, write_units
 
 SAMPLE_RATE = 16000  # Hz, of fairseq's manifests: HuBERT hears nothing else
-MAX_DIGITS = 20  # of a unit id, with zeros before it; int() refuses thousands with an error of its own
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -79,13 +78,10 @@ def read_units_file(path: Path, num_units: int) -> Iterator[tuple[str, str | Non
         return
     for where, line in lines(path):
         name, _, ids = line.partition("\t") if "\t" in line else (None, "", line)
-        words = ids.split(" ") if "\t" in ids else ids.split()
-        for word in words:
-            if not (word.isascii() and word.isdigit() and len(word) <= MAX_DIGITS):  # int() takes +1 and 1_0, too
-                problem = f"{where}: not unit ids, which are digits alone, with spaces between them"
-                raise UserError(f"{problem}: {ascii(word[:40])}", "mend the line; is it another kind of file?")
-        units = list(map(int, words))
-        dsu.check_range(units, num_units, where)
+        if "\t" in ids:
+            problem = f"{where}: not unit ids, which are digits alone, with spaces between them: {ascii(ids[:40])}"
+            raise UserError(problem, "one tab stands in a line, after the name")
+        units = dsu.parse_km(ids.encode(), num_units, where)
         yield where, name, "", units
 
 

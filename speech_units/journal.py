@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from towerspeech.errors import space_needed
+from towerspeech.files import cut_torn_line
 
 SYNC_S = 10  # seconds between two syncs: no more work than that is lost
 
@@ -27,17 +28,16 @@ class Journal:
         self.reasons: Counter[str] = Counter()
         self.first_bad = ""
         self.synced = time.monotonic()
-        self.file = open(path, "a+b")  # noqa: SIM115 (closed with the shard)
+        self.file = open(path, "a+b")  # noqa: SIM115 (``close`` closes it)
+        cut_torn_line(path)
         self.file.seek(0)
-        end = 0
+        self.end = 0
         for line in self.file:
-            try:
-                self.note(json.loads(line), end)
-            except ValueError:
-                break
-            end += len(line)
-        self.file.truncate(end)
-        self.end = end
+            self.note(json.loads(line), self.end)
+            self.end += len(line)
+
+    def close(self) -> None:
+        self.file.close()
 
     def note(self, row: dict, place: int) -> None:
         self.places[row["row"] - self.first] = place

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from speech_units.audio import SAMPLE_RATE, is_silent
 from speech_units.features import BATCH_SECONDS, Encoder, FeatureConfig, load_kmeans
+from speech_units.kmeans import Nearest
 from speech_units.sample import choose, fingerprint_of_sample, lengths_of
 from towerspeech.command import run
 from towerspeech.errors import UserError
@@ -37,19 +38,15 @@ from towerspeech.manifests import read_rows
 from towerspeech.records import iter_jsonl
 from towerspeech.stage import stage
 
-FRAMES_AT_ONCE = 2048  # bounds the distance table: 2048 x 5000 units is 41 MB
 
+def distances(frames, centroids, ids):
+    """Squared distances of frames, (frames, dim), to their centroids, float64 (frames,).
 
-def nearest(frames, centroids, norms):
-    """Ids of the nearest centroids, (frames,), and the squared distances to them, float64 (frames,)."""
+    Not from the table that the nearest ones are found in: where large numbers cancel, little is left of a small one.
+    """
     import numpy as np
 
-    ids = np.empty(len(frames), dtype=np.int64)
-    for start in range(0, len(frames), FRAMES_AT_ONCE):
-        some = slice(start, start + FRAMES_AT_ONCE)
-        ids[some] = (norms - 2 * frames[some] @ centroids.T).argmin(axis=1)
-    # Not from the table, in which large numbers that cancel leave little of a small distance.
-    return ids, ((frames - centroids[ids]) ** 2).sum(axis=1, dtype=np.float64)
+    return ((frames - centroids[ids]) ** 2).sum(axis=1, dtype=np.float64)
 
 
 # --- Phones ---------------------------------------------------------------------------------------
@@ -140,19 +137,18 @@ def measure(frames, centroids, ids: dict[int, str], phones: dict[str, tuple], pr
     from speech_units.unit_statistics import PhoneStatistics, UnitStatistics
 
     statistics, of_phones, reasons = UnitStatistics(*centroids.shape), PhoneStatistics(len(centroids)), Counter()
-    norms = (centroids**2).sum(axis=1)
+    nearest = Nearest(centroids, frames.encoder.device)
     begun: Counter[int] = Counter()  # frames so far of utterances in windows
     config = frames.encoder.config
     for pieces, encoded in frames:
         for piece in pieces:
             if piece.error or is_silent(piece.peak):
                 reasons[piece.error.reason if piece.error else "silent"] += 1
-        for piece, found in zip(pieces, encoded, strict=False):  # a bad piece comes without frames
+        for piece, found, ids_found in zip(pieces, encoded, nearest(encoded), strict=False):  # bad ones have no frames
             if is_silent(piece.peak):
                 continue
-            values = found.cpu().numpy()
-            units, distances = nearest(values, centroids, norms)
-            statistics.add(values, units, distances)
+            values, units = found.cpu().numpy(), ids_found.cpu().numpy()
+            statistics.add(values, units, distances(values, centroids, units))
             if ids[piece.index] in phones:
                 said = phones_of_frames(phones[ids[piece.index]], len(units), config, begun[piece.index])
                 of_phones.add(said, units)

@@ -10,6 +10,7 @@ utterances had to be left out units-00000-of-00001.dropped.jsonl (id, audio, rea
 or gone on with, by itself: array tasks with --shard N fill one folder together.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -20,9 +21,10 @@ from speech_units.audio import fingerprint, is_silent, too_many_bad
 from speech_units.features import BATCH_SECONDS, Encoder, load_kmeans
 from speech_units.journal import Journal
 from speech_units.kmeans import Nearest
+from speech_units.sample import lengths_of
 from towerspeech.command import run
 from towerspeech.errors import UserError
-from towerspeech.manifests import read_manifest, read_rows, seconds
+from towerspeech.manifests import read_rows
 from towerspeech.records import write_jsonl
 from towerspeech.stage import Stage, stage
 from towerspeech.units import collapse
@@ -33,10 +35,10 @@ SETTINGS = ("audio_root", "shard", "num_workers", "batch_seconds", "max_bad_shar
 
 
 def boundaries(lengths, num_shards: int) -> list[int]:
-    """The first row of each shard, and the number of rows: equal shares of the seconds, or of the rows if unknown."""
+    """The first row of each shard, and the number of rows: equal shares of the seconds of all rows, (rows,)."""
     import numpy as np
 
-    ends = np.cumsum(lengths if np.isfinite(lengths).all() else np.ones(len(lengths)))
+    ends = np.cumsum(lengths, dtype="f8")
     inner = np.searchsorted(ends, ends[-1] * np.arange(1, num_shards) / num_shards, side="right")
     return [0, *inner.tolist(), len(lengths)]
 
@@ -169,14 +171,12 @@ def label_audio(
         given = f"--num_workers {num_workers}, --batch_seconds {batch_seconds:g}, --max_bad_share {max_bad_share:g}"
         raise UserError(f"{given} make no sense", "give 0 or more processes, some seconds, a share from 0 to 1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: threads get in the decoding processes' way
-    import numpy as np
     from tqdm import tqdm
 
     from speech_units.frames import Decoder, Frames
 
     centroids, config = load_kmeans(kmeans)
-    lengths = np.fromiter((seconds(row) or np.nan for row in read_manifest(manifest)), dtype="f4")
-    begins = boundaries(lengths, num_shards)
+    begins = boundaries(lengths_of(manifest), num_shards)
     encoder = None
     for index in range(num_shards) if shard is None else [shard]:
         name, first, end = shard_name(index, num_shards), begins[index], begins[index + 1]
@@ -190,14 +190,14 @@ def label_audio(
                 if encoder is None:
                     encoder = Encoder(config, device, dim=centroids.shape[1])
                     nearest = Nearest(centroids, encoder.device)
-                journal = Journal(journal_path, first, end - first)
-                decoder = Decoder(manifest, audio_root, config, max_seconds, first, end, journal.done())
-                frames = Frames(decoder, encoder, num_workers, batch_seconds)
-                started = time.monotonic()
-                with tqdm(total=end - first, initial=sum(journal.done()), desc=name, unit="utt") as progress:
-                    label_rows(frames, nearest, journal, max_bad_share, progress)
-                say_speed(work, frames, time.monotonic() - started)
-                write_shard(work, name, journal, rows)
+                with contextlib.closing(Journal(journal_path, first, end - first)) as journal:
+                    decoder = Decoder(manifest, audio_root, config, max_seconds, first, end, journal.done())
+                    frames = Frames(decoder, encoder, num_workers, batch_seconds)
+                    started = time.monotonic()
+                    with tqdm(total=end - first, initial=sum(journal.done()), desc=name, unit="utt") as progress:
+                        label_rows(frames, nearest, journal, max_bad_share, progress)
+                    say_speed(work, frames, time.monotonic() - started)
+                    write_shard(work, name, journal, rows)
         journal_path.unlink(missing_ok=True)
     print(output_dir)
 

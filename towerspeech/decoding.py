@@ -12,7 +12,7 @@ from pathlib import Path
 
 from towerspeech import engine
 from towerspeech.errors import UserError
-from towerspeech.files import read_json
+from towerspeech.files import cut_torn_line, read_json
 from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.outside_text import check_units, marker, text_tokenizer
 from towerspeech.records import METADATA, dumps, prompt_hash, write_jsonl
@@ -107,10 +107,8 @@ def finished_rows(partial: Path, rows: list[dict]) -> dict[str, dict]:
     if not partial.is_file():
         return {}
     hashes = {row["id"]: prompt_hash(row) for row in rows}
-    data = partial.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    os.truncate(partial, len(whole))
-    results = map(json.loads, whole.splitlines())
+    cut_torn_line(partial)
+    results = map(json.loads, partial.read_bytes().splitlines())
     return {result["id"]: result for result in results if hashes.get(result["id"]) == result["prompt_sha256"]}
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from towerspeech.errors import UserError, space_needed
 
+BLOCK = 1 << 20  # bytes read at a time
+
 
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -51,6 +53,21 @@ def remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a killed run left of the last line of a file that lines are appended to."""
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 def write_json(target: Path, value: dict) -> None:

@@ -12,6 +12,7 @@ from towerspeech.errors import UserError
 
 OFFSET = 0xF0000  # SpireLM's first unit character
 OFFSETS = (OFFSET, 990000)  # and the original's
+MAX_DIGITS = 20  # of a unit id, with zeros before it; int() refuses thousands with an error of its own
 MAX_NUM_UNITS = 0xFFFFE - OFFSET  # plane 15 ends at U+FFFFD
 
 
@@ -24,6 +25,23 @@ def from_text(text: str, num_units: int, offset: int = OFFSET) -> list[int]:
     """Read unit ids back from ``to_text``'s characters, each of which must be a unit below ``num_units``."""
     units = [ord(char) - offset for char in text]
     check_range(units, num_units, "text")
+    return units
+
+
+def parse_km(line: bytes, num_units: int, where: str) -> list[int]:
+    """Read one line of a .km file: unit ids with ASCII's white space between them.
+
+    Raises:
+        UserError: A word is no id, or one that is not below ``num_units``; ``where`` names file and line.
+    """
+    units = []
+    for word in line.split():
+        if not word.isdigit() or len(word) > MAX_DIGITS:  # int() takes +1, 1_0 and -0, too
+            shown = ascii(word[:40].decode("utf-8", "backslashreplace"))
+            problem = f"{where}: not unit ids, which are digits alone, with spaces between them: {shown}"
+            raise UserError(problem, "mend the line; is it another kind of file?")
+        units.append(int(word))
+    check_range(units, num_units, where)
     return units
 
 
@@ -45,7 +63,7 @@ def check_range(units: Sequence[int], num_units: int, where: str) -> None:
         bad = min(units) if min(units) < 0 else max(units)
         raise UserError(
             f"{where}: unit id {bad} is outside 0..{num_units - 1}",
-            "label the audio with the k-means that this tokenizer was made for, or make the tokenizer anew",
+            "give the number of units of the k-means that they are of; a tokenizer must be made for the same",
         )
 
 

@@ -37,7 +37,6 @@ UTF8_BYTES = 4  # of a private-use character
 MAX_HELD_OUT = 500_000  # units: more would not make the report any better
 KM_BYTES = 1 << 22  # of a .km file, read at once
 DIGITS_AND_SPACE = b"0123456789 \t\n\v\f\r"
-MAX_DIGITS = 20  # of a unit id, with zeros before it; int() refuses thousands with an error of its own
 SMALLER = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of the merges whose compression is reported
 
 
@@ -67,21 +66,8 @@ def read_km(path: Path, num_units: int) -> Iterator[str]:
                 yield from dsu.split_units(units, words.value_lengths().to_numpy().cumsum(dtype="i8"))
             except pa.ArrowInvalid:  # an empty line, or one to be named
                 for count, line in enumerate(lines, number + 1):
-                    yield parse_km(line, num_units, f"{path}:{count}")
+                    yield dsu.to_text(dsu.parse_km(line, num_units, f"{path}:{count}"))
             number += len(lines)
-
-
-def parse_km(line: bytes, num_units: int, where: str) -> str:
-    """One line of a .km file as private-use text; ``where`` names file and line."""
-    units = []
-    for word in line.split():
-        if not word.isdigit() or len(word) > MAX_DIGITS:  # int() takes +1, 1_0 and -0, too
-            shown = ascii(word[:40].decode("utf-8", "backslashreplace"))
-            problem = f"{where}: not unit ids, which are digits alone, with spaces between them: {shown}"
-            raise UserError(problem, "name .km text files or units Parquet")
-        units.append(int(word))
-    dsu.check_range(units, num_units, where)
-    return dsu.to_text(units)
 
 
 def read_corpus(paths: list[Path], num_units: int, collapse: bool) -> Iterator[str]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from towerspeech.errors import UserError
-from towerspeech.files import check_exists, publish, read_json, write_json
+from towerspeech.files import check_exists, cut_torn_line, publish, read_json, write_json
 
 
 def test_publish_is_whole_or_not_at_all(tmp_path):
@@ -47,3 +47,11 @@ def test_write_json_and_check_exists(tmp_path):
     check_exists(tmp_path, "x")
     with pytest.raises(UserError, match="b.json does not exist\n  -> run it"):
         check_exists(tmp_path / "b.json", "run it")
+
+
+@pytest.mark.parametrize("whole", [b"", b"a\n", b"one\ntwo\n", b"long" * 700_000 + b"\nb\n"])
+@pytest.mark.parametrize("torn", [b"", b"x", b"torn" * 600_000])
+def test_a_torn_last_line_is_cut_off(tmp_path, whole, torn):
+    (tmp_path / "f").write_bytes(whole + torn)
+    cut_torn_line(tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == whole
