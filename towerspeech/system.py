@@ -197,8 +197,12 @@ def _places(path: Path, block: dict) -> dict:
     places = _filled_in(f"{path}: system", Places, block, ("work", "units", "tokenizer", "manifests"))
     for name, given in places["sets"].items():
         where = f"{path}: system.sets.{name}"
-        if not isinstance(given, dict) or not re.fullmatch(r"[\w.+-]+", name):
+        if not isinstance(given, dict) or not re.fullmatch(r"[\w.+-]+", str(name)):
             raise UserError(f"{where} is {given!r}", "name it with letters, digits and . _ + -, and say what it is")
+        if not isinstance(name, str):
+            raise UserError(
+                f"{path}: system.sets has a set called {name!r}, a {type(name).__name__}", "put it in quotes"
+            )
         places["sets"][name] = _filled_in(where, SpeechSet, given, ("root", *FORMS, "manifest"))
         forms = [form for form in (*FORMS, "manifest") if given.get(form) is not None]
         if len(forms) != 1:

@@ -95,6 +95,7 @@ def test_another_work_folder(tmp_path):
         (changed("system", sets={"t": SETS["t"]}), "system.test_sets names u, sets do not"),
         (changed("system", sets={**SETS, "u": "u.jsonl"}), "system.sets.u is 'u.jsonl'"),
         (changed("system", sets={**SETS, "u v": SETS["u"]}), "system.sets.u v is"),
+        (changed("system", sets={**SETS, 7: SETS["u"]}), "system.sets has a set called 7, a int"),
         (changed("system", sets={**SETS, "u": {"corpus": "mls"}}), "system.sets.u does not say root"),
         (changed("system", sets={**SETS, "u": {"root": "a"}}), "system.sets.u does not say what it is"),
         (changed("system", sets={**SETS, "u": SETS["t"] | SETS["u"]}), "system.sets.u says corpus and manifest"),
