@@ -139,7 +139,7 @@ def test_the_generations_that_were_killed_are_an_unbroken_runs(killed_run):
     for name in ("generations/mt/checkpoint-600", "results", "summary"):
         shutil.rmtree(root / name)
     printed = finish(root)[len(printed) :]
-    assert printed.count(" s] done\n") == 21 and printed.count("starting vLLM") == 1  # all but three stages
+    assert printed.count(" s] done\n") == 23 and printed.count("starting vLLM") == 1  # all but three stages
     assert {path: path.read_bytes() for path in csvs} == before
     assert (root / "summary/table.md").read_bytes() == table
     assert (root / "summary/scores.png").stat().st_size > 10_000

@@ -82,7 +82,7 @@ def tiny(tmp_path_factory) -> Path:
     blocks["make_data"] = {"num_train": 400, "num_tuning": 20, "num_test": 20}
     (root / "system.yaml").write_text(yaml.safe_dump(blocks))
     command = [sys.executable, ROOT / "systems/run.py", "--system", root / "system.yaml", "--work", root]
-    subprocess.run([*command, "--stages", "make_data,fit_kmeans,label_audio"], check=True)
+    subprocess.run([*command, "--stages", "make_data,make_manifest,fit_kmeans,label_audio"], check=True)
     train_bpe([root / "units/train"], output_dir=root / "bpe", **blocks["train_bpe"])
     return root
 
