@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from speech_units.containers import ends_early
+from towerspeech.ahead import ahead
 from towerspeech.errors import UserError
 from towerspeech.manifests import TAR_FILES, seconds, segment
 
@@ -322,24 +323,13 @@ def fingerprint(rows: Iterable[dict], audio_root: Path, max_bad_share: float) ->
     total, num_rows, bad = hashlib.sha256(), 0, []
     files = ((same := list(group))[0] | {"num_rows": len(same)} for _, group in groupby(rows, lambda r: r["audio"]))
     with ThreadPoolExecutor(READERS) as readers:
-        for row, content, problem in _ahead(readers, digest, files):
+        for row, content, problem in ahead(readers, digest, files, 8 * READERS):
             total.update(content)
             num_rows += row["num_rows"]
             bad += [problem] * row["num_rows"] if problem else []
     if len(bad) > max_bad_share * num_rows:
         raise too_many_bad(len(bad), num_rows, max_bad_share, bad[0])
     return total.hexdigest()
-
-
-def _ahead(readers: ThreadPoolExecutor, function, items: Iterable) -> Iterator:
-    """As ``map``, but no further ahead than a few items a thread."""
-    waiting: list = []
-    for item in items:
-        waiting.append(readers.submit(function, item))
-        if len(waiting) > 8 * READERS:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
 
 
 def too_many_bad(num_bad: int, num_rows: int, max_bad_share: float, first: str) -> UserError:

@@ -28,6 +28,7 @@ from towerspeech.files import remove, write_json
 from towerspeech.stage import Stage, stage
 from towerspeech.units import check_num_units
 
+KEPT = ".centroids.safetensors"  # what a fit has done so far
 SETTINGS = ("audio_root", "num_workers", "batch_seconds", "max_bad_share", "device")
 
 
@@ -51,7 +52,7 @@ def collect(store, frames, manifest: int, chosen: int, max_bad_share: float, pro
     return reasons
 
 
-def cluster(work: Stage, store, config: FeatureConfig, num_units: int, seed: int, reasons: Counter) -> None:
+def cluster(work: Stage, store, encoder: Encoder, num_units: int, seed: int, reasons: Counter) -> None:
     """Fit k-means to the frames of a FrameFile, write it, and say how it fits."""
     if store.num_frames < num_units:
         problem = f"the sample has {store.num_frames:,} frames for {num_units:,} units"
@@ -61,13 +62,13 @@ def cluster(work: Stage, store, config: FeatureConfig, num_units: int, seed: int
     print(f"{len(frames):,} frames of {utterances:,} utterances, {frames.shape[1]} numbers each", flush=True)
     if reasons:
         print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())))
-    fitted = fit(frames, num_units, seed)
+    fitted = fit(frames, num_units, seed, encoder.device, work.output_dir / KEPT)
 
     from safetensors.numpy import save_file
 
     with work.publish("kmeans.safetensors") as path:
         save_file({"centroids": fitted.centroids}, path)
-    write_json(work.output_dir / "features.json", features_json(config, *fitted.centroids.shape))
+    write_json(work.output_dir / "features.json", features_json(encoder.config, *fitted.centroids.shape))
     work.counts.update(frames=len(frames), utterances=utterances, dropped=dict(reasons))
     work.counts.update(mean_squared_distance=round(fitted.distance, 4))
     work.counts.update(distinct_units=num_units, used_units=fitted.used)
@@ -109,7 +110,7 @@ def fit_kmeans(
         num_workers: Processes that decode audio ahead; default: on a GPU one for each CPU but one, else none.
         batch_seconds: Seconds of audio that a GPU encodes at a time, padding included.
         max_bad_share: Of a manifest's sample, how many utterances may be left out because they cannot be used.
-        device: auto, cpu or cuda, for the encoder.
+        device: auto, cpu or cuda.
         overwrite: Replace the folder's content if it was made from other input.
     """
     arguments = dict(locals())
@@ -143,10 +144,11 @@ def fit_kmeans(
                         Decoder(path, root, config, max_seconds, 0, len(mask), skip), model, num_workers, batch_seconds
                     )
                     reasons += collect(store, found, number, int(mask.sum()), max_bad_share, progress)
-            cluster(work, store, config, num_units, seed, reasons)
+            cluster(work, store, model, num_units, seed, reasons)
     for path in output_dir.glob(".*.f4"):  # the sample's frames, also of a run that was killed just before
         remove(path)
-    (output_dir / ".frames.jsonl").unlink(missing_ok=True)
+    for name in (".frames.jsonl", KEPT):
+        (output_dir / name).unlink(missing_ok=True)
     print(output_dir)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from speech_units.audio import SAMPLE_RATE, is_silent
 from speech_units.features import BATCH_SECONDS, Encoder, FeatureConfig, load_kmeans
-from speech_units.kmeans import Nearest
+from speech_units.kmeans import Nearest, squared_distances
 from speech_units.sample import choose, fingerprint_of_sample, lengths_of
 from towerspeech.command import run
 from towerspeech.errors import UserError
@@ -37,16 +37,6 @@ from towerspeech.files import write_json
 from towerspeech.manifests import read_rows
 from towerspeech.records import iter_jsonl
 from towerspeech.stage import stage
-
-
-def distances(frames, centroids, ids):
-    """Squared distances of frames, (frames, dim), to their centroids, float64 (frames,).
-
-    Not from the table that the nearest ones are found in: where large numbers cancel, little is left of a small one.
-    """
-    import numpy as np
-
-    return ((frames - centroids[ids]) ** 2).sum(axis=1, dtype=np.float64)
 
 
 # --- Phones ---------------------------------------------------------------------------------------
@@ -147,8 +137,9 @@ def measure(frames, centroids, ids: dict[int, str], phones: dict[str, tuple], pr
         for piece, found, ids_found in zip(pieces, encoded, nearest(encoded), strict=False):  # bad ones have no frames
             if is_silent(piece.peak):
                 continue
-            values, units = found.cpu().numpy(), ids_found.cpu().numpy()
-            statistics.add(values, units, distances(values, centroids, units))
+            to_nearest = squared_distances(found, nearest.centroids, ids_found).cpu().numpy()
+            units = ids_found.cpu().numpy()
+            statistics.add(found.cpu().numpy(), units, to_nearest)
             if ids[piece.index] in phones:
                 said = phones_of_frames(phones[ids[piece.index]], len(units), config, begun[piece.index])
                 of_phones.add(said, units)

@@ -15,8 +15,8 @@ from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from speech_units import features
-from speech_units.kmeans import Nearest
-from speech_units.kmeans_report import distances, kmeans_report, phones_of_frames, read_phones
+from speech_units.kmeans import Nearest, squared_distances
+from speech_units.kmeans_report import kmeans_report, phones_of_frames, read_phones
 from speech_units.unit_statistics import DISTANCE_EDGES, PhoneStatistics, UnitStatistics
 from towerspeech.errors import UserError
 from towerspeech.files import hash_file
@@ -38,8 +38,9 @@ def spoken(num_units: int = 9, utterances: int = 30, seed: int = 0):
 
 def nearest(frames: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As the report has them: ids, and squared distances."""
-    (ids,) = Nearest(centroids, "cpu")([torch.from_numpy(frames)])
-    return ids.numpy(), distances(frames, centroids, ids.numpy())
+    found = torch.from_numpy(frames)
+    (ids,) = Nearest(centroids, "cpu")([found])
+    return ids.numpy(), squared_distances(found, torch.from_numpy(centroids), ids).numpy()
 
 
 # --- Figures --------------------------------------------------------------------------------------
