@@ -18,6 +18,7 @@ import soundfile
 import torch
 from safetensors.numpy import save_file
 
+from benchmarks.bench_units import librispeech_lengths
 from speech_units import audio, features, frames, label_audio
 from speech_units.kmeans import Nearest
 from speech_units.make_manifest import make_manifest
@@ -253,14 +254,6 @@ def test_memory_is_flat_at_an_hour(tmp_path, kmeans):
 # --- Batches --------------------------------------------------------------------------------------
 def decoded(lengths: list[float]) -> list[frames.Decoded]:
     return [frames.Decoded(i, "", None, None, round(length * 16000)) for i, length in enumerate(lengths)]
-
-
-def librispeech_lengths(count: int, seed: int = 0) -> list[float]:
-    """Like train-clean-360's: most between 12 and 16 s, the others spread from 1 to 12 s, few up to 35 s."""
-    rng = np.random.default_rng(seed)
-    kinds = rng.random(count)
-    most, short, long = rng.uniform(12, 16.5, count), rng.uniform(1.3, 12, count), rng.uniform(16.5, 35, count)
-    return np.where(kinds < 0.68, most, np.where(kinds < 0.99, short, long)).tolist()
 
 
 def test_batches_are_full_and_hardly_padded():
