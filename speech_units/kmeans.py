@@ -18,7 +18,7 @@ TABLE = {"cpu": (1 << 22, 1 << 10), "cuda": (1 << 28, 1 << 16)}
 # How a fit goes; see ``fit``. Chosen on MFCC of recorded prompts, alone and 37 side by side, and on drawn clusters.
 GROWTH = 4
 FRAMES_A_UNIT, FEWEST_FRAMES = 10, 10_000  # of the smallest sample
-START_BLOCK = 4096  # frames
+START_BLOCK = {"cpu": 1 << 12, "cuda": 1 << 20}  # frames that are compared with the start's candidates at a time
 MOVES = 15  # iterations in which units that few frames belong to are moved,
 FEW = 0.25  # of the median unit's frames,
 MOST_MOVED = 0.1  # of the units at a time
@@ -149,6 +149,7 @@ class Sample:
         from tqdm import tqdm
 
         frames, counts = self.distinct()
+        rows = START_BLOCK[self.device.type]
         if len(frames) < num_units:
             return frames
         norms = check((frames**2).sum(dim=1))
@@ -161,11 +162,11 @@ class Sample:
             candidates = frames[drawn]
 
             def block(first: int, candidates=candidates, drawn=drawn, to_nearest=to_nearest):
-                part = slice(first, first + START_BLOCK)
+                part = slice(first, first + rows)
                 table = torch.addmm(norms[drawn], frames[part], candidates.T, alpha=-2) + norms[part, None]
                 return torch.minimum(table.clamp(min=0), to_nearest[part, None])
 
-            table = torch.cat(list(self.spread(block, range(0, len(frames), START_BLOCK))))
+            table = torch.cat(list(self.spread(block, range(0, len(frames), rows))))
             best = int((weights @ table.double()).argmin())
             to_nearest = table[:, best].contiguous()
             chosen.append(int(drawn[best]))
