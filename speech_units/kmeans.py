@@ -296,7 +296,7 @@ def _improve(
         told = f"k-means: {size:,} frames, iteration {iteration + 1}"
         found = sample.assign(centroids, told)
         moving = iteration < moves
-        few = found.counts < max(1, FEW * float(found.counts.median()) if moving else 1)
+        few = found.counts < max(1, FEW * float(found.counts.median()) if moving else 0)
         settled = not moving and not few.any() and found.mean >= (1 - TOLERANCE) * before
         if settled or iteration == moves + MOST_ITERATIONS:
             print(f"{told}: mean squared distance {found.mean:.4g}", flush=True)

@@ -403,6 +403,14 @@ def test_a_fit_is_as_near_as_scikit_learns(clusters, num_units):
     assert distance <= 1.01 * theirs.inertia_ / len(clusters)
 
 
+def test_one_unit_is_the_mean():
+    """Of many frames far from zero, where float32 would lose most of what they differ by."""
+    frames = (1000 + np.random.default_rng(0).normal(0, 1, (300_000, 2))).astype("f4")
+    found = clustering.fit(frames, 1, seed=0)
+    np.testing.assert_array_equal(found.centroids[0], frames.mean(axis=0, dtype="f8").astype("f4"))
+    assert found.distance == pytest.approx(frames.var(axis=0, dtype="f8").sum(), rel=1e-5)
+
+
 def test_samples_grow_to_all_frames():
     assert clustering.sizes(9_000, 100) == [9_000] and clustering.sizes(39_999, 100) == [39_999]
     assert clustering.sizes(40_003, 100) == [10_000, 40_003]
