@@ -42,12 +42,15 @@ pytestmark = pytest.mark.slow
 
 def fetch(folder: Path, *command: str) -> None:
     if os.environ.get("CI"):
-        pytest.skip("recorded speech is not fetched in CI")
-    if not shutil.which(command[0]) or (command[0] == "apt-get" and os.geteuid()):
-        pytest.skip(f"recorded speech needs {command[0]}, as root")
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if ran.returncode:
-        pytest.skip(f"{' '.join(command[:3])} ended with {ran.stderr[-200:]!r}: recorded speech cannot be fetched")
+        why = "in CI"
+    elif not shutil.which(command[0]) or (command[0] == "apt-get" and os.geteuid()):
+        why = f"without {command[0]}, as root"
+    else:
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if not ran.returncode:
+            return
+        why = f"{' '.join(command[:3])} ended with {ran.stderr[-200:]!r}"
+    pytest.skip(f"{why}: recorded speech is not fetched")
 
 
 def phones_of(text: str) -> list[str]:
