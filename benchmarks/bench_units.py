@@ -16,6 +16,7 @@ the share of utterances with the same units.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,7 @@ def label(manifest: Path, kmeans: Path, output_dir: Path, device: str) -> tuple[
             nearest([f[: encoder.num_frames(int(n))] for f, n in zip(found, lengths, strict=True)])
 
     timed("padded, unsorted", unsorted)
+    shutil.rmtree(output_dir, ignore_errors=True)  # of an earlier run, with which there would be nothing to do
     timed("ours", lambda: label_audio(manifest, manifest.parent, kmeans, output_dir, device=device))
     found = [row["units"] for row in read_units(output_dir)]
     alike = [np.array_equal(a, b) for a, b in zip(found, plain, strict=True)]
