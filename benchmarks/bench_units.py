@@ -16,15 +16,15 @@ the share of utterances with the same units.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import apart, comparison, report
+from benchmarks.measure import apart, comparison, report, run_script
 from speech_units.features import BATCH_SECONDS
 from towerspeech.command import run
 from towerspeech.files import read_json
+from towerspeech.units_parquet import read_units
 
 NUM_UNITS, DIM = 5000, 1024
 UNSORTED_BATCH = 8  # utterances
@@ -82,19 +82,16 @@ def make_kmeans(folder: Path, encoder: Path, layer: int) -> None:
 
 
 # --- Labelling ------------------------------------------------------------------------------------
-def label(manifest: Path, kmeans: Path, output_dir: Path, device: str) -> tuple[dict, dict]:
-    """Everything about labelling: seconds of each way, and figures of the run."""
-    import numpy as np
+def label(manifest: Path, kmeans: Path, device: str) -> tuple[dict, list[list[int]]]:
+    """Seconds of the other ways of labelling, and the units that a plain loop finds."""
     import soundfile
     import torch
 
     from speech_units import frames
     from speech_units.features import Encoder, load_kmeans, prepare
     from speech_units.kmeans import Nearest
-    from speech_units.label_audio import label_audio
     from towerspeech.manifests import read_manifest
     from towerspeech.units import collapse
-    from towerspeech.units_parquet import read_units
 
     rows = list(read_manifest(manifest))
     centroids, config = load_kmeans(kmeans)
@@ -143,13 +140,7 @@ def label(manifest: Path, kmeans: Path, output_dir: Path, device: str) -> tuple[
             nearest([f[: encoder.num_frames(int(n))] for f, n in zip(found, lengths, strict=True)])
 
     timed("padded, unsorted", unsorted)
-    shutil.rmtree(output_dir, ignore_errors=True)  # of an earlier run, with which there would be nothing to do
-    timed("ours", lambda: label_audio(manifest, manifest.parent, kmeans, output_dir, device=device))
-    found = [row["units"] for row in read_units(output_dir)]
-    alike = [np.array_equal(a, b) for a, b in zip(found, plain, strict=True)]
-    counts = read_json(next(output_dir.glob("*run_info.json")), "run again")["counts"]
-    counts["same"] = sum(alike) / len(alike)
-    return seconds, counts
+    return seconds, plain
 
 
 def padding_share(hours: float = 100) -> float:
@@ -171,14 +162,19 @@ def bench_labelling(output_dir: Path, device: str, hours: float, layer: int) -> 
     lengths = librispeech_lengths(max(UNSORTED_BATCH, round(hours * 3600 / 12.3)))
     manifest = make_audio(output_dir / "audio", lengths, 16000, "flac", min(len(lengths), 200))
     apart(make_kmeans, output_dir / "kmeans", output_dir / "encoder", layer)
-    _, (took, counts) = apart(label, manifest, output_dir / "kmeans", output_dir / "units", device)
-    alone, same = took["loading"] + took["encoding"], round(counts["same"], 4)
-    audio_s = counts["seconds_of_audio"]
-    facts = {"audio_s": audio_s, "audio_s_a_second": round(audio_s / took["ours"], 1)}
+    kmeans, units = output_dir / "kmeans", output_dir / "units"
+    _, (took, plain) = apart(label, manifest, kmeans, device)
+    words = ["--manifest", manifest, "--audio_root", manifest.parent, "--kmeans", kmeans, "--device", device]
+    run_script("speech_units/label_audio.py", units, *words)
+    info = read_json(next(units.glob("*run_info.json")), "run again")
+    ours, counts = info["seconds"], info["counts"]  # without start and imports, as the others' are
+    found = [row["units"] for row in read_units(units)]
+    same = round(sum(a == b for a, b in zip(found, plain, strict=True)) / len(plain), 4)
+    alone, audio_s = took["loading"] + took["encoding"], counts["seconds_of_audio"]
+    facts = {"audio_s": audio_s, "audio_s_a_second": round(audio_s / ours, 1)}
     if device == "cuda":
         facts["idle_share"] = counts["encoder_idle_share"]
     name = f"labelling {audio_s / 3600:.2f} h on {device}"
-    ours = took["ours"]
     return [
         comparison(f"{name}, whole, beside loading and encoding alone", ours, alone, 1 / 1.1, **facts),
         comparison(f"{name}, beside one at a time", ours - took["loading"], took["one at a time"], 1 / 1.02, same),
