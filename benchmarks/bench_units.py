@@ -3,7 +3,7 @@
 Usage: python benchmarks/bench_units.py --output_dir runs/bench_units
        python benchmarks/bench_units.py --output_dir runs/bench_units --device cuda --hours 4
 
-Needs PyTorch and transformers alone. The audio is noise, as long as LibriSpeech's utterances are; the encoder has
+Needs what install.sh installs, and no data. The audio is noise, as long as LibriSpeech's utterances are; the encoder has
 HuBERT-large's shape up to layer 22 and random weights. Compares
   labelling   label_audio.py, whole, beside loading and encoding alone; beside a plain loop over the utterances; beside
               batches of 8, padded, in the order of the files

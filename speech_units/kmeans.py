@@ -22,7 +22,7 @@ FRAMES_A_UNIT, FEWEST_FRAMES = 10, 10_000  # of the smallest sample
 START_BLOCK = {"cpu": 1 << 12, "cuda": 1 << 20}  # frames that are compared with the start's candidates at a time
 MOVES = 15  # iterations in which units that few frames belong to are moved,
 FEW = 0.25  # of the median unit's frames,
-MOST_MOVED = 0.1  # of the units at a time
+MOVED_PART = 10  # at most one unit in so many at a time
 TOLERANCE = 0.005  # of the distance: what an iteration must gain for another
 MOST_ITERATIONS = 20  # after the moves
 
@@ -310,7 +310,7 @@ def _improve(
         centroids = torch.where(found.counts[:, None] > 0, means, centroids)
         fewest = torch.nonzero(few)[:, 0]
         if moving:
-            most = -(-len(centroids) // round(1 / MOST_MOVED))
+            most = -(-len(centroids) // MOVED_PART)
             fewest = fewest[found.counts[fewest].argsort(stable=True)][:most]
         rng = np.random.default_rng([seed, 2, size, iteration])
         drawn = sample.draw(rng, found.distances, len(fewest))
