@@ -3,8 +3,8 @@
 Usage: python benchmarks/bench_units.py --output_dir runs/bench_units
        python benchmarks/bench_units.py --output_dir runs/bench_units --device cuda --hours 4
 
-Needs what install.sh installs, and no data. The audio is noise, as long as LibriSpeech's utterances are; the encoder has
-HuBERT-large's shape up to layer 22 and random weights. Compares
+Needs what install.sh installs, and no data. The audio is noise, as long as LibriSpeech's utterances are; the encoder
+has HuBERT-large's shape up to layer 22 and random weights. Compares
   labelling   label_audio.py, whole, beside loading and encoding alone; beside a plain loop over the utterances; beside
               batches of 8, padded, in the order of the files
   assignment  5,000 centroids of 1,024 numbers, beside the matrix product in it, scikit-learn's predict and torch.cdist
