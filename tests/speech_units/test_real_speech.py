@@ -70,7 +70,7 @@ def phones_of(text: str) -> list[str]:
 def spread(text: str, samples: np.ndarray, rate: int) -> list[list]:
     """An utterance's phones, one after another, all of one length, from where it gets loud to where it is last loud.
 
-    As crude as can be: a vowel may last four times what a stop does, and pauses inside count as phones.
+    As crude as can be: a vowel may last far longer than a stop, and pauses inside count as phones.
     """
     loud = np.flatnonzero(np.abs(samples) > LOUD)
     names = phones_of(text)
