@@ -26,10 +26,11 @@ shopt -s nullglob
 shellcheck -x ./*.sh ./*/*.sh ./sbatch/*.sbatch .ci/run
 
 # Quick ones first: a mistake shows within minutes. Both parts run in any case; 5 means that nothing was selected.
+# Two files at a time, each whole: what a file trains once serves its tests.
 status=5
 for part in "not slow" slow; do
     code=0
-    python -m pytest --durations=15 -m "$part" "$@" || code=$?
+    python -m pytest -n 2 --dist loadfile --durations=15 -m "$part" "$@" || code=$?
     if [[ $code != 0 && $code != 5 ]]; then
         status=$code
     elif [[ $code == 0 && $status == 5 ]]; then
