@@ -5,6 +5,7 @@ What the units of an utterance are never depends on its neighbours: on a CPU to 
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ MAX_JOB_ROWS = 256  # so many of them
 PARCEL_S = 60  # seconds of audio that a process hands over at a time
 PARCELS_AHEAD = 8  # a process: 60 s are 4 MB
 POOL_BATCHES = 32  # of which audio is sorted by length before it is cut into batches
+CLOCKED = 64  # batches whose times are held; older ones have ended, and a GPU is not waited for
 SHORTEST = 0.9  # of a batch's longest piece is the shortest that may be padded to it
 
 
@@ -140,7 +142,7 @@ class Frames:
             decoder, batch_size=None, num_workers=num_workers, pin_memory=on_gpu, collate_fn=list, **ahead
         )
         self.audio_s = self.padding_s = self.owed = 0.0
-        self.clock: list = []  # begin and end of each batch
+        self.worked_s, self.clock = 0.0, deque()  # seconds that batches took; begin and end of the last few
 
     def now(self):
         """The time by the device's clock: a GPU works while we go on."""
@@ -152,10 +154,18 @@ class Frames:
 
     def encoder_s(self) -> float:
         """Seconds that the encoder has worked."""
-        if self.encoder.device.type != "cuda":
-            return sum(end - begin for begin, end in self.clock)
-        torch.cuda.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self.clock) / 1000
+        self.settle(0)
+        return self.worked_s
+
+    def settle(self, left: int) -> None:
+        """Add up the oldest batches' times, so that no more than ``left`` are held: there may be millions."""
+        while len(self.clock) > left:
+            begin, end = self.clock.popleft()
+            if self.encoder.device.type == "cuda":
+                end.synchronize()
+                self.worked_s += begin.elapsed_time(end) / 1000
+            else:
+                self.worked_s += end - begin
 
     def __iter__(self) -> Iterator[tuple[list[Decoded], list]]:
         pool_s = self.batch_seconds * (1 if self.encoder.batches == "alone" else POOL_BATCHES)
@@ -191,6 +201,7 @@ class Frames:
             end = None if piece.last else (MARGIN_S + STRIDE_S) * SAMPLE_RATE // hop
             own.append(frames[skip:end])
         self.clock.append((started, self.now()))
+        self.settle(CLOCKED)
         samples = sum(piece.num_samples for piece in batch)
         padded = len(batch) * max(piece.num_samples for piece in batch) if self.encoder.batches != "alone" else samples
         self.audio_s += samples / SAMPLE_RATE

@@ -269,8 +269,10 @@ def test_batches_are_full_and_hardly_padded():
     assert [len(batch) for batch in frames.plan(decoded([500, 1, 1.1]), "padded", 320)] == [1, 2]
 
 
-def test_the_pool_is_refilled_as_it_is_encoded(tmp_path):
-    """Decoding goes on evenly, and everything comes once, however parcels and batches fall."""
+def test_the_pool_is_refilled_as_it_is_encoded(tmp_path, monkeypatch):
+    """Decoding goes on evenly, and everything comes once, however parcels and batches fall. Few times are held."""
+    monkeypatch.setattr(frames, "CLOCKED", 4)
+    monkeypatch.setattr(time, "perf_counter", iter(range(10_000)).__next__)  # asked before and after each batch
     for number in range(60):
         soundfile.write(tmp_path / f"{number}.wav", speech(number, 0.5 + number % 7 + number / 1000), 16000)
     rows = [row(n, f"{n}.wav") for n in range(60)]
@@ -280,8 +282,9 @@ def test_the_pool_is_refilled_as_it_is_encoded(tmp_path):
     for batches, seconds in (("alone", 1.0), ("alone", 400.0), ("padded", 5.0), ("equal", 9.0)):
         stand_in.batches = batches
         found = frames.Frames(frames.Decoder(path, tmp_path, StandIn.config, None, 0, 60), stand_in, 0, seconds)
-        seen = [piece.index for batch, _ in found for piece in batch]
-        assert sorted(seen) == list(range(60))
+        encoded = [[piece.index for piece in batch] for batch, _ in found]
+        assert sorted(index for batch in encoded for index in batch) == list(range(60))
+        assert len(found.clock) == 4 and found.encoder_s() == len(encoded) - 2  # the bad ones were not encoded
         assert found.audio_s == pytest.approx(sum(0.5 + n % 7 + n / 1000 for n in range(60) if n not in (5, 40)))
         assert (found.padding_s > 0) == (batches == "padded")
 
