@@ -37,6 +37,7 @@ FIELDS = ("id", "src_lang", "tgt_lang", "source", "target")  # of sentence pairs
 BRACES = re.compile(r"\{([^{}/]*,[^{}/]*)\}")
 SAVED = ("state.json", "dataset_dict.json")  # in folders of save_to_disk: of one split, of several
 BATCH_ROWS = 1024
+NAME_FIELD = "text_field of a source says which field holds the text"
 
 
 # --- Which files ----------------------------------------------------------------------------------
@@ -100,16 +101,16 @@ def iter_plain(path: Path) -> Iterator[tuple[str, str]]:
         yield where, line
 
 
-def iter_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """Stream a Parquet file's rows, of its columns those named (none: all), each with its place."""
+def iter_parquet(path: Path, field: str | None) -> Iterator[tuple[str, dict]]:
+    """Stream a Parquet file's rows, of one column or of all, each with its place."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     number = 0
     try:
         with ParquetFile(path) as file:
-            there = [name for name in file.schema_arrow.names if name in columns] if columns else None
-            for batch in file.iter_batches(BATCH_ROWS, columns=there):
+            check_column(path, file.schema_arrow.names, field)
+            for batch in file.iter_batches(BATCH_ROWS, columns=[field] if field else None):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
@@ -117,7 +118,7 @@ def iter_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
         raise UserError(f"{path} is no Parquet, or cut short ({error})", "fetch or write it again") from None
 
 
-def iter_saved(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
+def iter_saved(path: Path, field: str | None) -> Iterator[tuple[str, dict]]:
     """Stream the rows of a folder that datasets.Dataset.save_to_disk wrote, as ``iter_parquet`` does."""
     if not (path / SAVED[0]).is_file():
         splits = ", ".join(str(path / split.name) for split in sorted(path.iterdir()) if split.is_dir())
@@ -128,20 +129,28 @@ def iter_saved(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict]]
         rows = load_from_disk(str(path))
     except Exception as error:  # of many classes
         raise UserError(f"{path} is no data set that can be read ({error})", "save or fetch it again") from None
-    if columns:
-        rows = rows.select_columns([name for name in rows.column_names if name in columns])
-    for number, row in enumerate(rows, 1):
+    check_column(path, rows.column_names, field)
+    for number, row in enumerate(rows.select_columns([field]) if field else rows, 1):
         yield f"{path}, row {number}", row
 
 
-def iter_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """Stream the rows of a file that has named fields, each with its place; maybe with ``columns`` alone."""
+def check_column(path: Path, names: Sequence[str], field: str | None) -> None:
+    """Raise UserError if a column that is wanted is not there."""
+    if field and field not in names:
+        raise UserError(f"{path}: field {field!r} is missing, there are {', '.join(names)}", NAME_FIELD)
+
+
+def iter_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, dict]]:
+    """Stream the rows of a file that has named fields, each with its place; all must have the field that is named."""
     if path.is_dir():
-        yield from iter_saved(path, columns)
+        yield from iter_saved(path, field)
     elif form(path) in PARQUET:
-        yield from iter_parquet(path, columns)
+        yield from iter_parquet(path, field)
     else:
-        yield from iter_jsonl(path)
+        for where, row in iter_jsonl(path):
+            if field and field not in row:
+                raise UserError(f"{where}: field {field!r} is missing", NAME_FIELD)
+            yield where, row
 
 
 # --- Text -----------------------------------------------------------------------------------------
@@ -163,10 +172,7 @@ def iter_texts(name: str | Path, field: str = "text", paragraphs: bool = False) 
                 f"{path} has columns, and which is the text is not known", "use JSONL with a field, or .txt"
             )
         if path.is_dir() or form(path) in (*JSON, *PARQUET):
-            for where, row in iter_rows(path, [field]):
-                if field not in row:
-                    remedy = "text_field: of a source says which field holds the text"
-                    raise UserError(f"{where}: field {field!r} is missing", remedy)
+            for where, row in iter_rows(path, field):
                 check_texts(row, [field], where)
                 check_outside_text(row[field], where)
                 yield where, row[field]

@@ -370,7 +370,7 @@ def test_the_chain_knows_what_a_pattern_meant(tmp_path, tokenizer_dir):
     [
         ({"direction": "en-xx"}, "unknown language 'xx'"),
         ({"paths": ["{folder}/none*.gz"]}, r"no file is called .*none\*\.gz\n.*check paths of source 'a'"),
-        ({"text_field": "content"}, r"a\.jsonl:1: field 'content' is missing\n.*text_field: of a source"),
+        ({"text_field": "content"}, r"a\.jsonl:1: field 'content' is missing\n.*text_field of a source"),
     ],
 )
 def test_a_source_that_cannot_be_read_so_is_refused(tmp_path, tokenizer_dir, changed, message):

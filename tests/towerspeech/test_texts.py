@@ -237,6 +237,14 @@ def test_a_wrong_pair_is_named_by_line(tmp_path, wrong, message):
         next(pairs)
 
 
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    as_parquet(tmp_path)
+    as_saved(tmp_path)
+    for name, there in (("train-00000-of-00001.parquet", "id, raw_content"), ("saved", "other, text")):
+        with pytest.raises(UserError, match=rf"{name}: field 'none' is missing, there are {there}"):
+            list(iter_texts(tmp_path / name, "none"))
+
+
 def cut(path: Path, share: float = 0.6) -> Path:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     return path
