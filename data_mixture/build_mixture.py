@@ -3,9 +3,10 @@
 Usage: python data_mixture/build_mixture.py --config systems/towerspeech_6b.yaml \\
            --tokenizer tokenizer/ --output_dir mixture/towerspeech_6b
 
-Reads units Parquet and JSONL text; writes, for each source, <source>.bin and .idx in Megatron's indexed format, and
-manifest.json: documents, tokens, budget, epochs, and the data_path that a Megatron trainer takes. All documents of a
-source are tokenized; which of them are trained on, up to the budget, the trainer's seeded shuffle decides.
+Reads units Parquet, and text in the forms that towerspeech/texts.py tells; writes, for each source, <source>.bin and
+.idx in Megatron's indexed format, and manifest.json: documents, tokens, budget, epochs, and the data_path that a
+Megatron trainer takes. All documents of a source are tokenized; which of them are trained on, up to the budget, the
+trainer's seeded shuffle decides.
 
 The tokens are those of the Hugging Face tokenizer called on each document. Text is encoded by it, on all cores; runs
 of units by SentencePiece, which does the same merges several times as fast. The two are compared before they are used.
@@ -16,47 +17,28 @@ import json
 import os
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from towerspeech import prompts, records, units
+from towerspeech import prompts, units
+from towerspeech.ahead import ahead
 from towerspeech.command import run
 from towerspeech.errors import UserError
-from towerspeech.files import check_exists, write_json
+from towerspeech.files import write_json
 from towerspeech.indexed import IndexedTokens, token_dtype, write_index
+from towerspeech.mixture import Source, recorded_budgets, recorded_files
 from towerspeech.outside_text import MARK, check_outside_text, marker, text_tokenizer
 from towerspeech.stage import stage
+from towerspeech.texts import iter_parallel, iter_texts, parse_direction
 from towerspeech.tokenizer import EOD, read_metadata, tokenizer_hash, unit_tokens
 from towerspeech.units_parquet import check_one_kmeans, read_unit_arrays
 
 BATCH_DOCUMENTS = 2048  # tokenized at once, on all cores; also how much a killed run repeats at most, times 16
 COMPARED_DOCUMENTS = 64  # of each source, with the tokenizer's own ids
-
-
-@dataclass
-class Source:
-    """One source of the mixture.
-
-    Attributes:
-        name: Names its files.
-        kind: ``speech`` (units Parquet with transcripts), ``text`` (JSONL: text) or ``parallel`` (JSONL: src_lang,
-            tgt_lang, source, target).
-        paths: Units folders or JSONL files.
-        budget: Tokens to train on, counted after tokenization.
-        max_epochs: How often the source may be repeated to fill its budget.
-    """
-
-    name: str
-    kind: Literal["speech", "text", "parallel"]
-    paths: list[str]
-    budget: int
-    max_epochs: float = 1.0
 
 
 # A text, and its run of units, as their characters. In the text, unit 0 stands for the whole run, as the first unit in
@@ -158,9 +140,9 @@ class Encoder:
 
 
 # --- Reading --------------------------------------------------------------------------------------
-def speech_documents(path: Path, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
+def speech_documents(source: Source, path: str, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
     """Utterances of a units folder."""
-    for flat, ends, batch, place in read_unit_arrays(path, encoder.num_units, ["language", "text"]):
+    for flat, ends, batch, place in read_unit_arrays(Path(path), encoder.num_units, ["language", "text"]):
         runs = units.split_units(flat, ends, encoder.offset)
         languages, texts = batch.column("language").to_pylist(), batch.column("text").to_pylist()
         for row, (speech, language, text) in enumerate(zip(runs, languages, texts, strict=True)):
@@ -176,46 +158,36 @@ def speech_documents(path: Path, encoder: Encoder, left_out: Counter) -> Iterato
                 yield prompts.speech_document(encoder.stand_in, encoder.mark(text)), speech
 
 
-def text_documents(path: Path, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Texts of a JSONL file."""
-    for where, row in records.iter_jsonl(path, texts=["text"]):
-        if not row["text"].strip():
+def text_documents(source: Source, path: str, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
+    """Texts of a file or folder."""
+    for _, text in iter_texts(path, source.text_field, source.paragraphs):
+        if not text.strip():
             left_out[NO_TEXT] += 1
             continue
-        check_outside_text(row["text"], where)
-        yield encoder.mark(row["text"]), NO_UNITS
+        yield encoder.mark(text), NO_UNITS
 
 
-def parallel_documents(path: Path, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Sentence pairs of a JSONL file."""
-    for _, row in records.iter_parallel(path):
-        if not row["source"].strip() or not row["target"].strip():
+def parallel_documents(source: Source, path: str, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
+    """Sentence pairs of a file or folder, or of two files of which line follows line."""
+    asked = parse_direction(source.direction) if source.direction else None
+    for _, row in iter_parallel(path, source.direction):
+        if asked and asked != (row["src_lang"], row["tgt_lang"]):
+            left_out["in another direction"] += 1
+        elif not row["source"].strip() or not row["target"].strip():
             left_out[NO_TEXT] += 1
-            continue
-        sides = row["src_lang"], encoder.mark(row["source"]), row["tgt_lang"], encoder.mark(row["target"])
-        yield prompts.parallel_document(*sides), NO_UNITS
+        else:
+            sides = row["src_lang"], encoder.mark(row["source"]), row["tgt_lang"], encoder.mark(row["target"])
+            yield prompts.parallel_document(*sides), NO_UNITS
 
 
 def documents(source: Source, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
     """Stream a source's documents in the order of its files; ``left_out`` counts what has nothing to learn from."""
     read = {"speech": speech_documents, "text": text_documents, "parallel": parallel_documents}[source.kind]
-    for path in source.paths:
-        yield from read(Path(path), encoder, left_out)
+    for path in source.files() if source.kind == "speech" else source.paths:  # of text a name may mean two sides
+        yield from read(source, path, encoder, left_out)
 
 
 # --- Tokenizing -----------------------------------------------------------------------------------
-def encode_ahead(encoder: Encoder, batches: Iterator[list]) -> Iterator[list[np.ndarray]]:
-    """Encode batches in their order, two in the background while others are read and written."""
-    with ThreadPoolExecutor(2) as pool:
-        waiting = deque()
-        for batch in batches:
-            waiting.append(pool.submit(encoder, batch))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 def tokenize(work, source: Source, encoder: Encoder, begin: list[int], end: list[int]) -> None:
     """Write a source's .bin and .idx; every document stands between ``begin`` and ``end``, token ids.
 
@@ -236,7 +208,8 @@ def tokenize(work, source: Source, encoder: Encoder, begin: list[int], end: list
     left_out = Counter()
     rest = itertools.islice(documents(source, encoder, left_out), done["documents"], None)
     batches = iter(lambda: list(itertools.islice(rest, BATCH_DOCUMENTS)), [])
-    with open(partial, "ab") as data, open(sizes_file, "ab") as sizes:
+    # two batches are encoded in the background while others are read and written
+    with open(partial, "ab") as data, open(sizes_file, "ab") as sizes, ThreadPoolExecutor(2) as pool:
 
         def note_down() -> None:
             for file in (data, sizes):
@@ -247,7 +220,7 @@ def tokenize(work, source: Source, encoder: Encoder, begin: list[int], end: list
         data.truncate(done["tokens"] * encoder.dtype().itemsize)
         sizes.truncate(done["documents"] * 4)
         progress = tqdm(initial=done["documents"], unit=" documents", desc=source.name, mininterval=1)
-        for number, rows in enumerate(encode_ahead(encoder, batches), 1):
+        for number, rows in enumerate(ahead(pool, encoder, batches, limit=2), 1):
             lengths = np.array([len(before) + len(ids) + len(after) for ids in rows], np.int32)
             # write, since tofile hides a full disk
             data.write(np.concatenate([part for ids in rows for part in (before, ids, after)]))
@@ -274,11 +247,12 @@ def check_sources(sources: list[Source]) -> None:
     for source in sources:
         if not re.fullmatch(r"\w[\w.+-]*", source.name, re.ASCII):  # it stands in Megatron's data_path, too
             raise UserError(f"a source is named {source.name!r}", "use letters, digits, and . _ + - after the first")
-        for path in source.paths:
-            check_exists(Path(path), f"check paths of source {source.name!r}")
+        source.files()
+        if source.direction:
+            parse_direction(source.direction)
         if source.budget <= 0 or not source.paths:
             raise UserError(f"source {source.name!r} needs paths and a positive budget", "mend the config")
-    check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.paths)
+    check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.files())
 
 
 def make_encoder(tokenizer: Path, loaded, sources: list[Source]) -> Encoder:
@@ -333,7 +307,7 @@ def build_mixture(
     Args:
         tokenizer: Folder written by merge_tokenizer.py (any Hugging Face folder, if no source is speech).
         output_dir: New folder.
-        sources: What to mix; in YAML, a list of name, kind, paths, budget and max_epochs.
+        sources: What to mix; in YAML, a list of what towerspeech/mixture.py says of a source.
         bos: Begin documents with BOS. Megatron does not; a model that is prompted with BOS and was not pretrained
             with it needs it.
         seed: Seed of the trainer's shuffle; recorded in the manifest.
@@ -342,10 +316,8 @@ def build_mixture(
     check_sources(sources)
     arguments = {
         "tokenizer": tokenizer,
-        # Paths are compared by content, the rest of a source by value.
-        "paths": [path for source in sources for path in source.paths],
-        "sources": [[source.name, source.kind, len(source.paths)] for source in sources],
-        "budgets": {source.name: [source.budget, source.max_epochs] for source in sources},
+        **recorded_files(sources, {source.name: source.files() for source in sources}),
+        "budgets": recorded_budgets(sources),
         "bos": bos,
         "seed": seed,
         "overwrite": overwrite,

@@ -4,8 +4,8 @@ Usage:
     python instruction_tuning/build_sft_data.py --units runs/units --parallel wmt.jsonl \\
         --num_asr 100000 --num_mt 100000 --few_shot_share 0.2 --output_dir runs/sft_data
 
-Reads units Parquet (speech_units/label_audio.py) and parallel JSONL with the fields id, src_lang, tgt_lang,
-source, target (language codes: en, de, ...). Writes ``<output_dir>/sft.jsonl``, one example a line, shuffled:
+Reads units Parquet (speech_units/label_audio.py) and parallel text in the forms that towerspeech/texts.py tells (JSONL
+with src_lang, tgt_lang, source, target, and others). Writes ``<output_dir>/sft.jsonl``, one example a line, shuffled:
     {"id": ..., "task": "asr" | "mt_0_shot" | "mt_5_shot",
      "messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 The counts are exact: nothing is repeated, and asking for more than there is is refused.
@@ -21,9 +21,10 @@ from towerspeech import units as dsu
 from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.outside_text import check_outside_text
-from towerspeech.records import check_texts, iter_parallel, write_jsonl
+from towerspeech.records import check_texts, write_jsonl
 from towerspeech.sampling import reservoir
 from towerspeech.stage import stage
+from towerspeech.texts import expand, iter_parallel
 from towerspeech.units_parquet import read_units
 
 NUM_SHOTS = 5  # the original's few-shot prompts
@@ -62,9 +63,9 @@ def transcribed(folders: list[Path], unit_offset: int, counts: dict) -> Iterator
 
 
 def read_pairs(path: Path) -> list[dict]:
-    """Read one parallel JSONL file, in which no side may be blank."""
+    """Read the parallel text that a name means, in which no side may be blank."""
     pairs = []
-    for where, row in iter_parallel(path, ["id"]):
+    for where, row in iter_parallel(path):
         check_texts(row, ("source", "target"), where, blank=False)
         pairs.append(row)
     return pairs
@@ -118,7 +119,8 @@ def build_sft_data(
     Args:
         output_dir: Folder for sft.jsonl.
         units: Folder(s) of units Parquet with English transcripts.
-        parallel: Parallel JSONL file(s).
+        parallel: Parallel text that says its languages, in the forms of towerspeech/texts.py: file(s), folders,
+            patterns.
         num_asr: Number of ASR examples, drawn from all of ``units``.
         num_mt: Number of MT examples, drawn from all of ``parallel``.
         few_shot_share: Share of the MT examples that show five others first, 0 to 1.
@@ -139,6 +141,7 @@ def build_sft_data(
                 f"--{name} is {'missing' if number else 'given'}, but {number} of its examples are wanted",
                 f"give both --{name} and its number, or neither",
             )
+    arguments["parallel"] = [path for name in parallel or [] for path in expand(name, "check --parallel")] or None
     with stage(__file__, output_dir, arguments, inputs=["units", "parallel"]) as work:
         if work.done:
             return

@@ -74,7 +74,7 @@ class Request:
         example_split: Split to draw examples from; default: dev.
         example_lines: Draw examples from these lines alone, such as 101-300. If they are of the test split, lines that
             are not tested may be shown.
-        example_file: Draw examples from this parallel JSONL (src_lang, tgt_lang, source, target) instead.
+        example_file: Draw examples from this parallel text instead, in one of the forms of towerspeech/texts.py.
         translations: JSONL of translated utterances (id, tgt_lang, target), or a folder with <dataset>.jsonl.
         unit_offset: Code point of unit 0, as in the tokenizer's speech_units.json.
         seed: Seed of the drawing.

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from towerspeech.errors import UserError
 from towerspeech.files import check_exists
-from towerspeech.languages import LANGUAGES, language, parse_pair
+from towerspeech.languages import FLORES_PLUS_CODES, LANGUAGES, language, parse_pair
 from towerspeech.outside_text import check_outside_text
-from towerspeech.records import check_texts, iter_jsonl, iter_parallel, read_lines
+from towerspeech.records import check_texts, iter_jsonl, read_lines
+from towerspeech.texts import expand, iter_parallel
 
 WMT23_PAIRS = ("de-en", "en-de", "en-ru", "en-zh", "ru-en", "zh-en")
 OTHERS = [code for code in LANGUAGES if code != "en"]
@@ -19,7 +20,6 @@ USUAL_PAIRS = {
     "wmt23": WMT23_PAIRS,
 }
 TEST_SPLITS = {"flores200": "devtest", "wmt23": "test", "towereval": "test"}
-FLORES_PLUS_CODES = {"zho_Hans": "cmn_Hans"}  # where it departs from FLORES-200's
 
 
 class Missing(UserError):
@@ -155,17 +155,17 @@ def wmt23_files(root: Path | None, pair: str) -> list[Path]:
 
 # --- JSONL ----------------------------------------------------------------------------------------
 def read_direction(path: Path, pair: str) -> Parallel:
-    """Read the sentence pairs of one direction from parallel JSONL, which may hold several."""
+    """Read the sentence pairs of one direction from parallel text, which may hold several."""
     rows = ((where, row) for where, row in iter_parallel(path) if f"{row['src_lang']}-{row['tgt_lang']}" == pair)
-    return pairs_of_rows(rows, "source", "target", path)
+    return pairs_of_rows(rows, "source", "target", *expand(path))
 
 
-def pairs_of_rows(rows: Iterable[tuple[str, dict]], source: str, target: str, path: Path) -> Parallel:
+def pairs_of_rows(rows: Iterable[tuple[str, dict]], source: str, target: str, *files: Path) -> Parallel:
     """Make sentence pairs of two fields of JSONL rows, each with its place."""
     pairs = []
     for number, (where, row) in enumerate(rows, 1):
         pairs.append(SentencePair(number, Line(row[source], where), Line(row[target], where)))
-    return Parallel(pairs, [path])
+    return Parallel(pairs, list(files))
 
 
 # --- All layouts ----------------------------------------------------------------------------------

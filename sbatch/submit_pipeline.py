@@ -20,6 +20,7 @@ from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.files import locked
 from towerspeech.system import ROOT
+from towerspeech.texts import expand
 
 
 def check_inputs(system: chain.System) -> None:
@@ -33,9 +34,9 @@ def check_inputs(system: chain.System) -> None:
     made = [Path(system.work), *(Path(system.units) / name for name in places["train_sets"])]
     for source in blocks["build_mixture"].get("sources", []):
         wanted += source.get("paths", [])
-    for path in map(Path, wanted):
-        if not path.exists() and not any(path.is_relative_to(folder) for folder in made):
-            raise UserError(f"{path} does not exist", f"mend {system.config}; its paths start at {ROOT}")
+    for name in wanted:
+        if not any(Path(name).is_relative_to(folder) for folder in made):
+            expand(name, f"mend {system.config}; its paths start at {ROOT}")
 
 
 class Submission:

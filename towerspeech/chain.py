@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 from towerspeech.errors import UserError
 from towerspeech.files import read_json
+from towerspeech.mixture import Source, recorded_budgets, recorded_files
 from towerspeech.stage import RUN_INFO, hash_path, plain
 from towerspeech.system import FORMS, ROOT, command_name, read_system, variant_of
+from towerspeech.texts import expand
 from towerspeech.units_parquet import shard_name
 
 # Commands that put what is asked for in place of what they wrote before, without an --overwrite (sbatch/job.sh).
@@ -394,18 +396,23 @@ def as_recorded(name: str, flags: dict) -> dict:
         return {key: value for key, value in flags.items() if key != "special_tokens"}
     if name != "build_mixture":
         return flags
-    sources = flags["sources"]
-    return {
-        **flags,
-        "sources": [[source["name"], source["kind"], len(source["paths"])] for source in sources],
-        "budgets": {source["name"]: [source["budget"], source["max_epochs"]] for source in sources},
-        "paths": [path for source in sources for path in source["paths"]],
-    }
+    sources = [Source(**source) for source in flags["sources"]]
+    files = {source.name: [path for name in source.paths for path in files_of_name(name)] for source in sources}
+    return {**flags, **recorded_files(sources, files), "budgets": recorded_budgets(sources)}
+
+
+def files_of_name(name: str) -> list[str]:
+    """What a name of text means; the name itself if that is gone since."""
+    try:
+        return [str(path) for path in expand(name)]
+    except UserError:
+        return [name]
 
 
 def same_paths(old: list[str], new: list[str] | str | None) -> bool:
     """Whether recorded paths are those that a flag names; of a folder some files may have been recorded."""
-    wanted = [Path(os.path.abspath(path)) for path in (new if isinstance(new, list) else [new] if new else [])]
+    names = new if isinstance(new, list) else [new] if new else []
+    wanted = [Path(os.path.abspath(path)) for name in names for path in files_of_name(name)]
     paths = [Path(os.path.abspath(path)) for path in old]
     return paths == wanted or (
         len(wanted) == 1 and all(path.is_relative_to(wanted[0]) for path in paths) and bool(paths)

@@ -2,18 +2,23 @@
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from towerspeech.errors import UserError, space_needed
 
 BLOCK = 1 << 20  # bytes read at a time
+PACKED = (".gz", ".zst")  # endings of files that are unpacked as they are read
 
 
 def sync(path: Path) -> None:
@@ -53,6 +58,31 @@ def remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, unpacked if its name ends in .gz or .zst.
+
+    Raises:
+        UserError: What is packed is cut short or damaged, also where this shows only while it is read.
+    """
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                yield file
+        elif path.suffix == ".zst":
+            import pyarrow
+
+            with pyarrow.OSFile(str(path)) as packed, pyarrow.CompressedInputStream(packed, "zstd") as file:
+                yield io.BufferedReader(file, BLOCK)
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+        if path.suffix not in PACKED:
+            raise
+        raise UserError(f"{path} is cut short or damaged ({error})", "fetch or pack it again") from None
 
 
 def cut_torn_line(path: Path) -> None:

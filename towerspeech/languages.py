@@ -36,6 +36,19 @@ def language(code: str) -> Language:
     return LANGUAGES[code]
 
 
+FLORES_PLUS_CODES = {"zho_Hans": "cmn_Hans"}  # where FLORES+ departs from FLORES-200
+NAMES = {
+    name.lower(): known.code
+    for known in LANGUAGES.values()
+    for name in (known.code, known.name, known.flores, FLORES_PLUS_CODES.get(known.flores, known.flores))
+}
+
+
+def find_language(name: str) -> str | None:
+    """The code of a language by its code, name or FLORES code, in any case: ``de``, ``German``, ``deu_Latn``."""
+    return NAMES.get(name.lower())
+
+
 def parse_pair(pair: str) -> tuple[str, str]:
     """Split ``de-en`` into its two language codes, both checked."""
     codes = pair.split("-")

@@ -1,4 +1,4 @@
-"""JSONL and the original's JSON lists: parallel text, chats, prompts; bad rows are named by file and line."""
+"""JSONL and the original's JSON lists: chats, prompts; bad rows are named by file and line."""
 
 import codecs
 import hashlib
@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from towerspeech.errors import UserError
-from towerspeech.files import check_exists, publish
+from towerspeech.files import check_exists, open_plain, publish
 from towerspeech.languages import LANGUAGES
-from towerspeech.outside_text import check_outside_text
 from towerspeech.prompts import check_reference
 
 # --- JSONL ----------------------------------------------------------------------------------------
@@ -82,7 +81,7 @@ def _file(path: Path) -> Path:
 
 def _json_rows(path: Path, start: int = 0) -> Iterator[tuple[str, object]]:
     """The values of a JSONL file or a JSON list from number ``start`` on, each with its place."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         begun, passed = False, 0
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8)  # in the middle too: files that were joined have one a file
@@ -123,28 +122,6 @@ def _loads(data: bytes, path: str, number: int):
 def read_jsonl(path: Path, required: Sequence[str] = ()) -> list[dict]:
     """All rows of ``iter_jsonl``."""
     return [row for _, row in iter_jsonl(path, required)]
-
-
-# --- Parallel text --------------------------------------------------------------------------------
-PARALLEL_FIELDS = ("src_lang", "tgt_lang", "source", "target")
-
-
-def iter_parallel(path: Path, required: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
-    """Stream sentence pairs from JSONL, each with its ``file:line``, and ``required`` fields besides theirs.
-
-    Raises:
-        UserError: A row lacks a field, its languages are not two of the ten, or a side is no text or spells units.
-    """
-    for where, row in iter_jsonl(path, required, texts=PARALLEL_FIELDS):
-        for field in ("src_lang", "tgt_lang"):
-            if row[field] not in LANGUAGES:
-                problem = f"{where}: unknown language {row[field]!r} as {field}"
-                raise UserError(problem, f"it must be one of: {', '.join(LANGUAGES)}")
-        if row["src_lang"] == row["tgt_lang"]:
-            raise UserError(f"{where}: src_lang and tgt_lang are both {row['src_lang']!r}", "mend or remove the line")
-        for field in ("source", "target"):
-            check_outside_text(row[field], f"{where}, {field}")
-        yield where, row
 
 
 # --- Chats ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data_mixture.build_mixture import Encoder, Source, build_mixture
-from towerspeech import prompts, units
+from tests.towerspeech import test_texts
+from towerspeech import chain, prompts, units
 from towerspeech.errors import UserError
 from towerspeech.indexed import IndexedTokens
 from towerspeech.units_parquet import read_units, write_units
@@ -290,7 +291,7 @@ def test_documents_stay_in_the_order_of_files_and_batches(tmp_path, tokenizer_di
     """Many small batches, some of long documents, so that they are not ready in their order."""
     monkeypatch.setattr("data_mixture.build_mixture.BATCH_DOCUMENTS", 3)
     texts = ["the dog sees " * (400 if i % 6 == 0 else 1) + str(i) for i in range(50)]
-    paths = [write_texts(tmp_path / name, part) for name, part in (("b", texts[:31]), ("a", texts[31:]))]
+    paths = [write_texts(tmp_path / name, part) for name, part in (("b.jsonl", texts[:31]), ("a.jsonl", texts[31:]))]
     rows = [{"units": [i % 50, 3], "text": text} for i, text in enumerate(texts)]
     folders = [make_units(tmp_path / name, part) for name, part in (("y", rows[:8]), ("x", rows[8:]))]
     sources = [
@@ -305,6 +306,79 @@ def test_documents_stay_in_the_order_of_files_and_batches(tmp_path, tokenizer_di
         write_with_megatron(tmp_path / "megatron", expected)
         for ending in ("bin", "idx"):
             assert (tmp_path / f"mix/{name}.{ending}").read_bytes() == (tmp_path / f"megatron.{ending}").read_bytes()
+
+
+def test_every_form_of_text_gives_the_same_tokens(tmp_path, tokenizer_dir):
+    """One source of each form of tests/towerspeech/test_texts.py beside the same documents in our JSONL."""
+    write_texts(tmp_path / "a.jsonl", test_texts.TEXTS)
+    sources, pairs = [Source("jsonl", "text", [str(tmp_path / "a.jsonl")], 5)], []
+    for kind, forms in (("text", test_texts.FORMS), ("parallel", test_texts.PARALLEL)):
+        for write in forms:
+            (folder := tmp_path / write.__name__).mkdir()
+            asked = write(folder)
+            reading = {
+                name: asked[key] for name, key in (("text_field", "field"), ("direction", "direction")) if key in asked
+            }
+            (sources if kind == "text" else pairs).append(
+                Source(write.__name__, kind, [str(asked["name"])], 5, **reading)
+            )
+    build_mixture(tokenizer_dir, tmp_path / "mix", [*sources, *pairs])
+    for ours, *others in (sources, pairs):
+        expected = [(tmp_path / f"mix/{ours.name}.{ending}").read_bytes() for ending in ("bin", "idx")]
+        assert len(IndexedTokens(tmp_path / f"mix/{ours.name}").sizes) == 40 + 4 * (ours.kind == "text")
+        for source in others:
+            made = [(tmp_path / f"mix/{source.name}.{ending}").read_bytes() for ending in ("bin", "idx")]
+            assert made == expected, source.name
+
+
+def test_a_direction_leaves_the_others_out(tmp_path, tokenizer_dir):
+    pair = {"src_lang": "en", "tgt_lang": "de", "source": "the dog", "target": "der Hund"}
+    other = {"src_lang": "de", "tgt_lang": "en", "source": "die Katze", "target": "the cat"}
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (other, pair, other)))
+    build_mixture(tokenizer_dir, tmp_path / "mix", [Source("a", "parallel", [str(path)], 5, direction="en-de")])
+    (facts,) = json.loads((tmp_path / "mix/manifest.json").read_text())["sources"]
+    assert (facts["documents"], facts["left_out"]) == (1, {"in another direction": 2})
+
+
+def test_the_chain_knows_what_a_pattern_meant(tmp_path, tokenizer_dir):
+    """Done is a mixture of the same files: one more, or another way to read them, and it is not."""
+    for name in ("a", "b"):
+        write_texts(tmp_path / f"{name}.jsonl", [name])
+    source = Source("s", "text", [str(tmp_path / "*.jsonl")], 4)
+    build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+    info = json.loads((tmp_path / "mix/run_info.json").read_text())
+
+    def told(source: Source) -> list[str]:
+        flags = {"tokenizer": str(tokenizer_dir), "bos": False, "seed": 0, "sources": [asdict(source)]}
+        return chain.differences("build_mixture", flags, info, tmp_path / "mix")
+
+    assert told(source) == []
+    assert told(replace(source, text_field="content")) != []
+    write_texts(tmp_path / "c.jsonl", ["c"])
+    assert len(told(source)) == 2  # the number of its files, and their names
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").unlink()
+    assert told(source)  # what the pattern meant cannot be known any more
+    info["paths"]["paths"], info["inputs"]["paths"] = [str(tmp_path / "a.jsonl")], info["inputs"]["paths"][:1]
+    info["arguments"]["sources"] = [["s", "text", 1]]
+    assert told(replace(source, paths=[str(tmp_path / "a.jsonl")])) == []  # a name is enough
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"direction": "en-xx"}, "unknown language 'xx'"),
+        ({"paths": ["{folder}/none*.gz"]}, r"no file is called .*none\*\.gz\n.*check paths of source 'a'"),
+        ({"text_field": "content"}, r"a\.jsonl:1: field 'content' is missing\n.*text_field of a source"),
+    ],
+)
+def test_a_source_that_cannot_be_read_so_is_refused(tmp_path, tokenizer_dir, changed, message):
+    write_texts(tmp_path / "a.jsonl", ["a"])
+    source = replace(Source("a", "text", [str(tmp_path / "a.jsonl")], 1), **changed)
+    source.paths = [path.format(folder=tmp_path) for path in source.paths]
+    with pytest.raises(UserError, match=message):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [source])
 
 
 def test_the_seed_reaches_the_trainer(tmp_path, tokenizer_dir, sources):

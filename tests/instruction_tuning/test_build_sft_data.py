@@ -122,6 +122,24 @@ def shown_in(row: dict) -> tuple[list[tuple[str, str]], str]:
     return list(zip(told[:-2:2], told[1:-2:2], strict=True)), told[-2]
 
 
+def test_parallel_text_in_other_forms(tmp_path):
+    """Two files of which line follows line, and pairs without ids, become what the same pairs as our JSONL do."""
+    pairs = [(f"the dog {i}", f"der Hund {i}") for i in range(9)]
+    for number, code in enumerate(("en", "de")):
+        (tmp_path / f"a.{code}").write_text("".join(f"{pair[number]}\n" for pair in pairs))
+    rows = [{"src_lang": "en", "tgt_lang": "de", "source": en, "target": de} for en, de in pairs]
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "id": f"a.en:{n}"} for n, row in enumerate(rows, 1)])
+    write_jsonl(tmp_path / "b.jsonl", [{"translation": {"eng_Latn": en, "German": de}} for en, de in pairs])
+    made = []
+    for name in ("a.jsonl", "a.{en,de}", "b.jsonl"):
+        folder = tmp_path / f"sft {name}"
+        build(folder, parallel=[tmp_path / name], num_mt=9, few_shot_share=0.5)
+        made.append(read_jsonl(folder / "sft.jsonl"))
+    assert made[0] == made[1] and len(made[0]) == 9
+    assert [row["messages"] for row in made[2]] == [row["messages"] for row in made[0]]
+    assert len({row["id"] for row in made[2]}) == 9
+
+
 def test_few_shot_examples_are_all_the_others_of_the_direction(tmp_path):
     """Six sources a direction, the same for two of them: each prompt shows just the other five, in its language."""
     files = []

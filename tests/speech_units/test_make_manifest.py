@@ -23,7 +23,8 @@ from tests.corpus_trees import mls as mls_tree
 from towerspeech.errors import UserError
 from towerspeech.files import hash_file
 from towerspeech.manifests import read_manifest, segment
-from towerspeech.records import PARALLEL_FIELDS, iter_parallel, read_jsonl
+from towerspeech.records import read_jsonl
+from towerspeech.texts import FIELDS, iter_parallel
 
 ROOT = Path(__file__).parents[2]
 SPLITS = {name: "TEST" if name == "gigaspeech" else "test" for name in CORPORA}
@@ -53,8 +54,8 @@ def reasons(output: Path) -> dict[str, str]:
 
 
 def pairs(output: Path) -> set:
-    rows = [pair for _, pair in iter_parallel(output / "translations.jsonl", ["id"])]
-    assert all(pair["src_lang"] == "en" and set(pair) == {"id", *PARALLEL_FIELDS} for pair in rows)
+    rows = [pair for _, pair in iter_parallel(output / "translations.jsonl")]
+    assert all(pair["src_lang"] == "en" and set(pair) == {*FIELDS} for pair in rows)
     found = {(pair["id"], pair["tgt_lang"], pair["source"], pair["target"]) for pair in rows}
     assert len(found) == len(rows)
     return found

@@ -106,33 +106,9 @@ def test_rows_keep_the_numbers_of_their_lines(tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    for read in (records.read_jsonl, records.read_lines, lambda path: list(records.iter_parallel(path))):
+    for read in (records.read_jsonl, records.read_lines):
         with pytest.raises(UserError, match="is a folder, but a file is wanted"):
             read(tmp_path)
-
-
-PAIR = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"tgt_lang": "xx"}, r"a\.jsonl:3001: unknown language 'xx' as tgt_lang"),
-        ({"src_lang": "DE"}, r"a\.jsonl:3001: unknown language 'DE' as src_lang"),
-        ({"src_lang": ["en"]}, r"a\.jsonl:3001: its src_lang is a list, but a text is wanted: \['en'\]"),
-        ({"tgt_lang": "en"}, r"a\.jsonl:3001: src_lang and tgt_lang are both 'en'"),
-        ({"source": None}, r"a\.jsonl:3001: it has no source, but a text"),
-        ({"target": 3}, r"a\.jsonl:3001: its target is a int, but a text is wanted: 3"),
-        ({"target": "an icon \U000f0005"}, r"a\.jsonl:3001, target: character 9 of the text is U\+F0005"),
-        ({"source": "\U000fffff"}, r"a\.jsonl:3001, source: character 1 of the text is U\+FFFFF"),
-    ],
-)
-def test_a_wrong_pair_is_named_by_line(tmp_path, wrong, message):
-    records.write_jsonl(tmp_path / "a.jsonl", [PAIR] * 3000 + [{**PAIR, **wrong}])
-    pairs = records.iter_parallel(tmp_path / "a.jsonl")
-    assert [next(pairs)[1] for _ in range(3000)] == [PAIR] * 3000
-    with pytest.raises(UserError, match=message):
-        next(pairs)
 
 
 def test_a_missing_file(tmp_path):

@@ -1,0 +1,320 @@
+"""Each form of text, written by what researchers write it with: gzip and zstd themselves, pyarrow, datasets."""
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import make_sentences
+from towerspeech.errors import UserError
+from towerspeech.records import write_jsonl
+from towerspeech.texts import expand, iter_parallel, iter_texts
+
+TEXTS = [*make_sentences(40), "", 'a "quoted" <|im_end|>', "Ende\u2028der Zeile", "한국어 글", "  space  "]
+PAIRS = list(zip(TEXTS[:40], reversed(make_sentences(40, seed=1)), strict=True))
+
+
+def zstd(path: Path) -> None:
+    """Pack in two frames, as pzstd and what joins files do."""
+    data = path.read_bytes()
+    half = len(data) // 2
+    packed = [pa.compress(part, codec="zstd", asbytes=True) for part in (data[:half], data[half:])]
+    path.with_name(f"{path.name}.zst").write_bytes(b"".join(packed))
+    path.unlink()
+
+
+# --- Text -----------------------------------------------------------------------------------------
+def as_mc4(root: Path) -> dict:
+    """Two gzipped files of JSON lines, with other fields beside the text."""
+    rows = [{"url": f"https://example.org/{i}", "timestamp": "2019", "text": text} for i, text in enumerate(TEXTS)]
+    for number, part in enumerate((rows[:20], rows[20:])):
+        path = root / f"c4-de.tfrecord-{number:05d}-of-00002.json"
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))  # \\u escapes
+        subprocess.run(["gzip", path], check=True)
+    return {"name": f"{root}/c4-de.tfrecord-*.json.gz"}
+
+
+def as_folder(root: Path) -> dict:
+    as_mc4(root / "b" if (root / "b").mkdir() is None else root)
+    (root / "b/README.md").write_text("not a document\n")
+    (root / ".cache").mkdir()
+    (root / ".cache/c.jsonl").write_text('{"text": "hidden"}\n')
+    return {"name": root}
+
+
+def as_zstd(root: Path) -> dict:
+    write_jsonl(root / "a.jsonl", [{"content": text} for text in TEXTS])
+    zstd(root / "a.jsonl")
+    return {"name": root / "a.jsonl.zst", "field": "content"}
+
+
+def as_parquet(root: Path) -> dict:
+    table = pa.table({"id": list(range(len(TEXTS))), "raw_content": TEXTS})
+    pq.write_table(table, root / "train-00000-of-00001.parquet", row_group_size=7)
+    return {"name": root, "field": "raw_content"}
+
+
+def as_lines(root: Path) -> dict:
+    (root / "a.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*TEXTS, ""]).encode())
+    return {"name": root / "a.txt"}
+
+
+def as_packed_lines(root: Path) -> dict:
+    (root / "a.de").write_text("\n".join(TEXTS), encoding="utf-8")  # no newline at the end
+    subprocess.run(["gzip", root / "a.de"], check=True)
+    return {"name": root / "a.de.gz"}
+
+
+def as_saved(root: Path) -> dict:
+    datasets.Dataset.from_dict({"other": [1] * len(TEXTS), "text": TEXTS}).save_to_disk(root / "saved", num_shards=3)
+    return {"name": root / "saved"}
+
+
+FORMS = (as_mc4, as_folder, as_zstd, as_parquet, as_lines, as_packed_lines, as_saved)
+
+
+@pytest.mark.parametrize("write", FORMS, ids=lambda write: write.__name__)
+def test_documents_are_the_same_in_every_form(tmp_path, write):
+    rows = list(iter_texts(**write(tmp_path)))
+    assert [text for _, text in rows] == TEXTS
+    assert len({where for where, _ in rows}) == len(TEXTS)  # each says where it stands
+
+
+def test_paragraphs_end_at_blank_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\none\n two\n \t\n\nthree\nfour\n\nlast")
+    rows = list(iter_texts(tmp_path / "a.txt", paragraphs=True))
+    assert [text for _, text in rows] == ["one\n two", "three\nfour", "last"]
+    assert [where.rpartition(":")[2] for where, _ in rows] == ["3", "7", "10"]
+
+
+def test_a_pattern_is_sorted_and_a_name_with_its_signs_is_a_name(tmp_path):
+    for name in ("b.txt", "a.txt", "a[1].txt", "x{1,2}.txt"):
+        (tmp_path / name).write_text(name)
+    assert [path.name for path in expand(tmp_path / "[ab].txt")] == ["a.txt", "b.txt"]
+    assert [path.name for path in expand(tmp_path / "a[1].txt")] == ["a[1].txt"]
+    assert [path.name for path in expand(tmp_path / "x{1,2}.txt")] == ["x{1,2}.txt"]
+    assert [path.name for path in expand(tmp_path / "{b,a}.*")] == ["b.txt", "a.txt"]
+
+
+def test_zstd_of_many_frames_is_read_whole(tmp_path):
+    """Larger than any buffer."""
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(400_000)))
+    zstd(path)
+    rows = [text for _, text in iter_texts(f"{path}.zst")]
+    assert len(rows) == 400_000 and rows[-1] == "line 399999"
+
+
+# --- Parallel text --------------------------------------------------------------------------------
+def rows_of(*fields: str) -> list[dict]:
+    return [dict(zip(fields, pair, strict=True)) for pair in PAIRS]
+
+
+def ours(root: Path) -> dict:
+    write_jsonl(root / "a.jsonl", [{"src_lang": "de", "tgt_lang": "en", **row} for row in rows_of("source", "target")])
+    return {"name": root / "a.jsonl"}
+
+
+def flores_codes_and_names(root: Path) -> dict:
+    rows = [
+        {"src_lang": "deu_Latn" if i % 2 else "German", "tgt_lang": "English", **row}
+        for i, row in enumerate(rows_of("source", "target"))
+    ]
+    write_jsonl(root / "a.jsonl", rows)
+    return {"name": root / "a.jsonl"}
+
+
+def translations(root: Path) -> dict:
+    """As WMT's sets on the hub."""
+    write_jsonl(root / "a.jsonl", [{"translation": row} for row in rows_of("de", "en")])
+    return {"name": root / "a.jsonl"}
+
+
+def translations_the_other_way(root: Path) -> dict:
+    rows = [{"translation": {"en": en, "fr": "autre", "de": de}} for de, en in PAIRS]
+    pq.write_table(pa.Table.from_pylist(rows), root / "a.parquet", row_group_size=9)
+    return {"name": root / "a.parquet", "direction": "de-en"}
+
+
+def columns(root: Path) -> dict:
+    table = pa.table(
+        {"deu_Latn": [de for de, _ in PAIRS], "score": [0.5] * len(PAIRS), "eng_Latn": [e for _, e in PAIRS]}
+    )
+    pq.write_table(table, root / "a.parquet")
+    return {"name": root / "a.parquet"}
+
+
+def tsv(root: Path) -> dict:
+    (root / "a.tsv").write_text("".join(f"{de}\t{en}\t0.91\n" for de, en in PAIRS), encoding="utf-8")
+    return {"name": root / "a.tsv", "direction": "German-English"}
+
+
+def tsv_with_names(root: Path) -> dict:
+    (root / "a.tsv").write_text("score\ten\tde\n" + "".join(f"1\t{en}\t{de}\n" for de, en in PAIRS), encoding="utf-8")
+    subprocess.run(["gzip", root / "a.tsv"], check=True)
+    return {"name": root / "a.tsv.gz", "direction": "de-en"}
+
+
+def moses(root: Path) -> dict:
+    for number, code in enumerate(("de", "en")):
+        path = root / f"europarl.{code}"
+        path.write_text("".join(f"{pair[number]}\n" for pair in PAIRS), encoding="utf-8")
+    return {"name": root / "europarl.{de,en}"}
+
+
+def moses_in_parts(root: Path) -> dict:
+    for number, side in enumerate(("src", "trg")):
+        for part, pairs in enumerate((PAIRS[:15], PAIRS[15:])):
+            path = root / f"part{part}.{side}.gz"
+            path.write_bytes(gzip.compress("".join(f"{pair[number]}\n" for pair in pairs).encode()))
+    return {"name": root / "part*.{src,trg}.gz", "direction": "de-en"}
+
+
+PARALLEL = (
+    ours,
+    flores_codes_and_names,
+    translations,
+    translations_the_other_way,
+    columns,
+    tsv,
+    tsv_with_names,
+    moses,
+    moses_in_parts,
+)
+
+
+@pytest.mark.parametrize("write", PARALLEL, ids=lambda write: write.__name__)
+def test_pairs_are_the_same_in_every_form(tmp_path, write):
+    rows = [row for _, row in iter_parallel(**write(tmp_path))]
+    assert [(row["source"], row["target"]) for row in rows] == PAIRS
+    assert {(row["src_lang"], row["tgt_lang"]) for row in rows} == {("de", "en")}
+    assert len({row["id"] for row in rows}) == len(PAIRS)
+
+
+def test_a_saved_set_of_pairs_and_one_of_several_splits(tmp_path):
+    rows = datasets.Dataset.from_list([{"translation": row} for row in rows_of("de", "en")])
+    datasets.DatasetDict({"train": rows, "dev": rows}).save_to_disk(tmp_path / "wmt")
+    found = [(row["source"], row["target"]) for _, row in iter_parallel(tmp_path / "wmt/train")]
+    assert found == PAIRS
+    with pytest.raises(UserError, match=r"wmt holds several splits\n.*name one: .*wmt/dev, .*wmt/train"):
+        next(iter_parallel(tmp_path / "wmt"))
+
+
+def test_rows_keep_their_ids_and_their_direction(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{**PAIR, "id": 7}, {**PAIR, "src_lang": "fr"}])
+    (first, second) = [row for _, row in iter_parallel(tmp_path / "a.jsonl", "en-de")]
+    assert first == {**PAIR, "id": "7"} and second == {**PAIR, "src_lang": "fr", "id": "a.jsonl:2"}
+
+
+# --- What is wrong is named -----------------------------------------------------------------------
+PAIR = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tgt_lang": "xx"}, r"a\.jsonl:3001: unknown language 'xx' as tgt_lang"),
+        ({"src_lang": ["en"]}, r"a\.jsonl:3001: its src_lang is a list, but a text is wanted: \['en'\]"),
+        ({"tgt_lang": "English"}, r"a\.jsonl:3001: src_lang and tgt_lang are both 'en'"),
+        ({"source": None}, r"a\.jsonl:3001: it has no source, but a text"),
+        ({"target": 3}, r"a\.jsonl:3001: its target is a int, but a text is wanted: 3"),
+        ({"target": "an icon \U000f0005"}, r"a\.jsonl:3001, target: character 9 of the text is U\+F0005"),
+        ({"source": "\U000fffff"}, r"a\.jsonl:3001, source: character 1 of the text is U\+FFFFF"),
+        ({"translation": {"en": "a", "xx": "b"}}, r"a\.jsonl:3001: of en, xx, none are source and target, or two"),
+        ({"translation": {"en": "a", "de": "b", "fr": "c"}}, r"a\.jsonl:3001: of en, de, fr, none are source and"),
+    ],
+)
+def test_a_wrong_pair_is_named_by_line(tmp_path, wrong, message):
+    write_jsonl(tmp_path / "a.jsonl", [PAIR] * 3000 + [{**PAIR, **wrong}])
+    pairs = iter_parallel(tmp_path / "a.jsonl")
+    assert [next(pairs)[1] for _ in range(3000)] == [{**PAIR, "id": f"a.jsonl:{n}"} for n in range(1, 3001)]
+    with pytest.raises(UserError, match=message):
+        next(pairs)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    as_parquet(tmp_path)
+    as_saved(tmp_path)
+    for name, there in (("train-00000-of-00001.parquet", "id, raw_content"), ("saved", "other, text")):
+        with pytest.raises(UserError, match=rf"{name}: field 'none' is missing, there are {there}"):
+            list(iter_texts(tmp_path / name, "none"))
+
+
+def cut(path: Path, share: float = 0.6) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def test_a_file_that_was_cut_is_named(tmp_path):
+    lines = "".join(f"{i} {text}\n" for i, text in enumerate(TEXTS * 2000))
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(lines.encode()))
+    other = tmp_path / "b.txt"
+    other.write_text(lines, encoding="utf-8")
+    zstd(other)
+    for path in (cut(packed), cut(other.with_name("b.txt.zst"))):
+        with pytest.raises(UserError, match=rf"{path.name} is cut short or damaged \(.*\)\n.*fetch or pack it again"):
+            list(iter_texts(path))
+    as_parquet(tmp_path)
+    with pytest.raises(UserError, match="train-00000-of-00001.parquet is no Parquet, or cut short"):
+        list(iter_texts(cut(next(tmp_path.glob("*.parquet"))), "raw_content"))
+    (tmp_path / "plain.jsonl.gz").write_text('{"text": "not packed"}\n')
+    with pytest.raises(UserError, match="plain.jsonl.gz is cut short or damaged"):
+        list(iter_texts(tmp_path / "plain.jsonl.gz"))
+
+
+def test_sides_of_other_lengths_are_refused(tmp_path):
+    moses(tmp_path)
+    with open(tmp_path / "europarl.en", "a") as file:
+        file.write("one more\n")
+    with pytest.raises(UserError, match=r"europarl\.de has 40 lines, \S*europarl\.en has more"):
+        list(iter_parallel(tmp_path / "europarl.{de,en}"))
+    moses_in_parts(tmp_path)
+    (tmp_path / "part1.trg.gz").unlink()
+    with pytest.raises(UserError, match="2 files end in src, 1 in trg"):
+        list(iter_parallel(tmp_path / "part*.{src,trg}.gz", "de-en"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "a line\n", "a.txt holds plain text, one side of a pair at most"),
+        ("a.tsv", "a\tb\n", "a.tsv:1: it has neither src_lang nor tgt_lang"),
+        ("a.tsv", "de\ten\na\tb\nc\n", "a.tsv:3: 1 columns, but de, en are wanted"),
+        ("a.jsonl", '{"text": "a"}\n', "a.jsonl:1: of text, none are source and target, or two languages"),
+        ("a.{de,xx}", "", "{de,xx} does not name two of the ten languages"),
+        ("none*.jsonl", "", "no file is called .*none"),
+        ("none.jsonl", "", "none.jsonl does not exist"),
+    ],
+)
+def test_what_is_no_parallel_text_is_refused(tmp_path, name, content, message):
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(iter_parallel(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"content": "b"}\n', "a.jsonl:2: field 'text' is missing"),
+        ("a.jsonl", '{"text": null}\n', "a.jsonl:1: it has no text, but a text is wanted"),
+        ("a.txt", "a\n\U000f0001\n", r"a.txt:2: character 1 of the text is U\+F0001"),
+        ("a.tsv", "a\tb\n", "a.tsv has columns, and which is the text is not known"),
+        ("a.txt", b"a\n\xff\n", "a.txt:2: not UTF-8"),
+        ("part-00000", '\n{"text": "a"}\n', "part-00000:2: JSON, but the file's name does not end in .jsonl"),
+        ("a.txt", '[{"text": "a"}]', "a.txt:1: JSON, but the file's name does not end in .jsonl"),
+        ("sub/a.bin", "a", "holds no text: .json, .jsonl"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        list(iter_texts(path.parent if path.parent != tmp_path else path))
