@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from towerspeech import chain
 from towerspeech.languages import LANGUAGES
+from towerspeech.mixture import Source
 
 REPO = Path(__file__).resolve().parent.parent
 EVERY = sorted((REPO / "systems").glob("*.yaml"))
@@ -58,7 +60,7 @@ def test_each_block_is_taken_whole_by_its_command(path, block):
     assert taken.returncode == 0, taken.stderr
     given, wanted = yaml.safe_load(taken.stdout), chain.System(path).blocks[block]
     if block == "build_mixture":
-        wanted["sources"] = [{"max_epochs": 1.0, **source} for source in wanted["sources"]]
+        wanted["sources"] = [asdict(Source(**source)) for source in wanted["sources"]]  # with what it does not name
     for name, value in wanted.items():
         assert given[name] == value, name
 
