@@ -46,6 +46,11 @@ def form(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
+def has_fields(path: Path) -> bool:
+    """Whether the ending says that a file has fields or columns."""
+    return form(path) in (*JSON, *PARQUET, *TSV)
+
+
 def expand(name: str | Path, remedy: str = "check the path, or run the stage that makes it") -> list[Path]:
     """The files and folders that a name means, in a fixed order.
 
@@ -58,7 +63,10 @@ def expand(name: str | Path, remedy: str = "check the path, or run the stage tha
         return [path for part in parts for path in expand(part, remedy)]
     paths = [Path(name)]
     if not paths[0].exists() and glob.has_magic(name):
-        paths = [Path(path) for path in sorted(glob.glob(name, recursive=True))]
+        paths = []
+        for path in map(Path, sorted(glob.glob(name, recursive=True))):
+            if not {*paths}.intersection(path.parents):  # ** meets folders, and what is in them
+                paths.append(path)
         if not paths:
             raise UserError(f"no file is called {name}", remedy)
     for path in paths:
@@ -209,7 +217,8 @@ def iter_parallel(name: str | Path, direction: str | None = None) -> Iterator[tu
             ten, or a side is no text or spells units; two files have not the same number of lines.
     """
     asked = parse_direction(direction) if direction else None
-    if not Path(name).exists() and (braces := BRACES.search(str(name))):
+    braces = None if Path(name).exists() or has_fields(Path(name)) else BRACES.search(str(name))
+    if braces:
         rows = _aligned(str(name), braces, asked)
     else:
         rows = chain.from_iterable(_pairs(path, asked) for path in chain.from_iterable(map(files_of, expand(name))))
@@ -225,12 +234,19 @@ def parse_direction(direction: str) -> tuple[str, str]:
 
 
 def _aligned(name: str, braces: re.Match, asked: tuple[str, str] | None) -> Iterator[tuple[str, dict]]:
-    """Sentence pairs of files of which line follows line, such as europarl.{de,en}."""
+    """Sentence pairs of files of which line follows line, such as europarl.{de,en}.
+
+    Which side is which, endings say that are languages, whatever order the direction has; else the direction does.
+    """
     ends = braces[1].split(",")
-    codes = asked or tuple(find_language(end.strip(".")) for end in ends)
-    if len(ends) != 2 or None in codes or codes[0] == codes[1]:
-        remedy = "write {de,en}, or say the direction of the source"
-        raise UserError(f"{name}: {{{braces[1]}}} does not name two of the ten languages", remedy)
+    named = tuple(find_language(end.strip(".")) for end in ends)
+    codes = asked if asked and named == (None,) * 2 else named
+    if len(ends) != 2 or None in codes or codes[0] == codes[1] or (asked and {*asked} != {*codes}):
+        wanted = " and ".join(asked or ("two of the ten languages",))
+        remedy = "write {de,en}; or endings that are no languages, such as {src,tgt}, and the direction of the source"
+        raise UserError(f"{name}: {{{braces[1]}}} does not name {wanted}", remedy)
+    if asked and codes != asked:
+        ends, codes = ends[::-1], asked
     sides = [expand(f"{name[: braces.start()]}{end}{name[braces.end() :]}") for end in ends]
     if len(sides[0]) != len(sides[1]):
         problem = f"{name}: {len(sides[0])} files end in {ends[0]}, {len(sides[1])} in {ends[1]}"

@@ -175,6 +175,10 @@ def moses_in_parts(root: Path) -> dict:
     return {"name": root / "part*.{src,trg}.gz", "direction": "de-en"}
 
 
+def moses_the_other_way(root: Path) -> dict:
+    return {"name": str(moses(root)["name"]).replace("{de,en}", "{en,de}"), "direction": "de-en"}
+
+
 PARALLEL = (
     ours,
     flores_codes_and_names,
@@ -184,6 +188,7 @@ PARALLEL = (
     tsv,
     tsv_with_names,
     moses,
+    moses_the_other_way,
     moses_in_parts,
 )
 
@@ -203,6 +208,20 @@ def test_a_saved_set_of_pairs_and_one_of_several_splits(tmp_path):
     assert found == PAIRS
     with pytest.raises(UserError, match=r"wmt holds several splits\n.*name one: .*wmt/dev, .*wmt/train"):
         next(iter_parallel(tmp_path / "wmt"))
+
+
+def test_braces_name_several_files_with_fields(tmp_path):
+    for name, source in (("a", "one"), ("b", "two")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{**PAIR, "source": source}])
+    assert [row["source"] for _, row in iter_parallel(tmp_path / "{b,a}.jsonl")] == ["two", "one"]
+
+
+def test_two_stars_read_nothing_twice(tmp_path):
+    (tmp_path / "text/sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / "text" / name).write_text(f"{name}\n")
+    for pattern in ("text/**", "text/**/*", "te*", "text/**/*.txt"):
+        assert sorted(text for _, text in iter_texts(tmp_path / pattern)) == ["a.txt", "sub/b.txt"], pattern
 
 
 def test_rows_keep_their_ids_and_their_direction(tmp_path):
@@ -278,6 +297,17 @@ def test_sides_of_other_lengths_are_refused(tmp_path):
     (tmp_path / "part1.trg.gz").unlink()
     with pytest.raises(UserError, match="2 files end in src, 1 in trg"):
         list(iter_parallel(tmp_path / "part*.{src,trg}.gz", "de-en"))
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"), [("a.{de,en}", "de-fr"), ("a.{de,xx}", "de-en"), ("a.{de,en,fr}", "de-en")]
+)
+def test_endings_that_are_languages_are_those_of_the_direction(tmp_path, name, direction):
+    for code in ("de", "en", "fr", "xx"):
+        (tmp_path / f"a.{code}").write_text("a line\n")
+    wanted = direction.replace("-", " and ")
+    with pytest.raises(UserError, match=rf"{{{name[3:-1]}}} does not name {wanted}"):
+        list(iter_parallel(tmp_path / name, direction))
 
 
 @pytest.mark.parametrize(
