@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="SIGKILLs of a generation, at random moments (seeded)")
 
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_UNITS = 50  # of model_dir
 NUM_MERGES = 30
 BASE_VOCAB_SIZE = 400  # pieces of base_model_dir's tokenizer
@@ -213,10 +215,29 @@ def test_data() -> Path:
     return Path(name)
 
 
+def checkout(folder: Path) -> Path:
+    """A git checkout of the code as it is here."""
+    from sbatch.frozen import code_files
+
+    for path in code_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    (folder / "sbatch/site.env").unlink(missing_ok=True)
+    if (ROOT / ".venv").is_dir():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        subprocess.run(["git", "-C", folder, *words], check=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def dry_runs() -> dict[str, dict[str, list[str]]]:
-    """System -> stage -> what submit_pipeline.sh prints for it: its sbatch command, then what its job runs."""
-    root = Path(__file__).resolve().parents[1]
+def dry_runs(tmp_path_factory) -> dict[str, dict[str, list[str]]]:
+    """System -> stage -> what submit_pipeline.sh prints for it: its sbatch command, then what its job runs.
+
+    In a copy: here a user may have run some of it, which a dry run would call done.
+    """
+    root = checkout(tmp_path_factory.mktemp("dry_runs") / "checkout")
 
     def dry_run(path: Path) -> dict[str, list[str]]:
         command = ["bash", root / "sbatch/submit_pipeline.sh", path, "--dry_run"]

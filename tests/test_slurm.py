@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from sbatch.frozen import code_files
+from tests.conftest import checkout
 from tests.local_slurm import WAIT_S, LocalSlurm, missing, wait_until
 from towerspeech.files import read_json
 
@@ -309,20 +309,6 @@ def test_a_failure_is_said_and_not_requeued(slurm, tmp_path):
 
 
 # --- The chain ------------------------------------------------------------------------------------
-def checkout(folder: Path) -> Path:
-    """A git checkout of the code as it is here."""
-    for path in code_files():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPO / path, folder / path)
-    (folder / "sbatch/site.env").unlink(missing_ok=True)
-    if (REPO / ".venv").is_dir():
-        (folder / ".venv").symlink_to(REPO / ".venv")
-    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
-    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
-        subprocess.run(["git", "-C", folder, *words], check=True)
-    return folder
-
-
 def write_system(path: Path, work: Path, **changes: dict) -> Path:
     """systems/tiny_ci.yaml with another work folder and changed keys of blocks."""
     blocks = yaml.safe_load(TINY.read_text())
