@@ -502,9 +502,12 @@ def test_fingerprint_of_large_files(tmp_path):
 
 
 # --- Labels ---------------------------------------------------------------------------------------
-def test_nearest_equals_a_plain_search():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_nearest_equals_a_plain_search(threads, monkeypatch):
     import torch
 
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(clustering, "THREADED", 1000)
     rng = np.random.default_rng(0)
     frames, centroids = rng.normal(size=(5000, 8)).astype("f4"), rng.normal(size=(40, 8)).astype("f4")
     wanted = [int(((centroids - frame) ** 2).sum(axis=1).argmin()) for frame in frames]
