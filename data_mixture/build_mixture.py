@@ -2,304 +2,278 @@
 
 Usage: python data_mixture/build_mixture.py --config systems/towerspeech_6b.yaml \\
            --tokenizer tokenizer/ --output_dir mixture/towerspeech_6b
+       python data_mixture/build_mixture.py --config ... --plan true      # what it would be, from samples
 
-Reads units Parquet, and text in the forms that towerspeech/texts.py tells; writes, for each source, <source>.bin and
-.idx in Megatron's indexed format, and manifest.json: documents, tokens, budget, epochs, and the data_path that a
-Megatron trainer takes. All documents of a source are tokenized; which of them are trained on, up to the budget, the
-trainer's seeded shuffle decides.
+Reads units Parquet, and text in the forms that towerspeech/texts.py tells. Writes, for each source, <source>.bin and
+.idx in Megatron's indexed format, the same in validation/ with documents that are held out, and manifest.json:
+documents, tokens, budget, epochs, what was left out, and the data_path that a Megatron trainer takes. left_out.jsonl
+lists what could not be read, contamination.csv the documents that hold a sentence of a test set.
 
-The tokens are those of the Hugging Face tokenizer called on each document. Text is encoded by it, on all cores; runs
-of units by SentencePiece, which does the same merges several times as fast. The two are compared before they are used.
+Of each source as many documents are drawn as its budget needs, and a reserve. Which of them are trained on, up to the
+budget to the token, the trainer's seeded shuffle decides. One process reads while others encode; the same inputs give
+the same bytes, whatever their number.
+
+drawing.py decides what is drawn, reading.py reads and samples it, documents.py makes documents and tokens of it,
+encoding.py does so as the Hugging Face tokenizer would, output.py writes.
 """
 
-import itertools
+import csv
+import functools
 import json
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+from towerspeech.contamination import TestSentences, read_test_sets
 
-from towerspeech import prompts, units
-from towerspeech.ahead import ahead
+from data_mixture.documents import Maker, Task
+from data_mixture.drawing import AIM, Draw, Round
+from data_mixture.encoders import Encoders
+from data_mixture.output import LOOK_AFTER, NOTE_EVERY, Output, too_many_bad
+from data_mixture.reading import Survey, batches, parts_of, read_items, survey
 from towerspeech.command import run
 from towerspeech.errors import UserError
-from towerspeech.files import write_json
-from towerspeech.indexed import IndexedTokens, token_dtype, write_index
-from towerspeech.mixture import Source, recorded_budgets, recorded_files
-from towerspeech.outside_text import MARK, check_outside_text, marker, text_tokenizer
-from towerspeech.stage import stage
-from towerspeech.texts import iter_parallel, iter_texts, parse_direction
-from towerspeech.tokenizer import EOD, read_metadata, tokenizer_hash, unit_tokens
-from towerspeech.units_parquet import check_one_kmeans, read_unit_arrays
+from towerspeech.files import hash_file, write_json
+from towerspeech.mixture import (
+    Group,
+    Source,
+    check_sources,
+    recorded_budgets,
+    recorded_files,
+    recorded_test_sets,
+    with_budgets,
+)
+from towerspeech.stage import Stage, stage
+from towerspeech.texts import Part, expand
+from towerspeech.tokenizer import tokenizer_hash
 
-BATCH_DOCUMENTS = 2048  # tokenized at once, on all cores; also how much a killed run repeats at most, times 16
-COMPARED_DOCUMENTS = 64  # of each source, with the tokenizer's own ids
-
-
-# A text, and its run of units, as their characters. In the text, unit 0 stands for the whole run, as the first unit in
-# it. Without a run the text is the document.
-Document = tuple[str, str]
-NO_UNITS, NO_TEXT = "", "without text"
-
-
-# --- Encoding -------------------------------------------------------------------------------------
-def unit_processor(pieces: list[str]):
-    """A SentencePiece BPE of these pieces, the best first; they follow <unk>, which has id 0."""
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.trainer_spec.model_type = proto.trainer_spec.BPE
-    proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = False
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    unknown = proto.pieces.add(piece="<unk>", score=0)
-    unknown.type = unknown.UNKNOWN
-    for rank, piece in enumerate(pieces):
-        proto.pieces.add(piece=piece, score=-rank)
-    return SentencePieceProcessor(model_proto=proto.SerializeToString())
+VALIDATION_SHARE = 0.01  # of the tokens that are drawn, at most
+HELD_OUT = 1.25  # times the share that should be enough is taken from, until it is
 
 
-class Encoder:
-    """Encodes documents as a Hugging Face tokenizer does, without special tokens, several times as fast.
+class Wanted(NamedTuple):
+    """How much is wanted of a source, in tokens."""
 
-    Marked text from outside makes no control tokens (towerspeech/outside_text.py).
+    drawn: int  # its budget and the reserve
+    validation: int
 
-    merge_tokenizer.py sees to it that no token crosses the border between text and units, and that the tokens of a run
-    of units do not depend on what is around it. So the tokenizer encodes the text, with one unit in the run's place;
-    SentencePiece encodes the run; and the run's tokens replace that unit's, whose place is known from the text before
-    it, which all speech documents share.
+
+# --- One source -----------------------------------------------------------------------------------
+def rounds(output: Output, draw: Draw, share: float, wanted: int) -> Iterator[list[Round]]:
+    """The rounds of drawing up to the one that comes next, until the wanted tokens are drawn, or all there are.
+
+    ``share`` is that of the source's tokens which the first round should draw.
     """
-
-    def __init__(self, tokenizer, num_units: int, offset: int):
-        """Prepare for ``num_units`` units; 0 if there are to be no runs."""
-        self.tokenizer, self.num_units, self.offset = tokenizer, num_units, offset
-        self.dtype, self.mark = token_dtype(len(tokenizer)), marker(tokenizer)
-        self.backend = text_tokenizer(tokenizer).backend_tokenizer
-        self.stand_in = units.to_text([0], offset)
-        before = prompts.speech_document(self.stand_in, "").partition(self.stand_in)[0]
-        self.position = len(self.reference(before + self.stand_in)) - 1  # of the stand-in's token
-        if num_units:
-            tokens = unit_tokens(tokenizer, num_units, offset)
-            ids = self.unit_ids(tokens)
-            self.processor = unit_processor([units.to_text(tokens[index], offset) for index in ids])
-            self.lookup = np.array([0, *ids], self.dtype)  # the token of each piece; <unk> does not occur
-
-    def unit_ids(self, tokens: dict[int, list[int]]) -> list[int]:
-        """Order the tokens of units alone as SentencePiece wants its pieces: merges, the best first, then units.
-
-        Raises:
-            UserError: A unit has no token.
-        """
-        singles = {spoken[0]: index for index, spoken in tokens.items() if len(spoken) == 1}
-        missing = sorted(set(range(self.num_units)) - set(singles))
-        if missing:
-            remedy = "make it anew with train_bpe_tokenizer/merge_tokenizer.py"
-            raise UserError(f"the tokenizer has no token for unit {missing[0]}", remedy)
-        ranks = {}  # of merges: their ids may have another order
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        for rank, (left, right) in enumerate(model.get("merges", ())):
-            ranks.setdefault(left + right, rank)
-        names = dict(zip(tokens, self.tokenizer.convert_ids_to_tokens(list(tokens)), strict=True))
-        merged = [index for index, spoken in tokens.items() if len(spoken) > 1 and names[index] in ranks]
-        return [*sorted(merged, key=lambda index: ranks[names[index]]), *[singles[u] for u in range(self.num_units)]]
-
-    def reference(self, text: str) -> list[int]:
-        """The tokenizer's own ids of a text."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def __call__(self, batch: list[Document]) -> list[np.ndarray]:
-        """Token ids, (num_tokens,), of each document."""
-        # The tokenizer's own call, but without offsets, masks and types: they take most of its time.
-        encodings = self.backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        runs = [speech for _, speech in batch if speech]
-        encoded_runs = iter(self.processor.encode(runs, return_type="numpy") if runs else [])
-        rows = []
-        for (_, speech), encoding in zip(batch, encodings, strict=True):
-            ids = np.array(encoding.ids, self.dtype)
-            if speech:
-                run = self.lookup[next(encoded_runs)]
-                ids = np.concatenate([ids[: self.position], run, ids[self.position + 1 :]])
-            rows.append(ids)
-        return rows
-
-    def compare(self, batch: list[Document]) -> None:
-        """Raise UserError if the ids of documents without control tokens are not the tokenizer's own."""
-        batch = [(text, speech) for text, speech in batch if MARK not in text]
-        for (text, speech), ids in zip(batch, self(batch), strict=True):
-            document = text.replace(self.stand_in, speech, 1) if speech else text
-            if ids.tolist() != self.reference(document):
-                raise UserError(
-                    f"the tokenizer's tokens of units depend on the text around them: {document[:80]!r}",
-                    "make it anew with train_bpe_tokenizer/merge_tokenizer.py",
-                )
+    state = output.state
+    if not state["rounds"]:
+        state["rounds"].append(draw.first_round(share))
+    while True:
+        known = [Round(*each) for each in state["rounds"]]
+        yield known
+        if drawn(state["counts"]) >= wanted or known[-1] == Round(len(draw.order), 1.0):
+            return
+        state["rounds"].append(draw.next_round(known[-1], drawn(state["counts"]) / wanted))
+        state["at"] = [0, 0]
 
 
-# --- Reading --------------------------------------------------------------------------------------
-def speech_documents(source: Source, path: str, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Utterances of a units folder."""
-    for flat, ends, batch, place in read_unit_arrays(Path(path), encoder.num_units, ["language", "text"]):
-        runs = units.split_units(flat, ends, encoder.offset)
-        languages, texts = batch.column("language").to_pylist(), batch.column("text").to_pylist()
-        for row, (speech, language, text) in enumerate(zip(runs, languages, texts, strict=True)):
-            if language != "en":
-                problem = f"{place(row)}: language {language!r}, but speech must be English (en)"
-                raise UserError(problem, "leave other languages' speech out of the mixture")
-            if not speech:
-                left_out["without units"] += 1
-            elif not (text or "").strip():
-                left_out["without a transcript"] += 1
-            else:
-                check_outside_text(text, place(row))
-                yield prompts.speech_document(encoder.stand_in, encoder.mark(text)), speech
+def tasks(
+    index: int, source: Source, parts: list[Part], known: list[Round], draw: Draw, maker: Maker, at: list[int]
+) -> Iterator[Task]:
+    """Read a round's items, from where an earlier run came to."""
+    for number in range(at[0], len(parts)):
+        takes = draw.takes(number, known)
+        if takes:
+            items = read_items(source, parts[number], maker, takes, at[1] if number == at[0] else 0)
+            yield from batches(index, parts[number], number, items)
 
 
-def text_documents(source: Source, path: str, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Texts of a file or folder."""
-    for _, text in iter_texts(path, source.text_field, source.paragraphs):
-        if not text.strip():
-            left_out[NO_TEXT] += 1
-            continue
-        yield encoder.mark(text), NO_UNITS
+def tokenize(
+    work: Stage, index: int, source: Source, found: Survey, wanted: Wanted, seed: int, encoders: Encoders, most: float
+) -> Output:
+    """Draw, tokenize and write a source's documents; a killed run goes on from the last note.
 
-
-def parallel_documents(source: Source, path: str, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Sentence pairs of a file or folder, or of two files of which line follows line."""
-    asked = parse_direction(source.direction) if source.direction else None
-    for _, row in iter_parallel(path, source.direction):
-        if asked and asked != (row["src_lang"], row["tgt_lang"]):
-            left_out["in another direction"] += 1
-        elif not row["source"].strip() or not row["target"].strip():
-            left_out[NO_TEXT] += 1
-        else:
-            sides = row["src_lang"], encoder.mark(row["source"]), row["tgt_lang"], encoder.mark(row["target"])
-            yield prompts.parallel_document(*sides), NO_UNITS
-
-
-def documents(source: Source, encoder: Encoder, left_out: Counter) -> Iterator[Document]:
-    """Stream a source's documents in the order of its files; ``left_out`` counts what has nothing to learn from."""
-    read = {"speech": speech_documents, "text": text_documents, "parallel": parallel_documents}[source.kind]
-    for path in source.files() if source.kind == "speech" else source.paths:  # of text a name may mean two sides
-        yield from read(source, path, encoder, left_out)
-
-
-# --- Tokenizing -----------------------------------------------------------------------------------
-def tokenize(work, source: Source, encoder: Encoder, begin: list[int], end: list[int]) -> None:
-    """Write a source's .bin and .idx; every document stands between ``begin`` and ``end``, token ids.
-
-    Every 16 batches are noted, and a killed run goes on from the last note. The last note stays: it tells what was
-    left out.
+    Raises:
+        UserError: More than the share ``most`` of the items cannot be read.
     """
     from tqdm import tqdm
 
-    tokens = work.output_dir / f"{source.name}.bin"
-    partial, sizes_file, note = (work.output_dir / f".{source.name}.{ending}" for ending in ("bin", "sizes", "json"))
-    if tokens.is_file() and note.is_file():
-        sizes_file.unlink(missing_ok=True)  # a kill came just before
-        return
-    done = json.loads(note.read_text()) if note.is_file() else {}
-    if "left_out" not in done:  # of an earlier version, which had other documents
-        done = {"documents": 0, "tokens": 0}
-    before, after = np.array(begin, encoder.dtype), np.array(end, encoder.dtype)
-    left_out = Counter()
-    rest = itertools.islice(documents(source, encoder, left_out), done["documents"], None)
-    batches = iter(lambda: list(itertools.islice(rest, BATCH_DOCUMENTS)), [])
-    # two batches are encoded in the background while others are read and written
-    with open(partial, "ab") as data, open(sizes_file, "ab") as sizes, ThreadPoolExecutor(2) as pool:
-
-        def note_down() -> None:
-            for file in (data, sizes):
-                file.flush()
-                os.fsync(file.fileno())
-            write_json(note, {**done, "left_out": left_out})
-
-        data.truncate(done["tokens"] * encoder.dtype().itemsize)
-        sizes.truncate(done["documents"] * 4)
-        progress = tqdm(initial=done["documents"], unit=" documents", desc=source.name, mininterval=1)
-        for number, rows in enumerate(ahead(pool, encoder, batches, limit=2), 1):
-            lengths = np.array([len(before) + len(ids) + len(after) for ids in rows], np.int32)
-            # write, since tofile hides a full disk
-            data.write(np.concatenate([part for ids in rows for part in (before, ids, after)]))
-            sizes.write(lengths)
-            done["documents"] += len(rows)
-            done["tokens"] += int(lengths.sum(dtype=np.int64))
-            progress.update(len(rows))
-            if number % 16 == 0:
-                note_down()
-        note_down()
-        progress.close()
-    with work.publish(f"{source.name}.idx") as path:
-        write_index(path, np.fromfile(sizes_file, np.int32), encoder.dtype)
-    os.replace(partial, tokens)
-    sizes_file.unlink()
+    everything = not found.tokens_known or wanted.drawn * AIM >= found.tokens
+    of = {"seed": seed, "validation": wanted.validation, "drawn": "all" if everything else wanted.drawn}
+    output = Output(work, source.name, encoders.maker.encoder.dtype, of)
+    if output.finished or output.state.get("finishing"):
+        output.finish()
+        return output
+    expected = max(1, round(found.tokens if everything else wanted.drawn))
+    validation = min(wanted.validation, round(VALIDATION_SHARE * expected))
+    held_out = HELD_OUT * validation / expected, validation
+    parts = parts_of(source)
+    draw = Draw(source.name, seed, [part.size for part in parts])
+    counts = output.state["counts"]
+    bar = tqdm(total=expected, initial=drawn(counts), unit=" tokens", desc=source.name, unit_scale=True, mininterval=1)
+    with output, bar:
+        for known in rounds(output, draw, 1.0 if everything else wanted.drawn / found.tokens, wanted.drawn):
+            for made in encoders.map(tasks(index, source, parts, known, draw, encoders.maker, output.state["at"])):
+                output.add(made, [made.task.part_number, made.task.numbers[-1] + 1], held_out)
+                bar.update(drawn(counts) - bar.n)
+                if output.tasks % NOTE_EVERY == 0:
+                    output.check_bad(most, LOOK_AFTER)
+        output.check_bad(most)
+        output.note_finishing()
+    output.finish()
+    return output
 
 
-# --- The stage ------------------------------------------------------------------------------------
-def check_sources(sources: list[Source]) -> None:
-    """Raise UserError unless the sources have names that can name files, data, and budgets."""
-    names = [source.name for source in sources]
-    if not names or len({name.casefold() for name in names}) < len(names):  # some file systems tell no case
-        raise UserError(f"sources need distinct names, got {names}", "mend the config")
-    for source in sources:
-        if not re.fullmatch(r"\w[\w.+-]*", source.name, re.ASCII):  # it stands in Megatron's data_path, too
-            raise UserError(f"a source is named {source.name!r}", "use letters, digits, and . _ + - after the first")
-        source.files()
-        if source.direction:
-            parse_direction(source.direction)
-        if source.budget <= 0 or not source.paths:
-            raise UserError(f"source {source.name!r} needs paths and a positive budget", "mend the config")
-    check_one_kmeans(Path(path) for source in sources if source.kind == "speech" for path in source.files())
+def drawn(counts: dict) -> int:
+    """Tokens for training and validation."""
+    return counts["tokens"] + counts["validation_tokens"]
 
 
-def make_encoder(tokenizer: Path, loaded, sources: list[Source]) -> Encoder:
-    """The sources' encoder, compared with the tokenizer on the first documents of each."""
-    facts = {"num_units": 0, "offset": 0}
-    if any(source.kind == "speech" for source in sources):
-        facts = read_metadata(tokenizer)
-    encoder = Encoder(loaded, facts["num_units"], facts["offset"])
-    for source in sources:
-        encoder.compare(list(itertools.islice(documents(source, encoder, Counter()), COMPARED_DOCUMENTS)))
-    return encoder
+def remembered(work: Stage, index: int, source: Source, maker: Maker, most: float) -> Survey:
+    """The survey of a source, which a run that goes on need not make again."""
+    path = work.output_dir / f".{source.name}.survey.json"
+    if path.is_file():
+        return Survey(**json.loads(path.read_text()))
+    found = look_at(index, source, maker, most)
+    write_json(path, asdict(found))
+    return found
 
 
-def check_budget(source: Source, folder: Path) -> dict:
+# --- What the manifest tells ----------------------------------------------------------------------
+def facts(source: Source, output: Output, found: Survey) -> dict:
     """What the manifest tells of a source that is tokenized, which must have enough tokens for its budget."""
-    sizes = IndexedTokens(folder / source.name).sizes
-    left_out = json.loads((folder / f".{source.name}.json").read_text())["left_out"]
-    told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
-    total = int(sizes.sum(dtype="int64"))
-    epochs = source.budget / total if total else float("inf")
-    if epochs > source.max_epochs:
-        raise UserError(
-            f"source {source.name!r} has {total:,} tokens for a budget of {source.budget:,}{told}",
-            f"add data, or lower its budget or allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and "
-            "run this again: what is tokenized stays",
-        )
-    print(
-        f"{source.name}: {len(sizes):,} documents, {total:,} tokens, budget {source.budget:,} ({epochs:.2f} epochs)"
-        f"{told}"
-    )
-    return {
+    counts = output.state["counts"]
+    left_out = {reason: count for reason, count in sorted(output.state["left_out"].items()) if count}
+    if counts["bad"]:
+        left_out["that cannot be read"] = counts["bad"]
+    check_budget(source, counts["tokens"], left_out)
+    tokens = counts["tokens"] + counts["validation_tokens"]
+    told = {
         "name": source.name,
         "kind": source.kind,
-        "documents": len(sizes),
+        "documents": counts["documents"],
         "left_out": left_out,
-        "tokens": total,
+        "tokens": counts["tokens"],
         "budget": source.budget,
-        "epochs": round(epochs, 4),
+        "epochs": round(source.budget / counts["tokens"], 4),
+        "tokens_per_character": round(tokens / counts["characters"], 4) if counts["characters"] else None,
+        "validation": {"documents": counts["validation_documents"], "tokens": counts["validation_tokens"]},
+        "sha256": hash_file(output.final("bin")),
+        "estimated_tokens": round(found.tokens),
+        "rounds": output.state["rounds"],
+    }
+    if counts["milliseconds"]:
+        told["hours"] = round(counts["milliseconds"] / 3.6e6, 3)
+        told["tokens_per_second"] = round(tokens / counts["milliseconds"] * 1000, 3)
+    return told
+
+
+def check_budget(source: Source, tokens: int, left_out: dict) -> None:
+    """Raise UserError if a source has too few tokens for its budget."""
+    epochs = source.budget / tokens if tokens else float("inf")
+    if epochs > source.max_epochs:
+        told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
+        raise UserError(
+            f"source {source.name!r} has {tokens:,} tokens for a budget of {source.budget:,}{told}",
+            f"add data ({source.budget / source.max_epochs - tokens:,.0f} tokens are missing), or lower its budget or "
+            f"allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and run this again: what is tokenized stays",
+        )
+
+
+def table(rows: list[dict]) -> str:
+    """Sources as a table for people."""
+    from tabulate import tabulate
+
+    def cell(value):
+        return f"{value:,}" if isinstance(value, int) else value
+
+    cells = [{name: cell(value) for name, value in row.items()} for row in rows]
+    return tabulate(cells, "keys", disable_numparse=True)
+
+
+def row_of(told: dict) -> dict:
+    """A source's line of the table."""
+    return {
+        "source": told["name"],
+        "documents": told["documents"],
+        "tokens": told["tokens"],
+        "budget": told["budget"],
+        "epochs": f"{told['epochs']:.2f}",
+        "tokens/character": told["tokens_per_character"],
+        "tokens/s": told.get("tokens_per_second"),
+        "validation": told["validation"]["tokens"],
+        "left out": ", ".join(f"{count:,} {reason}" for reason, count in told["left_out"].items()),
     }
 
 
+def write_lists(work, outputs: list[Output], contamination: bool) -> None:
+    """Write what could not be read, and which documents hold a sentence of a test set."""
+    with work.publish("left_out.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+        for output in outputs:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in output.lines("bad"))
+    if contamination:
+        with work.publish("contamination.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["source", "document", "test_set", "sentence", "by"])
+            writer.writerows(row for output in outputs for row in output.lines("hits"))
+
+
+# --- The plan -------------------------------------------------------------------------------------
+def print_plan(sources: list[Source], wanted: dict[str, Wanted], maker: Maker, most: float) -> None:
+    """Print what samples tell of the mixture.
+
+    Raises:
+        UserError: Sources are too small, or cannot be read; it tells all of them.
+    """
+    rows, short = [], []
+    for index, source in enumerate(sources):
+        found = look_at(index, source, maker, most)
+        tokens = min(found.tokens, wanted[source.name].drawn * AIM) if found.tokens_known else None
+        rows.append(
+            {
+                "source": source.name,
+                "documents there": round(found.documents),
+                "tokens there": round(found.tokens),
+                "to be drawn": tokens and round(tokens),
+                "budget": source.budget,
+                "epochs": f"{source.budget / tokens:.2f}" if tokens else None,
+                "tokens/character": round(found.tokens / found.characters, 4) if found.characters else None,
+                "hours": round(found.seconds / 3600, 1) if found.seconds else None,
+                "known": "exactly" if found.exact else "from a sample",
+            }
+        )
+        missing = source.budget / source.max_epochs - found.tokens
+        if found.tokens_known and missing > 0:
+            short.append(f"{source.name} lacks {missing:,.0f} tokens of {source.budget / source.max_epochs:,.0f}")
+    print(table(rows))
+    if short:
+        raise UserError(f"{len(short)} sources are too small: {'; '.join(short)}", "add data or lower their budgets")
+
+
+def look_at(index: int, source: Source, maker: Maker, most: float) -> Survey:
+    """Survey a source; UserError if more than the share ``most`` of the sample cannot be read."""
+    found = survey(index, source, parts_of(source), maker)
+    if found.bad > most * found.items:
+        raise too_many_bad(source.name, found.bad, found.items, most, found.first_bad)
+    return found
+
+
+# --- The stage ------------------------------------------------------------------------------------
 def build_mixture(
     tokenizer: Path,
     output_dir: Path,
     sources: list[Source],
+    groups: dict[str, Group] | None = None,
+    test_sets: dict[str, list[str]] | None = None,
     bos: bool = False,
     seed: int = 0,
+    reserve: float = 1.1,
+    validation_tokens: int = 200_000,
+    max_bad_share: float = 0.01,
+    num_processes: int | None = None,
+    plan: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Build a mixture.
@@ -308,53 +282,86 @@ def build_mixture(
         tokenizer: Folder written by merge_tokenizer.py (any Hugging Face folder, if no source is speech).
         output_dir: New folder.
         sources: What to mix; in YAML, a list of what towerspeech/mixture.py says of a source.
+        groups: Budgets that sources share, by name: ``{text: {budget: 1_000_000_000, split: equal}}``.
+        test_sets: Files, folders or patterns of each test set, by its name; documents that hold one of their sentences
+            are left out.
         bos: Begin documents with BOS. Megatron does not; a model that is prompted with BOS and was not pretrained
             with it needs it.
-        seed: Seed of the trainer's shuffle; recorded in the manifest.
+        seed: Seed of the draw and of the trainer's shuffle.
+        reserve: How many times its budget is drawn of a source that has more.
+        validation_tokens: Tokens of each source that are held out from training, but no more than a hundredth of what
+            is drawn.
+        max_bad_share: Largest share of a source's documents that may be impossible to read.
+        num_processes: Processes that encode beside the one that reads (all cores, if not given).
+        plan: Print what samples tell of the mixture, and write nothing.
         overwrite: Replace the output of a run with other arguments.
     """
+    sources = with_budgets(sources, groups)
     check_sources(sources)
+    if reserve < 1 or validation_tokens < 0 or not 0 <= max_bad_share <= 1:
+        told = f"reserve is {reserve}, validation_tokens {validation_tokens}, max_bad_share {max_bad_share}"
+        raise UserError(told, "give 1 or more, 0 or more, and a share")
+    tested = {
+        name: [str(path) for each in names for path in expand(each, f"check test_sets: {name}")]
+        for name, names in (test_sets or {}).items()
+    }
     arguments = {
         "tokenizer": tokenizer,
         **recorded_files(sources, {source.name: source.files() for source in sources}),
+        **recorded_test_sets(tested),
         "budgets": recorded_budgets(sources),
         "bos": bos,
         "seed": seed,
+        "reserve": reserve,
+        "validation_tokens": validation_tokens,
+        "max_bad_share": max_bad_share,
+        "num_processes": num_processes,
         "overwrite": overwrite,
     }
-    # Tokens do not depend on budgets: if one is too large, what was tokenized stays.
-    with stage(__file__, output_dir, arguments, inputs=["tokenizer", "paths"], late=["budgets", "seed"]) as work:
+    tokenizer_sha256 = tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
+
+    def make() -> tuple[Maker, Callable[[], Maker]]:
+        sentences = TestSentences(read_test_sets(tested)) if tested else None
+        make_maker = functools.partial(Maker, tokenizer, sources, sentences, bos, seed)
+        return make_maker(), make_maker
+
+    wanted = {source.name: Wanted(round(reserve * source.budget), validation_tokens) for source in sources}
+    if plan:
+        print_plan(sources, wanted, make()[0], max_bad_share)
+        return
+    # Tokens depend on budgets as far as they decide how many are drawn: what is tokenized stays, if it is the same.
+    late = ["budgets", "seed", "reserve", "validation_tokens", "max_bad_share"]
+    inputs = ["tokenizer", "paths", "test_sets"]
+    with stage(__file__, output_dir, arguments, inputs, ignore=["num_processes"], late=late) as work:
         if work.done:
             return
-        from transformers import AutoTokenizer
-
-        tokenizer_sha256 = tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        eod_id = loaded.get_vocab().get(EOD, loaded.eos_token_id)
-        if eod_id is None:
-            raise UserError(f"{tokenizer} has no <EOD> or EOS token", "name another")
-        if bos and loaded.bos_token_id is None:
-            raise UserError(f"{tokenizer} has no BOS token", "name another")
-        encoder = make_encoder(tokenizer, loaded, sources)
-        began, tokenized = time.perf_counter(), []
-        for source in sources:
-            tokenize(work, source, encoder, [loaded.bos_token_id] if bos else [], [eod_id])
-            tokenized.append(check_budget(source, output_dir))
+        maker, make_maker = make()
+        began, told, outputs = time.perf_counter(), [], []
+        with Encoders(maker, make_maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
+            for index, source in enumerate(sources):
+                found = remembered(work, index, source, maker, max_bad_share)
+                output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)
+                outputs.append(output)
+                told.append(facts(source, output, found))
+                print(table([row_of(told[-1])]), flush=True)
         work.counts["last_attempt"] = {"tokenize_s": round(time.perf_counter() - began, 3)}
+        write_lists(work, outputs, bool(tested))
         budget = sum(source.budget for source in sources)
         manifest = {
             "tokenizer_sha256": tokenizer_sha256,
-            "vocab_size": len(loaded),
-            "eod_id": eod_id,
+            "vocab_size": len(maker.tokenizer),
+            "eod_id": maker.eod,
             "bos": bos,
             "seed": seed,
+            "reserve": reserve,
             "budget": budget,
-            "sources": tokenized,
+            "sources": told,
             # Megatron draws samples of equal length, so token budgets are its weights.
             "data_path": " ".join(f"{source.budget / budget:.6f} {source.name}" for source in sources),
         }
         write_json(output_dir / "manifest.json", manifest)
-        work.counts.update({"budget": budget, **{source["name"]: source["tokens"] for source in tokenized}})
+        work.counts.update({"budget": budget, **{each["name"]: each["tokens"] for each in told}})
+        print(table([row_of(each) for each in told]))
         print(f"mixture of {budget:,} tokens: {output_dir}")
 
 

@@ -31,7 +31,9 @@ def check_inputs(system: chain.System) -> None:
     wanted = [path for path in wanted if path is not None]
     wanted += [f"{places['base']}/config.json", system.need("build_instructions", "data_root")]
     wanted += system.need("build_sft_data", "parallel")
-    made = [Path(system.work), *(Path(system.units) / name for name in places["train_sets"])]
+    for names in (blocks["build_mixture"].get("test_sets") or {}).values():
+        wanted += names
+    made = [Path(system.work), Path(places["manifests"]), *(Path(system.units) / name for name in places["train_sets"])]
     for source in blocks["build_mixture"].get("sources", []):
         wanted += source.get("paths", [])
     for name in wanted:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from towerspeech.errors import UserError
 from towerspeech.files import read_json
-from towerspeech.mixture import Source, recorded_budgets, recorded_files
+from towerspeech.mixture import Group, Source, recorded_budgets, recorded_files, recorded_test_sets, with_budgets
 from towerspeech.stage import RUN_INFO, hash_path, plain
 from towerspeech.system import FORMS, ROOT, command_name, read_system, variant_of
 from towerspeech.texts import expand
@@ -163,6 +163,8 @@ def pretraining(system: System, variant: str, model: str, after: list[str]) -> I
     steps = system.need("continued_pretraining", "keep_steps", variant)
     steps = steps[-1:] if variant else steps
     mixed = {"MIXTURE": config, "TOKENIZER": model, "OUTPUT_DIR": mixture}
+    if system.get("build_mixture", "test_sets", variant):  # among them those of speech
+        after = [*after, *(f"manifest_{name}" for name in system.places["test_sets"] if system.manifest_words(name))]
     yield Stage(f"{prefix}build_mixture", "build_mixture", after, mixed, variant=variant)
     trained = {"MODEL": model, "MIXTURE": mixture, "CONFIG": config, "OUTPUT_DIR": folder}
     trained["REPLICATE"] = system.get("continued_pretraining", "replicate", variant)
@@ -396,9 +398,13 @@ def as_recorded(name: str, flags: dict) -> dict:
         return {key: value for key, value in flags.items() if key != "special_tokens"}
     if name != "build_mixture":
         return flags
-    sources = [Source(**source) for source in flags["sources"]]
+    groups = {name: Group(**group) for name, group in (flags["groups"] or {}).items()}
+    sources = with_budgets([Source(**source) for source in flags["sources"]], groups)
     files = {source.name: [path for name in source.paths for path in files_of_name(name)] for source in sources}
-    return {**flags, **recorded_files(sources, files), "budgets": recorded_budgets(sources)}
+    named = (flags["test_sets"] or {}).items()
+    tested = {name: [path for each in names for path in files_of_name(each)] for name, names in named}
+    recorded = {**recorded_files(sources, files), **recorded_test_sets(tested)}
+    return {**flags, **recorded, "budgets": recorded_budgets(sources)}
 
 
 def files_of_name(name: str) -> list[str]:

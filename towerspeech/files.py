@@ -61,28 +61,50 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _unpacking(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
+    """What an open file holds, unpacked if its name ends in .gz or .zst; UserError if it is cut short or damaged."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(file) as plain:
+                yield plain
+        elif path.suffix == ".zst":
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as plain:
+                yield io.BufferedReader(plain, BLOCK)
+        else:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+        if path.suffix not in PACKED:
+            raise
+        raise UserError(f"{path} is cut short or damaged ({error})", "fetch or pack it again") from None
+
+
+@contextlib.contextmanager
 def open_plain(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, unpacked if its name ends in .gz or .zst.
 
     Raises:
         UserError: What is packed is cut short or damaged, also where this shows only while it is read.
     """
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                yield file
-        elif path.suffix == ".zst":
-            import pyarrow
+    with open(path, "rb") as file, _unpacking(path, file) as plain:
+        yield plain
 
-            with pyarrow.OSFile(str(path)) as packed, pyarrow.CompressedInputStream(packed, "zstd") as file:
-                yield io.BufferedReader(file, BLOCK)
-        else:
-            with open(path, "rb") as file:
-                yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
-        if path.suffix not in PACKED:
-            raise
-        raise UserError(f"{path} is cut short or damaged ({error})", "fetch or pack it again") from None
+
+def unpacked_size(path: Path, looked_at: int = 1 << 25) -> float:
+    """A file's size in bytes when unpacked, which is estimated from how well so many of its first bytes are packed.
+
+    Raises:
+        UserError: As ``open_plain``.
+    """
+    size = path.stat().st_size
+    if path.suffix not in PACKED:
+        return size
+    with open(path, "rb") as file, _unpacking(path, file) as plain:
+        found = 0
+        while found < looked_at and (block := plain.read(BLOCK)):
+            found += len(block)
+        return found if found < looked_at else found * size / file.tell()
 
 
 def cut_torn_line(path: Path) -> None:

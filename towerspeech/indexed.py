@@ -15,6 +15,7 @@ from towerspeech.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES = {8: np.uint16, 4: np.int32}
 LARGEST_UINT16_VOCABULARY = 65500  # Megatron's own border
+BLOCK = 1 << 20  # documents whose numbers are held at a time
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -23,15 +24,20 @@ def token_dtype(vocab_size: int) -> type:
 
 
 def write_index(path: Path, sizes: np.ndarray, dtype: type) -> None:
-    """Write the .idx of documents of ``sizes`` tokens each, (num_documents,) int32."""
-    offsets = np.zeros(len(sizes), np.int64)
-    np.cumsum(sizes[:-1], out=offsets[1:], dtype=np.int64)
+    """Write the .idx of documents of ``sizes`` tokens each, (num_documents,) int32; it may be a memory map."""
     code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
+    blocks = [sizes[first : first + BLOCK] for first in range(0, len(sizes), BLOCK)]
     with open(path, "wb") as file:
         file.write(MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1))
-        file.write(sizes.astype("<i4").tobytes())
-        file.write((offsets * np.dtype(dtype).itemsize).astype("<i8").tobytes())
-        file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+        for block in blocks:
+            file.write(block.astype("<i4").tobytes())
+        end = 0
+        for block in blocks:
+            ends = end + np.cumsum(block, dtype=np.int64) * np.dtype(dtype).itemsize
+            file.write(np.concatenate([[end], ends[:-1]]).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for first in range(0, len(sizes) + 1, BLOCK):
+            file.write(np.arange(first, min(first + BLOCK, len(sizes) + 1), dtype="<i8").tobytes())
 
 
 class IndexedTokens:

@@ -13,9 +13,12 @@ from towerspeech.languages import language
 
 
 # --- Continued pretraining documents --------------------------------------------------------------
-def speech_document(speech: str, text: str) -> str:
-    """One utterance and its transcript (P). The transcript is English, as all of the speech is."""
-    return f"Speech:{speech}\nEnglish: {text}"
+def speech_document(speech: str, text: str, template: str = "transcript", code: str = "en") -> str:
+    """One utterance: units and transcript (P), ``units`` alone, or ``text_to_speech``: the transcript, then units."""
+    if template == "units":
+        return f"Speech:{speech}"
+    name = language(code).name
+    return f"{name}: {text}\nSpeech:{speech}" if template == "text_to_speech" else f"Speech:{speech}\n{name}: {text}"
 
 
 def parallel_document(src_lang: str, source: str, tgt_lang: str, target: str) -> str:

@@ -1,0 +1,71 @@
+"""Processes that make tokens of tasks, while one reads: results come in the order of the tasks."""
+
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from data_mixture.documents import Made, Maker, Task
+from towerspeech.ahead import ahead
+from towerspeech.errors import UserError
+
+HERE = 4  # tasks that are done here before processes are started, which takes some seconds
+
+_maker: Maker  # of a process
+
+
+def _start(make_maker: Callable[[], Maker]) -> None:
+    global _maker
+
+    def leave_with_parent() -> None:  # else a process whose parent was killed would wait for ever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
+    _maker = make_maker()
+
+
+def _make(task: Task) -> Made:
+    return _maker(task)
+
+
+class Encoders:
+    """Some processes, started when there is work for them; one is this process and a thread."""
+
+    def __init__(self, maker: Maker, make_maker: Callable[[], Maker], num_processes: int):
+        self.maker, self.make_maker, self.num_processes = maker, make_maker, num_processes
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Encoders":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Made]:
+        """Make tokens of tasks, in their order.
+
+        Raises:
+            UserError: A process was killed.
+        """
+        rest = iter(tasks)
+        with ThreadPoolExecutor(1) as thread:  # works while the next task is read
+            here = rest if self.num_processes == 1 else [] if self.pool else itertools.islice(rest, HERE)
+            yield from ahead(thread, self.maker, here, limit=1)
+        if (first := next(rest, None)) is None:
+            return
+        if not self.pool:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (self.make_maker,))
+        try:
+            yield from ahead(self.pool, _make, itertools.chain([first], rest), limit=2 * self.num_processes)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that encodes was ended from outside (out of memory?)",
+                "lower --num_processes or give more memory, and run this again: what is done stays",
+            ) from None

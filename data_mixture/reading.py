@@ -1,0 +1,197 @@
+"""A source's files as parts of numbered items, read in batches; and what a sample of them tells of the whole."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_mixture.documents import Maker, Task, Utterance, reading
+from towerspeech import units
+from towerspeech.errors import UserError
+from towerspeech.files import unpacked_size
+from towerspeech.languages import language
+from towerspeech.mixture import Source
+from towerspeech.texts import Part, parallel_parts, read_raw, text_parts
+from towerspeech.units_parquet import read_unit_arrays, unit_shards
+
+BATCH_ITEMS, BATCH_BYTES = 2048, 1 << 22  # of a task, at most
+SAMPLED_PARTS, SAMPLED_ITEMS, SAMPLED_BYTES = 16, 8192, 1 << 25  # at most, together
+Wanted = Callable[[int, int], np.ndarray]
+
+
+# --- Items ----------------------------------------------------------------------------------------
+def parts_of(source: Source) -> list[Part]:
+    """A source's parts, in the order of its files."""
+    if source.kind == "speech":
+        shards = [shard for path in source.files() for shard in unit_shards(Path(path))]
+        return [Part(shard, None, None, 0, shard.stat().st_size) for shard in shards]
+    if source.kind == "text":
+        return [part for name in source.paths for part in text_parts(name)]
+    return [part for name in source.paths for part in parallel_parts(name, source.direction)]
+
+
+def read_items(source: Source, part: Part, maker: Maker, wanted: Wanted | None, start: int) -> Iterator[tuple]:
+    """Stream a part's items that are wanted, from number ``start`` on, each with its number."""
+    if source.kind != "speech":
+        yield from read_raw(part, reading(source), wanted, start)
+        return
+    number = 0
+    for flat, ends, batch, _ in read_unit_arrays(part.path, maker.num_units, ["language", "text", "duration_s"]):
+        take = wanted(number, len(ends)) if wanted else np.ones(len(ends), bool)
+        take[: max(0, start - number)] = False
+        if take.any():
+            runs = [*units.split_units(flat, ends, maker.offset)]
+            columns = [batch.column(name).to_pylist() for name in ("language", "text", "duration_s", "id")]
+            for row in np.flatnonzero(take).tolist():
+                yield number + row, Utterance(runs[row], *(column[row] for column in columns))
+        number += len(ends)
+
+
+def size_of(raw) -> int:
+    """About how many bytes an item holds."""
+    if isinstance(raw, bytes | str):
+        return len(raw)
+    if isinstance(raw, dict):
+        return sum(map(size_of, raw.values()))
+    return sum(map(size_of, raw)) if isinstance(raw, tuple | list) else 8
+
+
+def batches(source: int, part: Part, part_number: int, items: Iterable[tuple]) -> Iterator[Task]:
+    """Gather items to tasks."""
+    numbers, raws, size = [], [], 0
+    for number, raw in items:
+        numbers.append(number)
+        raws.append(raw)
+        size += size_of(raw)
+        if len(raws) == BATCH_ITEMS or size >= BATCH_BYTES:
+            yield Task(source, part, part_number, numbers, raws)
+            numbers, raws, size = [], [], 0
+    if raws:
+        yield Task(source, part, part_number, numbers, raws)
+
+
+# --- A sample -------------------------------------------------------------------------------------
+@dataclass
+class Survey:
+    """What a sample tells of a source, before duplicates are left out.
+
+    Attributes:
+        documents, tokens, characters, seconds: Of the whole source, estimated.
+        exact: Whether the sample was the whole source.
+        items, bad: Of the sample: items, and those that cannot be read.
+        first_bad: The first of them, and why.
+        tokens_known: Whether the source's size is known at all.
+    """
+
+    documents: float = 0
+    tokens: float = 0
+    characters: float = 0
+    seconds: float = 0
+    exact: bool = True
+    items: int = 0
+    bad: int = 0
+    first_bad: str = ""
+    tokens_known: bool = True
+
+
+def extent(source: Source, part: Part) -> tuple[float, Callable]:
+    """How much a part holds, unpacked bytes or rows, and a function that tells how much of it an item is."""
+    if source.kind == "speech" or part.group is not None:
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(part.path) as file:
+            known = file.metadata if part.group is None else file.metadata.row_group(part.group)
+            return known.num_rows, lambda raw: 1
+    if part.path.is_dir():
+        from datasets import load_from_disk
+
+        return len(load_from_disk(str(part.path))), lambda raw: 1
+    files = [part.path, *([part.other] if part.other else [])]
+    return sum(map(unpacked_size, files)), lambda raw: size_of(raw) + len(files)  # and the ends of lines
+
+
+def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Survey:
+    """Look at a source's first items of some parts, spread over it.
+
+    Raises:
+        UserError: The encoder's ids are not the tokenizer's; the letters are of another script than the language.
+    """
+    places = sorted({*np.linspace(0, len(parts) - 1, min(len(parts), SAMPLED_PARTS)).astype(int).tolist()})
+    told, scripts = Survey(exact=len(places) == len(parts)), Counter()
+    for place in places:
+        part = parts[place]
+        whole, of_item = extent(source, part)
+        read, size, done = 0.0, 0, True
+        made = []
+        items = read_items(source, part, maker, None, 0)
+        for task in batches(index, part, place, islice(items, SAMPLED_ITEMS // len(places))):
+            if not told.items:
+                maker.compare(task._replace(numbers=task.numbers[:64], raws=task.raws[:64]))
+            told.items += len(task.raws)
+            read += sum(map(of_item, task.raws))
+            size += sum(map(size_of, task.raws))
+            scripts.update(count_scripts(maker.said(task)))
+            made.append(maker(task))
+            if size > SAMPLED_BYTES // len(places):
+                break
+        done = next(items, None) is None
+        told.exact &= done
+        times = 1.0 if done or not read else max(1.0, whole / read)
+        for each in made:
+            told.documents += len(each.sizes) * times
+            told.tokens += int(each.sizes.sum()) * times
+            told.characters += int(each.characters.sum()) * times
+            told.seconds += float(each.seconds.sum()) * times
+            told.bad += len(each.bad)
+            told.first_bad = told.first_bad or next(iter(each.bad), "")
+    all_bytes, sampled = sum(part.size for part in parts), sum(parts[place].size for place in places)
+    told.tokens_known = all(part.size for part in parts)
+    if told.tokens_known:
+        for name in ("documents", "tokens", "characters", "seconds"):
+            setattr(told, name, getattr(told, name) * all_bytes / sampled)
+    check_scripts(source, scripts)
+    return told
+
+
+# --- Scripts --------------------------------------------------------------------------------------
+class Script(NamedTuple):
+    letters: re.Pattern
+    weight: int  # of a character, in letters of an alphabet
+
+
+SCRIPTS = {
+    "Latin": Script(re.compile("[A-Za-z\u00c0-\u024f]"), 1),
+    "Cyrillic": Script(re.compile("[\u0400-\u052f]"), 1),
+    "Han": Script(re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), 3),
+    "Hangul": Script(re.compile("[\u1100-\u11ff\uac00-\ud7af]"), 2),
+}
+OF_LANGUAGE = {"ru": "Cyrillic", "zh": "Han", "ko": "Hangul"}  # the others are written in Latin letters
+FEWEST_LETTERS, LEAST_SHARE = 200, 0.5
+
+
+def count_scripts(said: Iterable[tuple[str, str]]) -> Counter:
+    """Letters by language and script, of texts that are said to be in a language."""
+    counts: Counter = Counter()
+    for code, text in said:
+        for script, (letters, weight) in SCRIPTS.items():
+            counts[code, script] += weight * len(letters.findall(text))
+    return counts
+
+
+def check_scripts(source: Source, counts: Counter) -> None:
+    """Raise UserError if most letters are not of the script that their language is written in."""
+    for code in sorted({code for code, _ in counts}):
+        found = {script: counts[code, script] for script in SCRIPTS}
+        letters, most = sum(found.values()), max(found, key=found.get)
+        share = found[OF_LANGUAGE.get(code, "Latin")] / max(1, letters)
+        if letters >= FEWEST_LETTERS and share < LEAST_SHARE:
+            raise UserError(
+                f"source {source.name!r} is said to be {language(code).name}, but {1 - share:.0%} of the letters in a "
+                f"sample are of another script, most of them {most}",
+                "name the files of that language, or mend the source's language or direction",
+            )

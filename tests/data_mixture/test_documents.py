@@ -1,0 +1,470 @@
+"""What build_mixture.py takes of its sources and what it leaves out, against plain loops over the same rows."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from data_mixture.build_mixture import build_mixture
+from tests.data_mixture.test_build_mixture import WHOLE, build_whole, write_texts
+from towerspeech import prompts, units
+from towerspeech.errors import UserError
+from towerspeech.files import write_json
+from towerspeech.indexed import IndexedTokens
+from towerspeech.mixture import Group, Source, with_budgets
+
+REPO = Path(__file__).parents[2]
+TEST_DATA = Path(os.environ.get("TOWERSPEECH_TEST_DATA", "nowhere"))
+WORDS = "the old captain dog boat sees a new house and goes home today with two green apples".split()
+
+
+def texts_of(prefix: Path, tokenizer_dir: Path) -> list[str]:
+    """The documents of a source, as text."""
+    tokenizer, found = AutoTokenizer.from_pretrained(tokenizer_dir), IndexedTokens(prefix)
+    parts = zip(found.offsets, found.sizes, strict=True)
+    return [tokenizer.decode(found.tokens[start : start + size - 1]) for start, size in parts]
+
+
+def manifest_of(mix: Path) -> dict:
+    return json.loads((mix / "manifest.json").read_text())
+
+
+def sentences(number: int, seed: int = 0, words: int = 9) -> list[str]:
+    """Different sentences of known words."""
+    rng = random.Random(seed)
+    return [" ".join([*rng.choices(WORDS, k=words), str(i)]) for i in range(number)]
+
+
+# --- How much is drawn ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[Path]:
+    """12,000 documents, as one gz and as forty Parquet files."""
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder, texts = tmp_path_factory.mktemp("many"), sentences(12_000)
+    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    for number in range(40):
+        (folder / "b").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": texts[number::40]}), folder / f"b/{number:02}.parquet", row_group_size=100)
+    return [folder / "a.jsonl.gz", folder / "b"]
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["gz", "Parquet"])
+def test_no_more_is_drawn_than_the_budget_and_the_reserve(tmp_path, tokenizer_dir, many, form):
+    """From all over the source, other documents for another seed; the estimate is within 2%."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    texts = sentences(12_000)
+    total = sum(len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    source, drawn = Source("a", "text", [str(many[form])], total // 10), []
+    for seed in (0, 1):
+        mix = tmp_path / str(seed)
+        build_mixture(tokenizer_dir, mix, [source], seed=seed)
+        [facts] = manifest_of(mix)["sources"]
+        assert facts["estimated_tokens"] == pytest.approx(total, rel=0.02)
+        got = facts["tokens"] + facts["validation"]["tokens"]
+        assert 1.1 * source.budget <= got <= 1.16 * source.budget
+        places = [int(text.split()[-1]) for text in texts_of(mix / "a", tokenizer_dir)]
+        assert len({*places}) == len(places) == facts["documents"]
+        if form == 0:
+            assert places == sorted(places)
+            counts, _ = np.histogram(places, 10, (0, 12_000))
+            assert counts.min() > 0.6 * counts.mean()
+        drawn.append({*places})
+    assert len(drawn[0] & drawn[1]) < 0.3 * len(drawn[0])
+
+
+def test_a_source_that_the_sample_misjudged_is_drawn_again(tmp_path, tokenizer_dir):
+    """Digits come first, where the sample is taken: most tokens for a byte. What is short is drawn in further rounds."""
+    digits = [" ".join(f"{number:09}") for number in range(9_000)]
+    texts = [f"{text} n{number}" for number, text in enumerate([*digits, *sentences(40_000, words=12)])]
+    source = Source("a", "text", [str(write_texts(tmp_path / "a.jsonl", texts))], 60_000)
+    build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+    [facts] = manifest_of(tmp_path / "mix")["sources"]
+    assert len(facts["rounds"]) > 1
+    assert facts["tokens"] + facts["validation"]["tokens"] >= 1.1 * 60_000
+    found = texts_of(tmp_path / "mix/a", tokenizer_dir)
+    assert len({*found}) == len(found) and {*found} < {*texts}
+
+
+def test_held_out_documents_are_others(tmp_path, tokenizer_dir, many, make_units):
+    """Of each source, about as many tokens as were asked for, never more than a hundredth; megatron-core reads them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    speech = [{"units": [i % 50, (3 * i + 1) % 50], "text": text} for i, text in enumerate(sentences(2_000, 3))]
+    sources = [
+        Source("text", "text", [str(many[0])], 60_000),
+        Source("speech", "speech", [str(make_units(tmp_path / "units", speech))], 5_000),
+    ]
+    build_mixture(tokenizer_dir, tmp_path / "mix", sources, validation_tokens=400)
+    for facts in manifest_of(tmp_path / "mix")["sources"]:
+        drawn = facts["tokens"] + facts["validation"]["tokens"]
+        name, held_out = facts["name"], facts["validation"]["tokens"]
+        wanted = min(400, drawn / 100)
+        assert 0.5 * wanted <= held_out <= wanted + 60, facts
+        trained, tested = (texts_of(tmp_path / "mix" / each, tokenizer_dir) for each in (name, f"validation/{name}"))
+        assert len(tested) == facts["validation"]["documents"] and not {*trained} & {*tested}
+        ours = IndexedTokens(tmp_path / f"mix/validation/{name}")
+        theirs = IndexedDataset(str(tmp_path / f"mix/validation/{name}"))
+        assert sum(len(theirs[i]) for i in range(len(theirs))) == held_out == ours.sizes.sum()
+        assert [theirs[i].tolist() for i in range(len(theirs))] == [
+            ours.tokens[start : start + size].tolist() for start, size in zip(ours.offsets, ours.sizes, strict=True)
+        ]
+
+
+def test_the_plan_agrees_with_the_build(tmp_path, tokenizer_dir, many, capsys):
+    source = Source("a", "text", [str(many[1])], 20_000)
+    build_mixture(tokenizer_dir, tmp_path / "mix", [source], plan=True)
+    assert not (tmp_path / "mix").exists()
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("a "))
+    planned = int(row.split()[3].replace(",", ""))
+    build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+    [facts] = manifest_of(tmp_path / "mix")["sources"]
+    assert facts["tokens"] + facts["validation"]["tokens"] == pytest.approx(planned, rel=0.02)
+    greedy = Source("b", "text", [str(many[1])], 10**9)
+    with pytest.raises(UserError, match=r"1 sources are too small: b lacks 999,\d{3},\d{3} tokens"):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [source, greedy], plan=True)
+
+
+def test_groups_share_their_budget_to_the_token():
+    sources = [Source(name, "text", ["x"], group="g") for name in "abcdefg"]
+    equal = with_budgets(sources, {"g": Group(1000)})
+    assert sorted(each.budget for each in equal) == [142, 143, 143, 143, 143, 143, 143]
+    weights = dict.fromkeys("abcdefg", 1.0) | {"c": 4.0}
+    shares = {each.name: each.budget for each in with_budgets(sources, {"g": Group(1000, weights)})}
+    assert shares.pop("c") == 400 and {*shares.values()} == {100}
+    for groups, wrong, message in (
+        ({}, sources, "group 'g', which is not there"),
+        ({"g": Group(1000, {"a": 1.0})}, sources, "give each a weight"),
+        ({"g": Group(1000)}, [Source("a", "text", ["x"], 5, group="g")], "needs a positive budget, or a group"),
+        ({"g": Group(1000), "h": Group(5)}, sources, "group 'h' has a budget of 5 for \\[\\]"),
+        ({"g": Group(3)}, sources, "budget of 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_budgets(wrong, groups)
+
+
+# --- What is left out -----------------------------------------------------------------------------
+def test_thresholds_and_lengths(tmp_path, tokenizer_dir):
+    rng = random.Random(0)
+    rows = [
+        {
+            "text": " ".join(["dog"] * rng.randint(1, 9)) + f" {i}",
+            "perplexity": rng.choice([1, 515.9, "516", 516.1, 9e9]),
+        }
+        for i in range(300)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bounds = {"keep": {"perplexity": "<= 516"}, "min_characters": 8, "max_characters": 30}
+    build_whole(tokenizer_dir, tmp_path / "mix", [Source("a", "text", [str(path)], 5, **bounds)])
+    near = [row["text"] for row in rows if float(row["perplexity"]) <= 516]
+    kept = [text for text in near if 8 <= len(text) <= 30]
+    assert texts_of(tmp_path / "mix/a", tokenizer_dir) == kept and 0 < len(kept) < len(near)
+    [facts] = manifest_of(tmp_path / "mix")["sources"]
+    assert facts["left_out"] == {
+        "beyond keep: perplexity": 300 - len(near),
+        "longer than max_characters": sum(len(text) > 30 for text in near),
+        "shorter than min_characters": sum(len(text) < 8 for text in near),
+    }
+
+
+def test_pairs_below_a_threshold_are_left_out(tmp_path, tokenizer_dir):
+    pairs = [
+        {"translation": {"en": f"the dog {i}", "de": f"der Hund {i}"}, "cometkiwi": i / 20, "bicleaner": 1 - i / 20}
+        for i in range(20)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    keep = {"cometkiwi": ">= 0.25", "bicleaner": "> 0.5"}
+    source = Source("a", "parallel", [str(path)], 5, direction="de-en", keep=keep)
+    build_whole(tokenizer_dir, tmp_path / "mix", [source])
+    wanted = [f"German: der Hund {i}\nEnglish: the dog {i}" for i in range(20) if i / 20 >= 0.25 and 1 - i / 20 > 0.5]
+    assert texts_of(tmp_path / "mix/a", tokenizer_dir) == wanted and 3 < len(wanted) < 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("text", {"keep": {"p": "about 3"}}, "keep p: 'about 3' is no bound"),
+        ("text", {"keep": {"p": "<= 3"}}, "its p is None, but keep wants a number"),
+        ("text", {"direction": "de-en"}, "is of kind text, which has no direction"),
+        ("text", {"templates": {"units": 1.0}}, "is of kind text, which has no templates"),
+        ("parallel", {"paragraphs": True}, "is of kind parallel, which has no paragraphs"),
+        ("speech", {"keep": {"p": "<= 3"}}, "is of kind speech, which has no keep"),
+        ("speech", {"templates": {"songs": 1.0}}, "templates are {'songs': 1.0}"),
+        ("text", {"language": "Klingon"}, "'Klingon' is none of the ten languages"),
+        ("text", {"min_characters": 9, "max_characters": 8}, "keeps no document"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, tokenizer_dir, kind, changed, message):
+    path = write_texts(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(UserError, match=message):
+        build_mixture(tokenizer_dir, tmp_path / "mix", [Source("a", kind, [str(path)], 1, **changed)])
+
+
+def test_documents_that_are_there_twice(tmp_path, tokenizer_dir, make_units, monkeypatch):
+    """Exactly or nearly; the first stays, also from one batch to another. Speech is kept."""
+    monkeypatch.setattr("data_mixture.reading.BATCH_ITEMS", 7)
+    first = sentences(40, words=40)
+    near = [f"{text} too" for text in first]
+    texts = [*first, *(f"  {text.upper()}\n" for text in first[:30]), *near]
+    path = str(write_texts(tmp_path / "a.jsonl", texts))
+    units_dir = str(make_units(tmp_path / "units", [{"units": [1, 2], "text": "yes"}] * 5))
+    sources = [Source(each, "text", [path], 5, duplicates=each) for each in ("keep", "exact", "near")]
+    sources += [Source("default", "text", [path], 5), Source("speech", "speech", [units_dir], 5)]
+    build_whole(tokenizer_dir, tmp_path / "mix", sources)
+    left_out = {facts["name"]: facts["left_out"] for facts in manifest_of(tmp_path / "mix")["sources"]}
+    assert left_out["keep"] == {} and left_out["exact"] == left_out["default"] == {"twice": 30}
+    assert left_out["near"]["twice"] == 30 and left_out["near"]["nearly twice"] >= 36
+    assert texts_of(tmp_path / "mix/exact", tokenizer_dir) == [*first, *near]
+    assert texts_of(tmp_path / "mix/near", tokenizer_dir)[:40] == first
+    assert left_out["speech"] == {}
+
+
+def test_bad_rows_are_listed_and_left_out(tmp_path, tokenizer_dir, capsys):
+    """Up to a share; a mistake in a file is none of them."""
+    lines = [json.dumps({"text": text}) for text in sentences(400)]
+    lines[7], lines[200], lines[399] = '{"text": "cut', '{"text": 5}', '{"text": "\U000f0001"}'
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    build_whole(tokenizer_dir, tmp_path / "mix", [Source("a", "text", [str(path)], 5)])
+    listed = [json.loads(line) for line in (tmp_path / "mix/left_out.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in listed] == ["a"] * 3
+    for row, place in zip(listed, (8, 201, 400), strict=True):
+        assert f"a.jsonl:{place}" in row["problem"]
+    [facts] = manifest_of(tmp_path / "mix")["sources"]
+    assert (facts["documents"], facts["left_out"]) == (397, {"that cannot be read": 3})
+    with pytest.raises(UserError, match=r"'a': 3 of 400 documents cannot be read, more than 0\.1%.*\n?.*a\.jsonl:8"):
+        build_whole(tokenizer_dir, tmp_path / "strict", [Source("a", "text", [str(path)], 5)], max_bad_share=0.001)
+    assert not (tmp_path / "strict/manifest.json").exists()
+
+
+def test_a_gz_that_is_cut_is_no_bad_row(tmp_path, tokenizer_dir, many):
+    data = many[0].read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is cut short or damaged"):
+        build_whole(tokenizer_dir, tmp_path / "mix", [Source("a", "text", [str(tmp_path / "a.jsonl.gz")], 5)])
+    assert not (tmp_path / "mix/manifest.json").exists()
+
+
+# --- Languages ------------------------------------------------------------------------------------
+SAMPLES = {
+    "de": "Der alte Kapitän sieht heute zwei grüne Boote im Hafen und geht nach Hause.",
+    "ru": "Старый капитан видит сегодня две зелёные лодки в порту и идёт домой.",
+    "zh": "老船长今天在港口看见两艘绿色的小船，然后回家了。",
+    "ko": "늙은 선장은 오늘 항구에서 초록색 배 두 척을 보고 집으로 간다.",
+}
+
+
+@pytest.mark.parametrize(("said", "written"), [(s, w) for s in SAMPLES for w in SAMPLES], ids=lambda code: code)
+def test_a_source_in_another_script_is_refused(tmp_path, tokenizer_dir, said, written):
+    """By its language or, of pairs, by each side's; a loan word is no matter."""
+    texts = [f"{SAMPLES[written]} Wikipedia {i}" for i in range(20)]
+    path = write_texts(tmp_path / "a.jsonl", texts)
+    pairs = tmp_path / "pairs.jsonl"
+    pair = [{"en": f"The old captain goes home {i}.", said: text} for i, text in enumerate(texts)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in pair))
+    for number, source in enumerate(
+        [
+            Source("a", "text", [str(path)], 5, language=said),
+            Source("b", "parallel", [str(pairs)], 5, direction=f"en-{said}"),
+        ]
+    ):
+        if said == written:
+            build_whole(tokenizer_dir, tmp_path / f"{number}", [source])
+            continue
+        with pytest.raises(UserError, match=r"is said to be \w+, but \d+% of the letters .* most of them"):
+            build_whole(tokenizer_dir, tmp_path / f"{number}", [source])
+
+
+def test_speech_documents_by_template_and_language(tmp_path, tokenizer_dir, make_units):
+    rows = [
+        {"units": [i % 50, (3 * i + 1) % 50], "text": text, "language": "de" if i % 4 == 0 else "en"}
+        for i, text in enumerate(sentences(800))
+    ]
+    folder = str(make_units(tmp_path / "units", rows))
+    weights = {"transcript": 2.0, "units": 1.0, "text_to_speech": 1.0}
+    source = Source("s", "speech", [folder], 5, templates=weights, languages=["English", "de"])
+    build_whole(tokenizer_dir, tmp_path / "mix", [source])
+    found = texts_of(tmp_path / "mix/s", tokenizer_dir)
+    counts = dict.fromkeys(weights, 0)
+    for text, row in zip(found, rows, strict=True):
+        speech = units.to_text(row["units"])
+        forms = {name: prompts.speech_document(speech, row["text"], name, row["language"]) for name in weights}
+        [name] = [name for name, form in forms.items() if form == text]
+        counts[name] += 1
+    assert abs(counts["transcript"] - 400) < 60 and abs(counts["units"] - 200) < 50
+    with pytest.raises(UserError, match=r"language 'de', but speech must be in \['en'\]"):
+        build_whole(tokenizer_dir, tmp_path / "refused", [Source("s", "speech", [folder], 5)])
+
+
+def test_the_prompts_of_the_templates():
+    assert prompts.speech_document("UU", "Ja.", "transcript", "de") == "Speech:UU\nGerman: Ja."
+    assert prompts.speech_document("UU", "Ja.", "units", "de") == "Speech:UU"
+    assert prompts.speech_document("UU", "Ja.", "text_to_speech", "de") == "German: Ja.\nSpeech:UU"
+
+
+# --- Test sets ------------------------------------------------------------------------------------
+def test_documents_with_a_test_sentence_are_left_out(tmp_path, tokenizer_dir, make_units):
+    tested = [" ".join(random.Random(i).choices(WORDS, k=15)) + f" {i}" for i in range(30)]
+    (tmp_path / "flores").mkdir()
+    (tmp_path / "flores/eng_Latn.devtest").write_text("\n".join(tested) + "\n")
+    texts = sentences(200)
+    planted = {7: f"Before. “{tested[3].upper()}”, after", 90: f"x {tested[4].replace(' ', '  ')}", 199: tested[5]}
+    for place, text in planted.items():
+        texts[place] = text
+    pair = {"src_lang": "de", "tgt_lang": "en", "source": "Hund", "target": tested[9]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "target": "dog"}) + "\n")
+    speech = [{"units": [1, 2], "text": tested[11]}, {"units": [1, 2], "text": "the dog"}]
+    sources = [
+        Source("text", "text", [str(write_texts(tmp_path / "a.jsonl", texts))], 5),
+        Source("pairs", "parallel", [str(tmp_path / "pairs.jsonl")], 5),
+        Source("speech", "speech", [str(make_units(tmp_path / "units", speech))], 5),
+    ]
+    build_whole(tokenizer_dir, tmp_path / "mix", sources, test_sets={"flores": [str(tmp_path / "flores")]})
+    left_out = [facts["left_out"] for facts in manifest_of(tmp_path / "mix")["sources"]]
+    assert left_out == [{"with a sentence of a test set": count} for count in (3, 1, 1)]
+    assert texts_of(tmp_path / "mix/text", tokenizer_dir) == [t for i, t in enumerate(texts) if i not in planted]
+    with open(tmp_path / "mix/contamination.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["source"] for row in rows] == ["text"] * 3 + ["pairs", "speech"]
+    assert {row["test_set"] for row in rows} == {"flores"}
+    assert [row["document"].rpartition(":")[2] for row in rows[:3]] == ["8", "91", "200"]
+    assert [row["sentence"].rpartition(":")[2] for row in rows] == ["4", "5", "6", "10", "12"]
+    with pytest.raises(UserError, match="nowhere does not exist\n.*check test_sets: flores"):
+        build_whole(tokenizer_dir, tmp_path / "b", sources, test_sets={"flores": [str(tmp_path / "nowhere")]})
+
+
+@pytest.mark.skipif(not TEST_DATA.is_dir(), reason="FLORES and WMT23 are not here")
+def test_planted_flores_and_wmt23_sentences_are_found(tmp_path, tokenizer_dir):
+    """200 of both, in case, quotes and spacing changed, between other text, in ten languages; no clean one is lost."""
+    tested = {"flores": [str(TEST_DATA / "flores200/devtest")], "wmt23": [str(TEST_DATA / "wmt23/generaltest2023*")]}
+    rng, lines = random.Random(0), []
+    for names in tested.values():
+        files = [path for name in names for path in sorted(Path(name).parent.glob(Path(name).name))]
+        files = [path for each in files for path in (sorted(each.iterdir()) if each.is_dir() else [each])]
+        lines.append([line for path in files for line in path.read_text().splitlines() if len(line) > 60])
+    planted = rng.sample(lines[0], 100) + rng.sample(lines[1], 100)
+    changes = [
+        str.upper,
+        lambda text: f"«{text}»",
+        lambda text: text.replace(" ", "  "),
+        lambda text: text.replace(",", ""),
+    ]
+    dirty = [f"Home, he said {i}. {rng.choice(changes)(text)} And so on." for i, text in enumerate(planted)]
+    clean = sentences(2_000, words=25)
+    texts = rng.sample([*dirty, *clean], len(dirty) + len(clean))
+    source = Source("a", "text", [str(write_texts(tmp_path / "a.jsonl", texts))], 5)
+    build_whole(tokenizer_dir, tmp_path / "mix", [source], test_sets=tested)
+    [facts] = manifest_of(tmp_path / "mix")["sources"]
+    assert facts["left_out"] == {"with a sentence of a test set": 200} and facts["documents"] == 2_000
+
+
+# --- Processes and kills --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, tokenizer_dir, make_units) -> Path:
+    """A config of sources of three kinds, of which some is drawn, held out, and left out for every reason."""
+    folder = tmp_path_factory.mktemp("build")
+    rng, texts = random.Random(0), sentences(30_000, words=12)
+    tested = rng.sample(texts, 20)
+    (folder / "tested.txt").write_text("".join(f"{text}\n" for text in tested))
+    lines = [json.dumps({"text": text}) for text in [*texts, *texts[:500]]]
+    for place in rng.sample(range(len(lines)), 40):
+        lines[place] = "{"
+    (folder / "a.jsonl").write_text("\n".join(rng.sample(lines, len(lines))) + "\n")
+    with open(folder / "p.tsv", "w") as file:
+        file.writelines(f"{text}\t{text[::-1]}\n" for text in texts)
+    speech = [{"units": [i % 50, (3 * i + 1) % 50], "text": text} for i, text in enumerate(texts[:9_000])]
+    sources = [
+        Source("text", "text", [str(folder / "a.jsonl")], 250_000, duplicates="near"),
+        Source("pairs", "parallel", [str(folder / "p.tsv")], 100_000, direction="de-en"),
+        Source("speech", "speech", [str(make_units(folder / "units", speech, num_shards=3))], 60_000),
+    ]
+    config = {"sources": [asdict(source) for source in sources], "test_sets": {"t": [str(folder / "tested.txt")]}}
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def command(build: Path, tokenizer_dir: Path, mix: Path, num_processes: int) -> list[str]:
+    config = json.loads((build / "config.json").read_text())
+    words = [f"--{name}={json.dumps(value)}" for name, value in config.items()]
+    script = [sys.executable, str(REPO / "data_mixture/build_mixture.py"), *words, f"--num_processes={num_processes}"]
+    return [*script, f"--tokenizer={tokenizer_dir}", f"--output_dir={mix}"]
+
+
+def files_of(mix: Path) -> dict[str, bytes]:
+    files = [path for path in mix.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(mix)): path.read_bytes() for path in files if path.name != "run_info.json"}
+
+
+@pytest.fixture(scope="module")
+def built(build, tokenizer_dir) -> dict[str, bytes]:
+    subprocess.run(command(build, tokenizer_dir, build / "mix", 1), check=True, cwd=REPO)
+    return files_of(build / "mix")
+
+
+def test_what_is_built_has_something_of_everything(built, build):
+    facts = {each["name"]: each for each in manifest_of(build / "mix")["sources"]}
+    assert facts["text"]["left_out"].keys() == {
+        "nearly twice", "that cannot be read", "twice", "with a sentence of a test set",
+    }  # fmt: skip
+    assert all(each["validation"]["documents"] for each in facts.values())
+    assert {*built} == {"manifest.json", "left_out.jsonl", "contamination.csv"} | {
+        f"{folder}{name}.{ending}" for folder in ("", "validation/") for name in facts for ending in ("bin", "idx")
+    }
+    assert facts["text"]["rounds"][0][1] < 1 and len(built["left_out.jsonl"].splitlines()) < 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_the_number_of_processes_changes_no_byte(tmp_path, build, built, tokenizer_dir, num_processes):
+    subprocess.run(command(build, tokenizer_dir, tmp_path / "mix", num_processes), check=True, cwd=REPO)
+    assert files_of(tmp_path / "mix") == built
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_goes_on_to_the_same_bytes(tmp_path, build, built, tokenizer_dir):
+    """Twice (TOWERSPEECH_KILLS says otherwise); no process is left behind."""
+    rng, kills = random.Random(1), 0
+    wanted = int(os.environ.get("TOWERSPEECH_KILLS", "2"))
+    while kills < wanted:
+        mix = tmp_path / str(kills)
+        process = subprocess.Popen(
+            command(build, tokenizer_dir, mix, 2), cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        begun = time.monotonic()
+        while not [*mix.glob(".*.bin")] and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 6))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert time.monotonic() - begun < 120
+        for _ in range(100):
+            if not children_of(process.pid):
+                break
+            time.sleep(0.1)
+        assert not children_of(process.pid)
+        subprocess.run(command(build, tokenizer_dir, mix, 2), check=True, cwd=REPO)
+        assert files_of(mix) == built
+
+
+def children_of(session: int) -> list[int]:
+    """Processes that a command started and left behind."""
+    told = subprocess.run(["ps", "-o", "pid=", "-s", str(session)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in told.split() if int(pid) != session]
