@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from towerspeech.errors import UserError
@@ -39,10 +39,8 @@ def iter_jsonl(
             wanted, or an earlier row's id; names file and line.
     """
     path, fields, ids = _file(path), [*required, *texts], set()
-    number_of_rows = 0
     for where, row in _json_rows(path, start):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
+        check_object(row, where)
         for name in fields:
             if name not in row:
                 raise UserError(f"{where}: field {name!r} is missing", f"every row needs: {', '.join(fields)}")
@@ -53,9 +51,12 @@ def iter_jsonl(
                 raise UserError(f"{where}: id {row['id']!r} is there twice, first at {first}", "make ids unique")
             ids.add(row["id"])
         yield where, row
-        number_of_rows += 1
-    if not number_of_rows:
-        raise UserError(f"{path} holds no rows", "check the path, or run the stage that makes it")
+
+
+def check_object(row, where: str) -> None:
+    """Raise UserError unless a row is an object."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: an object is wanted, got {type(row).__name__}", "mend or remove the line")
 
 
 def check_texts(row: dict, fields: Iterable[str], where: str, blank: bool = True) -> None:
@@ -82,24 +83,41 @@ def _file(path: Path) -> Path:
 def _json_rows(path: Path, start: int = 0) -> Iterator[tuple[str, object]]:
     """The values of a JSONL file or a JSON list from number ``start`` on, each with its place."""
     with open_plain(path) as file:
-        begun, passed = False, 0
-        for number, line in enumerate(file, 1):
+        lines, items = json_lines(path, file)
+        if items is not None:
+            yield from islice(((f"{path}, item {i}", item) for i, item in enumerate(items, 1)), start, None)
+        passed = 0
+        for number, line in enumerate(lines, 1):
             line = line.removeprefix(codecs.BOM_UTF8)  # in the middle too: files that were joined have one a file
             if not line.strip():
                 continue
-            if not begun and line.lstrip().startswith(b"["):
-                items = _loads(line + file.read(), f"{path}", number)
-                yield from islice(((f"{path}, item {i}", item) for i, item in enumerate(items, 1)), start, None)
-                return
-            begun = True
             if passed < start:
                 passed += 1
                 continue
-            yield f"{path}:{number}", _loads(line, f"{path}", number)
+            yield f"{path}:{number}", parse_json(line, path, number)
 
 
-def _loads(data: bytes, path: str, number: int):
-    """Parse one JSON text that begins in line ``number``."""
+def json_lines(path: Path, file: Iterator[bytes]) -> tuple[Iterator[bytes], list | None]:
+    """The lines of a JSONL file, blank ones too; or no lines but the items, if the file holds one JSON list.
+
+    The first line that is not blank tells which.
+    """
+    head = []
+    for line in file:
+        head.append(line)
+        line = line.removeprefix(codecs.BOM_UTF8).lstrip()
+        if line.startswith(b"["):
+            items = parse_json(line + b"".join(file), path, len(head))
+            if items:
+                return iter(()), items
+            break
+        if line:
+            return chain(head, file), None
+    raise UserError(f"{path} holds no rows", "check the path, or run the stage that makes it")
+
+
+def parse_json(data: bytes, path: Path, number: int):
+    """Parse one JSON text that begins in line ``number`` of a file; UserError if it is none."""
     where = f"{path}:{number}"
     try:
         value = json.loads(data.rstrip().decode("utf-8"))

@@ -2,18 +2,35 @@
 
 import gzip
 import json
+import pickle
+import random
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import make_sentences
+from towerspeech import texts
 from towerspeech.errors import UserError
 from towerspeech.records import write_jsonl
-from towerspeech.texts import expand, iter_parallel, iter_texts
+from towerspeech.texts import (
+    Reading,
+    expand,
+    iter_parallel,
+    iter_texts,
+    parallel_parts,
+    parse_parallel,
+    parse_text,
+    read_raw,
+    text_parts,
+)
+from towerspeech.units_parquet import write_units
 
 TEXTS = [*make_sentences(40), "", 'a "quoted" <|im_end|>', "Ende\u2028der Zeile", "한국어 글", "  space  "]
 PAIRS = list(zip(TEXTS[:40], reversed(make_sentences(40, seed=1)), strict=True))
@@ -348,3 +365,307 @@ def test_what_is_no_text_is_refused(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         list(iter_texts(path.parent if path.parent != tmp_path else path))
+
+
+# --- Reading and parsing apart --------------------------------------------------------------------
+def as_paragraphs(root: Path) -> dict:
+    (root / "a.txt").write_text("\n\n".join(f"{text}\n+ {text}" for text in TEXTS), encoding="utf-8")
+    return {"name": root / "a.txt", "paragraphs": True}
+
+
+def as_list(root: Path) -> dict:
+    (root / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    return {"name": root / "a.json"}
+
+
+def as_joined_jsonl(root: Path) -> dict:
+    """As ``cat`` joins files: blank lines, and a BOM in the middle."""
+    lines = [json.dumps({"text": text}).encode() for text in TEXTS]
+    (root / "a.jsonl").write_bytes(
+        b"\n \n".join([b"\xef\xbb\xbf", *lines[:9], b"", b"\xef\xbb\xbf" + lines[9], *lines[10:]])
+    )
+    return {"name": root / "a.jsonl"}
+
+
+def as_hub(root: Path) -> dict:
+    return {"name": f"hub:{as_parquet(root)['name']}", "field": "raw_content"}
+
+
+READ_APART = (*FORMS, as_paragraphs, as_list, as_joined_jsonl, as_hub, *PARALLEL)
+
+
+def apart(write, root: Path):
+    """The parts of what ``write`` writes, how they are read, and what iter_texts or iter_parallel gives of it."""
+    given = write(root)
+    if write in PARALLEL:
+        direction = given.get("direction")
+        return (
+            parallel_parts(given["name"], direction),
+            Reading(direction=direction, parallel=True),
+            iter_parallel(**given),
+        )
+    reading = Reading(given.get("field", "text"), given.get("paragraphs", False))
+    return text_parts(given["name"]), reading, iter_texts(**given)
+
+
+def parse(part, number, raw, reading):
+    if reading.parallel:
+        return parse_parallel(part, number, raw, reading)
+    return parse_text(part, number, raw, reading)[:2]
+
+
+@pytest.mark.parametrize("write", READ_APART, ids=lambda write: write.__name__)
+def test_what_is_read_and_parsed_apart_is_the_same(tmp_path, write):
+    parts, reading, rows = apart(write, tmp_path)
+    items = [(part, number, raw) for part in parts for number, raw in read_raw(part, reading)]
+    sent = pickle.loads(pickle.dumps(items))  # as to other processes
+    assert [parse(*item, reading) for item in sent] == list(rows)
+    assert len(items) == len(PAIRS if reading.parallel else TEXTS)
+
+
+@pytest.mark.parametrize("block", [1, 3, 8192])
+@pytest.mark.parametrize("write", READ_APART, ids=lambda write: write.__name__)
+def test_items_are_chosen_by_number(tmp_path, monkeypatch, write, block):
+    parts, reading, _ = apart(write, tmp_path)
+    whole = [list(read_raw(part, reading)) for part in parts]
+    monkeypatch.setattr(texts, "BLOCK_ITEMS", block)
+    monkeypatch.setattr(texts, "BATCH_ROWS", 2 * block)
+    rng = random.Random(block)
+    for share in (0, 0.02, 0.1, 0.5, 0.98, 1):
+        chosen, start = {number for number in range(200) if rng.random() < share}, rng.randrange(12)
+        asked = []
+
+        def wanted(first, count, chosen=chosen, asked=asked):
+            asked.extend(range(first, first + count))
+            return np.array([number in chosen for number in range(first, first + count)])
+
+        for part, items in zip(parts, whole, strict=True):
+            asked.clear()
+            found = list(read_raw(part, reading, wanted, start))
+            assert found == [(number, raw) for number, raw in items if number >= start and number in chosen]
+            assert asked == list(range(start, start + len(asked)))  # each once, in order
+            assert list(read_raw(part, reading, start=start)) == [item for item in items if item[0] >= start]
+
+
+def every(step: int):
+    return lambda first, count: [number % step == 0 for number in range(first, first + count)]
+
+
+def test_what_is_not_wanted_is_not_parsed(tmp_path, monkeypatch):
+    lines = [b'{"text": "%d"}' % number if number % 100 == 0 else b"{\xff not JSON" for number in range(20_000)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    (part,) = text_parts(tmp_path / "a.jsonl")
+    items = list(read_raw(part, Reading(), every(100)))
+    assert not parsed and len(items) == 200
+    assert [parse_text(part, *item, Reading())[1] for item in items] == [
+        str(number) for number in range(0, 20_000, 100)
+    ]
+    assert len(parsed) == 200
+
+
+def test_a_row_group_of_which_nothing_is_wanted_is_not_read(tmp_path, monkeypatch):
+    path = as_parquet(tmp_path)["name"]
+    parts = text_parts(path)
+    assert [(part.group, part.first) for part in parts] == [(n, 7 * n) for n in range(7)]
+    groups = []
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda *given: groups.append((given[2], given[3])) or iter_batches(*given)
+    )
+    reading = Reading("raw_content")
+    wanted = {3: [True] * 7}
+    found = []
+    for part in parts:
+        mask = wanted.get(part.group, [False] * 7)
+        found += read_raw(part, reading, lambda first, count, mask=mask: mask[first : first + count])
+    assert groups == [([3], ["raw_content"])]
+    assert [parse_text(parts[3], *item, reading)[1] for item in found] == TEXTS[21:28]
+
+
+def test_parts_tell_their_share_of_the_bytes(tmp_path):
+    texts_of_sizes = ["a" * 10, *make_sentences(60)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": texts_of_sizes}), path, row_group_size=20, compression="none", use_dictionary=False
+    )
+    sizes = [part.size for part in text_parts(path)]
+    assert len(sizes) == 4 and sizes[3] < min(sizes[:3])
+    assert 0 <= path.stat().st_size - sum(sizes) < 4
+    moses(tmp_path)
+    (part,) = parallel_parts(tmp_path / "europarl.{en,de}", "de-en")
+    assert (part.path.name, part.other.name, part.languages) == ("europarl.de", "europarl.en", ("de", "en"))
+    assert part.size == part.path.stat().st_size + part.other.stat().st_size
+    (part,) = text_parts(as_saved(tmp_path)["name"])
+    assert part.size == sum(file.stat().st_size for file in (tmp_path / "saved").glob("*.arrow")) > 0
+
+
+def test_other_fields_come_along(tmp_path):
+    rows = [{"text": "a", "url": "u", "score": 0.5}, {"text": "b", "url": "v", "score": None}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "c")
+    for name, kept in (
+        ("a.jsonl", {"text", "url", "score"}),
+        ("b.parquet", {"text", "score"}),
+        ("c", {"text", "score"}),
+    ):
+        reading = Reading(fields=("score", "none"))
+        (part,) = text_parts(tmp_path / name)
+        parsed = [parse_text(part, number, raw, reading)[2] for number, raw in read_raw(part, reading)]
+        assert parsed == [{field: row[field] for field in row if field in kept} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\nnot JSON\n{"text": "b"}', "a.jsonl:3: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}', "a.jsonl:2: not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n{"text": "b"}', "a.jsonl:2: an object is wanted, got list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n{"text": "b"}', "a.jsonl:2: half a character"),
+        ("a.jsonl", b'{"text": "a"}\n{"content": "c"}\n{"text": "b"}', "a.jsonl:2: field 'text' is missing"),
+        ("a.json", b'[{"text": "a"}, 3, {"text": "b"}]', "a.json, item 2: an object is wanted, got int"),
+        ("a.json", b'[{"text": "a"}, {"text": 3}, {"text": "b"}]', "a.json, item 2: its text is a int"),
+        ("a.txt", b"a\n\xff\nb", "a.txt:2: not UTF-8"),
+        ("a.txt", "a\n\U000f0001\nb".encode(), r"a.txt:2: character 1 of the text is U\+F0001"),
+    ],
+)
+def test_a_bad_row_costs_no_other(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    (part,) = text_parts(tmp_path / name)
+    items = list(read_raw(part, Reading()))
+    assert [parse_text(part, *items[row], Reading())[1] for row in (0, 2)] == ["a", "b"]
+    with pytest.raises(UserError, match=message):
+        parse_text(part, *items[1], Reading())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "de\ten\na\tb\nc\nd\te\n", "a.tsv:3: 1 columns, but de, en are wanted"),
+        ("a.tsv", b"de\ten\na\tb\nc\t\xff\nd\te\n", "a.tsv:3: not UTF-8"),
+        (
+            "a.jsonl",
+            '{"de": "a", "en": "b"}\n{"de": "c"}\n{"de": "d", "en": "e"}',
+            "a.jsonl:2: of de, none are de and",
+        ),
+        ("a.{de,en}", {"de": b"a\nc\nd\n", "en": b"b\n\xff\ne\n"}, "a.en:2: not UTF-8"),
+        ("a.{de,en}", {"de": b"a\n\xf3\xb0\x80\x80\nd\n", "en": b"b\n\ne\n"}, "a.de:2, source: character 1 of"),
+    ],
+)
+def test_a_bad_pair_costs_no_other(tmp_path, name, content, message):
+    for ending, data in content.items() if isinstance(content, dict) else [("", content)]:
+        path = tmp_path / (f"a.{ending}" if ending else name)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    reading = Reading(direction="de-en", parallel=True)
+    (part,) = parallel_parts(tmp_path / name, "de-en")
+    items = list(read_raw(part, reading))
+    good = [parse_parallel(part, *items[row], reading)[1] for row in (0, 2)]
+    assert [(row["source"], row["target"]) for row in good] == [("a", "b"), ("d", "e")]
+    with pytest.raises(UserError, match=message):
+        parse_parallel(part, *items[1], reading)
+
+
+def test_a_bad_row_of_parquet_costs_no_other(tmp_path):
+    """Other writers than pyarrow do not look whether texts are UTF-8."""
+    column = pa.array([b"a", b"\xff", None, b"b"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    (part,) = text_parts(tmp_path / "a.parquet")
+    items = pickle.loads(pickle.dumps(list(read_raw(part, Reading()))))
+    assert [parse_text(part, *items[row], Reading())[1] for row in (0, 3)] == ["a", "b"]
+    for item, message in ((items[1], "a.parquet, row 2: not UTF-8"), (items[2], "a.parquet, row 3: it has no text")):
+        with pytest.raises(UserError, match=message):
+            parse_text(part, *item, Reading())
+
+
+def test_what_is_wrong_with_a_file_shows_while_it_is_read(tmp_path):
+    """Though nothing of it is wanted."""
+    moses(tmp_path)
+    with open(tmp_path / "europarl.en", "a") as file:
+        file.write("one more\n")
+    (part,) = parallel_parts(tmp_path / "europarl.{de,en}")
+    with pytest.raises(UserError, match=r"europarl\.de has 40 lines, \S*europarl\.en has more"):
+        list(read_raw(part, Reading(parallel=True), lambda first, count: [False] * count))
+    lines = "".join(f"{i} {text}\n" for i, text in enumerate(TEXTS * 2000))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "b.txt").write_text('\n{"text": "a"}\n')
+    (tmp_path / "c.jsonl").write_text("[1, 2")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"\n \n"))
+    cut(tmp_path / "a.txt.gz")
+    for name, message in (
+        ("a.txt.gz", "a.txt.gz is cut short or damaged"),
+        ("b.txt", "b.txt:2: JSON, but the file's name"),
+        ("c.jsonl", "c.jsonl:1: not JSON"),
+        ("d.jsonl.gz", "d.jsonl.gz holds no rows"),
+    ):
+        (part,) = text_parts(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            list(read_raw(part, Reading(), lambda first, count: [False] * count))
+
+
+def test_the_packed_side_that_was_cut_is_named(tmp_path):
+    """Of two, which are open at once."""
+    lines = "".join(f"{number} line\n" for number in range(50_000)).encode()
+    for code in ("de", "en"):
+        (tmp_path / f"a.{code}.gz").write_bytes(gzip.compress(lines))
+    for code in ("en", "de"):
+        cut(tmp_path / f"a.{code}.gz", 0.9)
+        with pytest.raises(UserError, match=rf"a\.{code}\.gz is cut short or damaged"):
+            list(iter_parallel(tmp_path / "a.{de,en}.gz"))
+        (tmp_path / f"a.{code}.gz").write_bytes(gzip.compress(lines))
+
+
+def test_units_are_no_text(tmp_path):
+    row = {"id": "a", "audio": "a.wav", "language": "en", "duration_s": 1.0, "units": [1, 2], "text": "a"}
+    write_units(tmp_path / "units-00000-of-00001.parquet", [row])
+    with pytest.raises(UserError, match=r"units-\S+: these are units of speech\n.*kind: speech"):
+        text_parts(tmp_path)
+
+
+def test_blank_lines_are_those_that_strip_leaves_nothing_of():
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    for character in characters:
+        line = f" {character}\r\n"
+        assert bool(texts.BLANK.match(line.encode())) == (not line.strip()), hex(ord(character))
+    assert texts.BLANK.match(" \u3000\xa0\t\n".encode()) and not texts.BLANK.match(" \u3000\xa0x\n".encode())
+
+
+# --- The hub --------------------------------------------------------------------------------------
+def test_a_data_set_of_the_hub_has_configurations_and_splits(tmp_path):
+    """A folder stands in for it: the datasets library reads it alike."""
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: de\n  data_files:\n  - {split: train, path: de/train.parquet}\n"
+        "  - {split: test, path: de/test.parquet}\n"
+        "- config_name: fr\n  data_files: fr.parquet\n---\n"
+    )
+    (tmp_path / "de").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"text": [f"{split} 1", f"{split} 2"]}), tmp_path / f"de/{split}.parquet")
+    pq.write_table(pa.table({"text": ["un"]}), tmp_path / "fr.parquet")
+    for config, found in ((":de", ["train 1", "train 2"]), (":de:test", ["test 1", "test 2"]), (":fr", ["un"])):
+        name = f"hub:{tmp_path}{config}"
+        assert [str(path) for path in expand(name)] == [name]
+        assert list(iter_texts(Path(name))) == [(f"{name}, row {n}", text) for n, text in enumerate(found, 1)]
+    for wrong, message in (("", "Config name is missing"), (":de:dev", "Bad split: dev"), (":it", "'it' not found")):
+        with pytest.raises(UserError, match=rf"hub:{tmp_path}{wrong}: the hub did not give it \(.*{message}"):
+            list(iter_texts(f"hub:{tmp_path}{wrong}"))
+    with pytest.raises(UserError, match=rf"hub:{tmp_path}:fr: field 'none' is missing, there are text"):
+        list(iter_texts(f"hub:{tmp_path}:fr", "none"))
+
+
+@pytest.mark.parametrize("write", [translations, translations_the_other_way], ids=["jsonl", "parquet"])
+def test_pairs_of_the_hub(tmp_path, write):
+    write(tmp_path)
+    rows = [row for _, row in iter_parallel(f"hub:{tmp_path}", "de-en")]
+    assert [(row["source"], row["target"]) for row in rows] == PAIRS
+
+
+def test_without_a_network_the_hub_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=re.escape("hub:nobody/nothing:de: the hub did not give it (")) as error:
+        list(iter_texts("hub:nobody/nothing:de"))
+    assert "HF_HUB_OFFLINE" in str(error.value)
