@@ -1,0 +1,99 @@
+"""Text as it is compared: letters and digits, without case, accents, punctuation and spacing; runs of it as hashes."""
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from itertools import accumulate, chain
+
+import numpy as np
+
+BORDER = 0x110000  # a character that is none, behind each text
+MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
+BLOCK = 1 << 14  # characters hashed at a time
+
+
+@functools.cache
+def folding() -> tuple[np.ndarray, list[list[int]]]:
+    """What each character is compared as: [0x110000] of code points, and those that become several (ß, ½).
+
+    0 is nothing; BORDER + 1 + i is number i of those that become several. Beside case and what NFKC does away with
+    (width, ligatures), accents are left out: texts have them as characters of their own, and Russian writes ё as е.
+    """
+    table, several = np.zeros(0x110000, np.uint32), []
+    for code in chain(range(0xD800), range(0xE000, 0x40000)):  # above are no letters; between, halves of characters
+        parts = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", chr(code)).casefold())
+        kept = [ord(c) for c in unicodedata.normalize("NFC", "".join(c for c in parts if c.isalnum()))]
+        if len(kept) > 1:
+            several.append(kept)
+            table[code] = BORDER + len(several)
+        elif kept:
+            table[code] = kept[0]
+    return table, several
+
+
+def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The letters and digits of texts as they are compared, each text with a BORDER behind it, and the borders.
+
+    Returns:
+        Code points, uint32, of all texts one after the other; the positions of the borders in it, [number of texts].
+    """
+    table, several = folding()
+    texts = [unicodedata.normalize("NFC", text) for text in texts]  # for Korean in parts of syllables
+    codes = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+    codes = table.take(codes)
+    codes[[end - 1 for end in accumulate(len(text) + 1 for text in texts)]] = BORDER
+    codes = codes[codes != 0]
+    longer = np.flatnonzero(codes > BORDER)
+    if longer.size:
+        parts = [several[code - BORDER - 1] for code in codes[longer].tolist()]
+        codes[longer] = [part[0] for part in parts]
+        behind = np.repeat(longer + 1, [len(part) - 1 for part in parts])
+        codes = np.insert(codes, behind, [code for part in parts for code in part[1:]])
+    return codes, np.flatnonzero(codes == BORDER)
+
+
+def is_han(codes: np.ndarray) -> np.ndarray:
+    """Which characters are Chinese ones (or Japanese kana), bool."""
+    return (codes >= 0x3005) & ((codes <= 0x9FFF) | ((codes >= 0xF900) & (codes <= 0xFAFF)) | (codes >= 0x20000))
+
+
+def weights_of(codes: np.ndarray) -> np.ndarray:
+    """How much of a sentence each character is, in letters: 3 of Chinese, 2 of Korean, 0 of digits.
+
+    On FLORES, English has 3.0 times the letters of Chinese, and 2.0 times those of Korean. Digits say nothing: dates
+    and tables are in many texts.
+    """
+    weights = np.ones(len(codes), np.int64)
+    weights[(codes >= ord("0")) & (codes <= ord("9"))] = 0
+    weights[(codes >= 0xAC00) & (codes <= 0xD7A3)] = 2
+    weights[is_han(codes)] = 3
+    return weights
+
+
+@functools.cache
+def _powers() -> tuple[np.ndarray, np.ndarray]:
+    """MULTIPLIER to the powers 1, 2, ... and 0, -1, ..., uint64, for hash_runs' blocks."""
+    up, down, inverse = [MULTIPLIER], [1], pow(MULTIPLIER, -1, 1 << 64)
+    for _ in range(2 * BLOCK):
+        up.append(up[-1] * MULTIPLIER % (1 << 64))
+        down.append(down[-1] * inverse % (1 << 64))
+    return np.array(up, np.uint64), np.array(down, np.uint64)
+
+
+def hash_runs(codes: np.ndarray, lengths: Sequence[int]) -> dict[int, np.ndarray]:
+    """The hashes of all runs of some lengths, of BLOCK characters at most: {length: uint64}; run i begins at i.
+
+    A hash is a polynomial of the run's characters: the difference of two running sums of characters times powers,
+    divided by the power of the run's beginning. Blocks stay in a core's cache.
+    """
+    up, down = _powers()
+    runs = {length: np.empty(max(0, len(codes) - length + 1), np.uint64) for length in lengths}
+    sums = np.zeros(2 * BLOCK + 1, np.uint64)
+    for begin in range(0, len(codes), BLOCK):
+        block = codes[begin : begin + BLOCK + max(lengths)]
+        np.cumsum(block * up[: len(block)], out=sums[1 : len(block) + 1])
+        for length, hashes in runs.items():
+            hashes = hashes[begin : begin + BLOCK]
+            np.subtract(sums[length : length + len(hashes)], sums[: len(hashes)], out=hashes)
+            hashes *= down[: len(hashes)]
+    return runs
