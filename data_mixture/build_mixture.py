@@ -27,14 +27,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from towerspeech.contamination import TestSentences, read_test_sets
-
-from data_mixture.documents import Maker, Task
+from data_mixture.documents import Item, Maker
 from data_mixture.drawing import AIM, Draw, Round
 from data_mixture.encoders import Encoders
 from data_mixture.output import LOOK_AFTER, NOTE_EVERY, Output, too_many_bad
 from data_mixture.reading import Survey, batches, parts_of, read_items, survey
 from towerspeech.command import run
+from towerspeech.contamination import TestSentences, read_test_sets
 from towerspeech.errors import UserError
 from towerspeech.files import hash_file, write_json
 from towerspeech.mixture import (
@@ -79,15 +78,13 @@ def rounds(output: Output, draw: Draw, share: float, wanted: int) -> Iterator[li
         state["at"] = [0, 0]
 
 
-def tasks(
-    index: int, source: Source, parts: list[Part], known: list[Round], draw: Draw, maker: Maker, at: list[int]
-) -> Iterator[Task]:
+def items(
+    source: Source, parts: list[Part], known: list[Round], draw: Draw, maker: Maker, at: list[int]
+) -> Iterator[Item]:
     """Read a round's items, from where an earlier run came to."""
     for number in range(at[0], len(parts)):
-        takes = draw.takes(number, known)
-        if takes:
-            items = read_items(source, parts[number], maker, takes, at[1] if number == at[0] else 0)
-            yield from batches(index, parts[number], number, items)
+        if takes := draw.takes(number, known):
+            yield from read_items(source, parts[number], number, maker, takes, at[1] if number == at[0] else 0)
 
 
 def tokenize(
@@ -115,8 +112,9 @@ def tokenize(
     bar = tqdm(total=expected, initial=drawn(counts), unit=" tokens", desc=source.name, unit_scale=True, mininterval=1)
     with output, bar:
         for known in rounds(output, draw, 1.0 if everything else wanted.drawn / found.tokens, wanted.drawn):
-            for made in encoders.map(tasks(index, source, parts, known, draw, encoders.maker, output.state["at"])):
-                output.add(made, [made.task.part_number, made.task.numbers[-1] + 1], held_out)
+            coming = items(source, parts, known, draw, encoders.maker, output.state["at"])
+            for made in encoders.map(batches(index, parts, coming)):
+                output.add(made, held_out)
                 bar.update(drawn(counts) - bar.n)
                 if output.tasks % NOTE_EVERY == 0:
                     output.check_bad(most, LOOK_AFTER)

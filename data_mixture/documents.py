@@ -4,16 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_mixture.duplicates import exact_key, near_keys
-from towerspeech.contamination import Hit, TestSentences
 
 from data_mixture.drawing import key, uniform
+from data_mixture.duplicates import exact_key, near_keys
 from data_mixture.encoding import NO_UNITS, Document, Encoder
 from towerspeech import prompts
+from towerspeech.contamination import Hit, TestSentences
 from towerspeech.errors import UserError
 from towerspeech.languages import find_language
 from towerspeech.mixture import Source, bounds
@@ -24,14 +25,20 @@ from towerspeech.tokenizer import EOD, read_metadata
 TEST_SENTENCE = "with a sentence of a test set"
 
 
+class Item(NamedTuple):
+    """What was read of a source: a row, a line."""
+
+    part: int  # the number of its part
+    number: int  # its own in the part
+    raw: Any
+
+
 class Task(NamedTuple):
-    """Items of a part, as they were read."""
+    """Items, as they were read."""
 
     source: int  # its place among the sources
-    part: Part
-    part_number: int
-    numbers: list[int]  # of the items in the part
-    raws: list[Any]
+    parts: dict[int, Part]  # those of the items, by number
+    items: list[Item]
 
 
 class Utterance(NamedTuple):
@@ -48,7 +55,8 @@ class Utterance(NamedTuple):
 class Made:
     """What becomes of a task: n documents, and what was left out."""
 
-    task: Task
+    items: int  # of the task
+    at: list[int]  # where the reading is after it: the number of a part, and of the next item in it
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))  # of all documents, one after another
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # (n,) tokens of each
     keys: np.ndarray | None = None  # (n,) uint64 of texts, to find those that are there twice
@@ -64,12 +72,17 @@ class Made:
 class Found(NamedTuple):
     """A document before it is encoded."""
 
-    number: int
+    item: Item
     where: str
     document: Document
     texts: tuple[str, ...]  # what it says: one text, or both sides
     languages: tuple[str | None, ...]  # of each of them, as far as it is told
     seconds: float
+
+
+def nothing_of(task: Task) -> Made:
+    """What is to be filled."""
+    return Made(len(task.items), [task.items[-1].part, task.items[-1].number + 1])
 
 
 class LeftOut(Exception):
@@ -91,7 +104,7 @@ class Reader:
         self.templates, self.template_ends = names, np.cumsum(weights) / math.fsum(weights)
         self.key = key("templates", seed, source.name)
 
-    def __call__(self, part: Part, number: int, raw) -> Found:
+    def __call__(self, part: Part, item: Item) -> Found:
         """Make the document of an item.
 
         Raises:
@@ -99,10 +112,11 @@ class Reader:
             UserError: It cannot be read.
         """
         read = {"speech": self.speech, "text": self.text, "parallel": self.parallel}[self.source.kind]
-        return read(part, number, raw)
+        return read(part, item)
 
-    def speech(self, part: Part, number: int, raw: Utterance) -> Found:
-        where = f"{part.path}, row {number + 1} (id {raw.id})"
+    def speech(self, part: Part, item: Item) -> Found:
+        raw: Utterance = item.raw
+        where = f"{part.path}, row {item.number + 1} (id {raw.id})"
         text = raw.text or ""
         language = find_language(raw.language or "")
         if language not in self.languages:
@@ -110,23 +124,23 @@ class Reader:
             raise UserError(f"{where}: language {raw.language!r}, but speech must be in {self.languages}", remedy)
         if not raw.speech:
             raise LeftOut("without units")
-        place = uniform(self.key ^ key(part.path.name), [number])[0]
+        place = uniform(self.key ^ item.part, [item.number])[0]
         template = self.templates[int(np.searchsorted(self.template_ends, place, side="right"))]
         if template != "units" and not text.strip():
             raise LeftOut("without a transcript")
         check_outside_text(text, where)
         document = prompts.speech_document(self.encoder.stand_in, self.encoder.mark(text), template, language)
-        return Found(number, where, (document, raw.speech), (text,), (language,), raw.duration_s or 0.0)
+        return Found(item, where, (document, raw.speech), (text,), (language,), raw.duration_s or 0.0)
 
-    def text(self, part: Part, number: int, raw) -> Found:
-        where, text, row = parse_text(part, number, raw, self.reading)
+    def text(self, part: Part, item: Item) -> Found:
+        where, text, row = parse_text(part, item.number, item.raw, self.reading)
         if not text.strip():
             raise LeftOut("without text")
         self.check_bounds(row, len(text), where)
-        return Found(number, where, (self.encoder.mark(text), NO_UNITS), (text,), (self.language,), 0.0)
+        return Found(item, where, (self.encoder.mark(text), NO_UNITS), (text,), (self.language,), 0.0)
 
-    def parallel(self, part: Part, number: int, raw) -> Found:
-        where, row = parse_parallel(part, number, raw, self.reading)
+    def parallel(self, part: Part, item: Item) -> Found:
+        where, row = parse_parallel(part, item.number, item.raw, self.reading)
         if self.direction and self.direction != (row["src_lang"], row["tgt_lang"]):
             raise LeftOut("in another direction")
         source, target = row["source"], row["target"]
@@ -135,7 +149,7 @@ class Reader:
         self.check_bounds(row, len(source) + len(target), where)
         sides = row["src_lang"], self.encoder.mark(source), row["tgt_lang"], self.encoder.mark(target)
         document = prompts.parallel_document(*sides), NO_UNITS
-        return Found(number, where, document, (source, target), (row["src_lang"], row["tgt_lang"]), 0.0)
+        return Found(item, where, document, (source, target), (row["src_lang"], row["tgt_lang"]), 0.0)
 
     def check_bounds(self, row: dict, length: int, where: str) -> None:
         """Raise LeftOut for a document beyond the lengths or the bounds of fields that are wanted."""
@@ -189,9 +203,9 @@ class Maker:
     def find(self, task: Task, made: Made) -> Iterator[Found]:
         """The documents of a task's items; what has none is noted in ``made``."""
         reader = self.readers[task.source]
-        for number, raw in zip(task.numbers, task.raws, strict=True):
+        for item in task.items:
             try:
-                yield reader(task.part, number, raw)
+                yield reader(task.parts[item.part], item)
             except LeftOut as reason:
                 made.left_out[str(reason)] += 1
             except UserError as error:
@@ -199,7 +213,7 @@ class Maker:
 
     def __call__(self, task: Task) -> Made:
         """Every document of the task's items that is wanted, between BOS (if wanted) and EOD."""
-        made = Made(task)
+        made = nothing_of(task)
         found = self.without_test_sentences([*self.find(task, made)], made)
         if not found:
             made.ids = made.ids.astype(self.encoder.dtype)
@@ -211,15 +225,20 @@ class Maker:
             made.characters = np.array([sum(map(len, each.texts)) for each in found], np.int64)
             made.seconds = np.array([each.seconds for each in found])
         source = self.sources[task.source]
-        held_out = key("validation", self.seed, source.name, task.part_number)
-        made.held_out = uniform(held_out, [each.number for each in found])
+        made.held_out = self.held_out(source, [each.item for each in found])
         said = ["\n".join(each.texts) for each in found]
         if twice(source) in ("exact", "near"):
             made.keys = np.array([exact_key(text) for text in said], np.uint64)
         if twice(source) == "near":
             made.near = np.array([near_keys(text) for text in said], np.uint64)
-        made.task = task._replace(raws=[])  # it need not travel back
         return made
+
+    def held_out(self, source: Source, items: list[Item]) -> np.ndarray:
+        """A number in [0, 1) for each item, (n,): the least are for validation."""
+        of_parts = [[item.number for item in same] for _, same in groupby(items, lambda item: item.part)]
+        keys = [key("validation", self.seed, source.name, part) for part, _ in groupby(items, lambda item: item.part)]
+        drawn = [uniform(mine, numbers) for mine, numbers in zip(keys, of_parts, strict=True)]
+        return np.concatenate([np.zeros(0), *drawn])
 
     def without_test_sentences(self, found: list[Found], made: Made) -> list[Found]:
         """The documents that hold no sentence of a test set; the others are noted in ``made``."""
@@ -236,12 +255,12 @@ class Maker:
 
     def said(self, task: Task) -> Iterator[tuple[str, str]]:
         """The texts of a task's documents whose language is told, with its code."""
-        for each in self.find(task, Made(task)):
+        for each in self.find(task, nothing_of(task)):
             yield from ((code, text) for code, text in zip(each.languages, each.texts, strict=True) if code)
 
     def compare(self, task: Task) -> None:
         """Raise UserError if the encoder's ids of a task's documents are not the tokenizer's own."""
-        self.encoder.compare([each.document for each in self.find(task, Made(task))])
+        self.encoder.compare([each.document for each in self.find(task, nothing_of(task))])
 
 
 def twice(source: Source) -> str:

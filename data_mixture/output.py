@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_mixture.documents import Made
-from data_mixture.duplicates import BANDS, NearSeen, Seen
+from data_mixture.duplicates import NearSeen, Seen
 from towerspeech.errors import UserError
 from towerspeech.files import write_json
 from towerspeech.indexed import write_index
@@ -69,18 +69,17 @@ class Output:
             file.truncate(self.state["lengths"].get(name, 0))
         self.seen, self.near, self.tasks = Seen(), NearSeen(), 0
         self.seen.load(self.hidden("keys"), self.state["lengths"].get("keys", 0) // 8)
-        self.near.load(self.hidden("near"), self.state["lengths"].get("near", 0) // (8 * BANDS))
+        self.near.load(self.hidden("near"), self.state["lengths"].get("near", 0) // 8)
         return self
 
     def __exit__(self, *error) -> None:
         self.closing.close()
 
-    def add(self, made: Made, at: list[int], validation: tuple[float, int]) -> None:
+    def add(self, made: Made, validation: tuple[float, int]) -> None:
         """Write a task's documents.
 
         Args:
             made: The documents.
-            at: Where the reading is after them.
             validation: The share of the documents from which those for validation are taken, and the tokens wanted.
         """
         counts, left_out = self.state["counts"], self.state["left_out"]
@@ -97,7 +96,7 @@ class Output:
             self.files[f"{start}sizes"].write(made.sizes[mask].tobytes())
             counts[f"{start}documents"] += int(mask.sum())
             counts[f"{start}tokens"] += int(made.sizes[mask].sum(dtype=np.int64))
-        counts["items"] += len(made.task.numbers)
+        counts["items"] += made.items
         counts["bad"] += len(made.bad)
         counts["characters"] += int(made.characters[kept].sum())
         counts["milliseconds"] += round(float(made.seconds[kept].sum()) * 1000)
@@ -105,7 +104,7 @@ class Output:
             self.files["bad"].write(json.dumps({"source": self.name, "problem": problem}).encode() + b"\n")
         for where, hit in made.hits:
             self.files["hits"].write(json.dumps([self.name, where, *hit]).encode() + b"\n")
-        self.state["at"] = at
+        self.state["at"] = made.at
         self.tasks += 1
         if self.tasks % NOTE_EVERY == 0:
             self.note_down()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_mixture.documents import Maker, Task, Utterance, reading
+from data_mixture.documents import Item, Maker, Task, Utterance, reading
 from towerspeech import units
 from towerspeech.errors import UserError
 from towerspeech.files import unpacked_size
@@ -21,6 +21,7 @@ from towerspeech.units_parquet import read_unit_arrays, unit_shards
 
 BATCH_ITEMS, BATCH_BYTES = 2048, 1 << 22  # of a task, at most
 SAMPLED_PARTS, SAMPLED_ITEMS, SAMPLED_BYTES = 16, 8192, 1 << 25  # at most, together
+COMPARED = 64  # documents of a source, with the tokenizer's own ids
 Wanted = Callable[[int, int], np.ndarray]
 
 
@@ -35,10 +36,13 @@ def parts_of(source: Source) -> list[Part]:
     return [part for name in source.paths for part in parallel_parts(name, source.direction)]
 
 
-def read_items(source: Source, part: Part, maker: Maker, wanted: Wanted | None, start: int) -> Iterator[tuple]:
-    """Stream a part's items that are wanted, from number ``start`` on, each with its number."""
+def read_items(
+    source: Source, part: Part, part_number: int, maker: Maker, wanted: Wanted | None = None, start: int = 0
+) -> Iterator[Item]:
+    """Stream a part's items that are wanted, from number ``start`` on."""
     if source.kind != "speech":
-        yield from read_raw(part, reading(source), wanted, start)
+        for number, raw in read_raw(part, reading(source), wanted, start):
+            yield Item(part_number, number, raw)
         return
     number = 0
     for flat, ends, batch, _ in read_unit_arrays(part.path, maker.num_units, ["language", "text", "duration_s"]):
@@ -48,7 +52,7 @@ def read_items(source: Source, part: Part, maker: Maker, wanted: Wanted | None, 
             runs = [*units.split_units(flat, ends, maker.offset)]
             columns = [batch.column(name).to_pylist() for name in ("language", "text", "duration_s", "id")]
             for row in np.flatnonzero(take).tolist():
-                yield number + row, Utterance(runs[row], *(column[row] for column in columns))
+                yield Item(part_number, number + row, Utterance(runs[row], *(column[row] for column in columns)))
         number += len(ends)
 
 
@@ -61,18 +65,21 @@ def size_of(raw) -> int:
     return sum(map(size_of, raw)) if isinstance(raw, tuple | list) else 8
 
 
-def batches(source: int, part: Part, part_number: int, items: Iterable[tuple]) -> Iterator[Task]:
-    """Gather items to tasks."""
-    numbers, raws, size = [], [], 0
-    for number, raw in items:
-        numbers.append(number)
-        raws.append(raw)
-        size += size_of(raw)
-        if len(raws) == BATCH_ITEMS or size >= BATCH_BYTES:
-            yield Task(source, part, part_number, numbers, raws)
-            numbers, raws, size = [], [], 0
-    if raws:
-        yield Task(source, part, part_number, numbers, raws)
+def batches(source: int, parts: list[Part], items: Iterable[Item]) -> Iterator[Task]:
+    """Gather items of one or more parts to tasks."""
+    held, size = [], 0
+    for item in items:
+        held.append(item)
+        size += size_of(item.raw)
+        if len(held) == BATCH_ITEMS or size >= BATCH_BYTES:
+            yield _task(source, parts, held)
+            held, size = [], 0
+    if held:
+        yield _task(source, parts, held)
+
+
+def _task(source: int, parts: list[Part], items: list[Item]) -> Task:
+    return Task(source, {number: parts[number] for number in {item.part for item in items}}, items)
 
 
 # --- A sample -------------------------------------------------------------------------------------
@@ -98,6 +105,13 @@ class Survey:
     first_bad: str = ""
     tokens_known: bool = True
 
+    def add_sizes(self, times: float, documents: float, tokens: float, characters: float, seconds: float) -> None:
+        """Add what so many times these are."""
+        self.documents += times * documents
+        self.tokens += times * tokens
+        self.characters += times * characters
+        self.seconds += times * seconds
+
 
 def extent(source: Source, part: Part) -> tuple[float, Callable]:
     """How much a part holds, unpacked bytes or rows, and a function that tells how much of it an item is."""
@@ -116,7 +130,7 @@ def extent(source: Source, part: Part) -> tuple[float, Callable]:
 
 
 def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Survey:
-    """Look at a source's first items of some parts, spread over it.
+    """Look at the first items of some parts, spread over a source.
 
     Raises:
         UserError: The encoder's ids are not the tokenizer's; the letters are of another script than the language.
@@ -124,38 +138,41 @@ def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Surve
     places = sorted({*np.linspace(0, len(parts) - 1, min(len(parts), SAMPLED_PARTS)).astype(int).tolist()})
     told, scripts = Survey(exact=len(places) == len(parts)), Counter()
     for place in places:
-        part = parts[place]
-        whole, of_item = extent(source, part)
-        read, size, done = 0.0, 0, True
-        made = []
-        items = read_items(source, part, maker, None, 0)
-        for task in batches(index, part, place, islice(items, SAMPLED_ITEMS // len(places))):
-            if not told.items:
-                maker.compare(task._replace(numbers=task.numbers[:64], raws=task.raws[:64]))
-            told.items += len(task.raws)
-            read += sum(map(of_item, task.raws))
-            size += sum(map(size_of, task.raws))
-            scripts.update(count_scripts(maker.said(task)))
-            made.append(maker(task))
-            if size > SAMPLED_BYTES // len(places):
-                break
-        done = next(items, None) is None
-        told.exact &= done
-        times = 1.0 if done or not read else max(1.0, whole / read)
-        for each in made:
-            told.documents += len(each.sizes) * times
-            told.tokens += int(each.sizes.sum()) * times
-            told.characters += int(each.characters.sum()) * times
-            told.seconds += float(each.seconds.sum()) * times
-            told.bad += len(each.bad)
-            told.first_bad = told.first_bad or next(iter(each.bad), "")
-    all_bytes, sampled = sum(part.size for part in parts), sum(parts[place].size for place in places)
+        look_at_part(index, source, parts, place, maker, told, scripts, of=len(places))
+    check_scripts(source, scripts)
     told.tokens_known = all(part.size for part in parts)
     if told.tokens_known:
-        for name in ("documents", "tokens", "characters", "seconds"):
-            setattr(told, name, getattr(told, name) * all_bytes / sampled)
-    check_scripts(source, scripts)
+        times = sum(part.size for part in parts) / sum(parts[place].size for place in places)
+        told.add_sizes(times - 1, told.documents, told.tokens, told.characters, told.seconds)
     return told
+
+
+def look_at_part(
+    index: int, source: Source, parts: list[Part], place: int, maker: Maker, told: Survey, scripts: Counter, of: int
+) -> None:
+    """Add what the first items of a part tell, which is one ``of`` so many."""
+    whole, of_item = extent(source, parts[place])
+    read, size, made = 0.0, 0, []
+    items = read_items(source, parts[place], place, maker)
+    for task in batches(index, parts, islice(items, SAMPLED_ITEMS // of)):
+        if not told.items:
+            maker.compare(task._replace(items=task.items[:COMPARED]))
+        told.items += len(task.items)
+        read += sum(of_item(item.raw) for item in task.items)
+        size += sum(size_of(item.raw) for item in task.items)
+        scripts.update(count_scripts(maker.said(task)))
+        made.append(maker(task))
+        if size > SAMPLED_BYTES // of:
+            break
+    done = next(items, None) is None
+    told.exact &= done
+    times = 1.0 if done or not read else max(1.0, whole / read)
+    for each in made:
+        told.add_sizes(
+            times, len(each.sizes), int(each.sizes.sum()), int(each.characters.sum()), float(each.seconds.sum())
+        )
+        told.bad += len(each.bad)
+        told.first_bad = told.first_bad or next(iter(each.bad), "")
 
 
 # --- Scripts --------------------------------------------------------------------------------------

@@ -33,7 +33,11 @@ def check_inputs(system: chain.System) -> None:
     wanted += system.need("build_sft_data", "parallel")
     for names in (blocks["build_mixture"].get("test_sets") or {}).values():
         wanted += names
-    made = [Path(system.work), Path(places["manifests"]), *(Path(system.units) / name for name in places["train_sets"])]
+    made = [
+        Path(system.work),
+        Path(places["manifests"]),
+        *(Path(system.units) / name for name in places["train_sets"]),
+    ]
     for source in blocks["build_mixture"].get("sources", []):
         wanted += source.get("paths", [])
     for name in wanted:

@@ -25,7 +25,7 @@ from towerspeech.errors import UserError
 from towerspeech.folding import BORDER, fold, hash_runs, is_han, weights_of
 from towerspeech.languages import find_language
 from towerspeech.records import check_texts
-from towerspeech.texts import SAVED, TSV, expand, form, has_fields, iter_lines, iter_plain, iter_rows
+from towerspeech.texts import SAVED, TSV, expand, form, has_fields, iter_lines, iter_rows, iter_texts
 
 FIELDS = re.compile(
     "text|source|target|src|tgt|src_text|tgt_text|ref|references?|translation|output|sentence(_.+)?|transcript"
@@ -94,7 +94,7 @@ def _files(path: Path) -> list[Path]:
 
 def _texts_of_file(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_dir() and not has_fields(path):
-        yield from iter_plain(path)
+        yield from iter_texts(path)
         return
     for where, row in _tsv_rows(path) if form(path) in TSV else iter_rows(path):
         yield from _texts_of_row(row, where)

@@ -549,6 +549,19 @@ def parse_direction(direction: str) -> tuple[str, str]:
 
 
 # --- Both -----------------------------------------------------------------------------------------
+def iter_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Stream the rows of a file or saved data set that has fields or columns, whole, each with its place."""
+    for part in _parts(path):
+        for number, raw in read_raw(part, Reading(parallel=True)):
+            yield _row(part, number, raw)
+
+
+def iter_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Stream a file's lines, each with its ``file:line``."""
+    for number, line in enumerate(_lines(path), 1):
+        yield f"{path}:{number}", _decode(line, path, number)
+
+
 def iter_texts(name: str | Path, field: str = "text", paragraphs: bool = False) -> Iterator[tuple[str, str]]:
     """Stream the documents that a name means, each with its place.
 

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_mixture.build_mixture import build_mixture
-from tests.data_mixture.test_build_mixture import WHOLE, build_whole, write_texts
+from tests.data_mixture.test_build_mixture import build_whole, write_texts
 from towerspeech import prompts, units
 from towerspeech.errors import UserError
 from towerspeech.files import write_json
@@ -25,7 +25,25 @@ from towerspeech.mixture import Group, Source, with_budgets
 
 REPO = Path(__file__).parents[2]
 TEST_DATA = Path(os.environ.get("TOWERSPEECH_TEST_DATA", "nowhere"))
-WORDS = "the old captain dog boat sees a new house and goes home today with two green apples".split()
+WORDS = [
+    "the",
+    "old",
+    "captain",
+    "dog",
+    "boat",
+    "sees",
+    "a",
+    "new",
+    "house",
+    "and",
+    "goes",
+    "home",
+    "today",
+    "with",
+    "two",
+    "green",
+    "apples",
+]
 
 
 def texts_of(prefix: Path, tokenizer_dir: Path) -> list[str]:
@@ -42,7 +60,7 @@ def manifest_of(mix: Path) -> dict:
 def sentences(number: int, seed: int = 0, words: int = 9) -> list[str]:
     """Different sentences of known words."""
     rng = random.Random(seed)
-    return [" ".join([*rng.choices(WORDS, k=words), str(i)]) for i in range(number)]
+    return [" ".join([*rng.choices(WORDS, k=words), f"{i:05}"]) for i in range(number)]
 
 
 # --- How much is drawn ----------------------------------------------------------------------------
@@ -76,7 +94,7 @@ def test_no_more_is_drawn_than_the_budget_and_the_reserve(tmp_path, tokenizer_di
         [facts] = manifest_of(mix)["sources"]
         assert facts["estimated_tokens"] == pytest.approx(total, rel=0.02)
         got = facts["tokens"] + facts["validation"]["tokens"]
-        assert 1.1 * source.budget <= got <= 1.16 * source.budget
+        assert 1.1 * source.budget <= got <= 1.2 * source.budget
         places = [int(text.split()[-1]) for text in texts_of(mix / "a", tokenizer_dir)]
         assert len({*places}) == len(places) == facts["documents"]
         if form == 0:
@@ -88,7 +106,7 @@ def test_no_more_is_drawn_than_the_budget_and_the_reserve(tmp_path, tokenizer_di
 
 
 def test_a_source_that_the_sample_misjudged_is_drawn_again(tmp_path, tokenizer_dir):
-    """Digits come first, where the sample is taken: most tokens for a byte. What is short is drawn in further rounds."""
+    """Digits come first, where the sample is taken: most tokens for a byte. Further rounds draw what is missing."""
     digits = [" ".join(f"{number:09}") for number in range(9_000)]
     texts = [f"{text} n{number}" for number, text in enumerate([*digits, *sentences(40_000, words=12)])]
     source = Source("a", "text", [str(write_texts(tmp_path / "a.jsonl", texts))], 60_000)
@@ -101,7 +119,7 @@ def test_a_source_that_the_sample_misjudged_is_drawn_again(tmp_path, tokenizer_d
 
 
 def test_held_out_documents_are_others(tmp_path, tokenizer_dir, many, make_units):
-    """Of each source, about as many tokens as were asked for, never more than a hundredth; megatron-core reads them."""
+    """Of each source about as many tokens as asked for, never more than a hundredth; megatron-core reads them."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     speech = [{"units": [i % 50, (3 * i + 1) % 50], "text": text} for i, text in enumerate(sentences(2_000, 3))]
@@ -382,7 +400,8 @@ def build(tmp_path_factory, tokenizer_dir, make_units) -> Path:
     rng, texts = random.Random(0), sentences(30_000, words=12)
     tested = rng.sample(texts, 20)
     (folder / "tested.txt").write_text("".join(f"{text}\n" for text in tested))
-    lines = [json.dumps({"text": text}) for text in [*texts, *texts[:500]]]
+    again = [*texts[:500], *(f"{text} too" for text in texts[:500])]
+    lines = [json.dumps({"text": text}) for text in [*texts, *again]]
     for place in rng.sample(range(len(lines)), 40):
         lines[place] = "{"
     (folder / "a.jsonl").write_text("\n".join(rng.sample(lines, len(lines))) + "\n")
