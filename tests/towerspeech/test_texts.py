@@ -107,6 +107,9 @@ def test_paragraphs_end_at_blank_lines(tmp_path):
     rows = list(iter_texts(tmp_path / "a.txt", paragraphs=True))
     assert [text for _, text in rows] == ["one\n two", "three\nfour", "last"]
     assert [where.rpartition(":")[2] for where, _ in rows] == ["3", "7", "10"]
+    (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\nthree\n\xff\n")
+    with pytest.raises(UserError, match=r"a\.txt:5: not UTF-8"):
+        list(iter_texts(tmp_path / "a.txt", paragraphs=True))
 
 
 def test_a_pattern_is_sorted_and_a_name_with_its_signs_is_a_name(tmp_path):
@@ -593,12 +596,14 @@ def test_what_is_wrong_with_a_file_shows_while_it_is_read(tmp_path):
     (tmp_path / "b.txt").write_text('\n{"text": "a"}\n')
     (tmp_path / "c.jsonl").write_text("[1, 2")
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"\n \n"))
+    (tmp_path / "e.json").write_text("[]\n")
     cut(tmp_path / "a.txt.gz")
     for name, message in (
         ("a.txt.gz", "a.txt.gz is cut short or damaged"),
         ("b.txt", "b.txt:2: JSON, but the file's name"),
         ("c.jsonl", "c.jsonl:1: not JSON"),
         ("d.jsonl.gz", "d.jsonl.gz holds no rows"),
+        ("e.json", "e.json holds no rows"),
     ):
         (part,) = text_parts(tmp_path / name)
         with pytest.raises(UserError, match=message):
