@@ -61,8 +61,8 @@ def is_han(codes: np.ndarray) -> np.ndarray:
 def weights_of(codes: np.ndarray) -> np.ndarray:
     """How much of a sentence each character is, in letters: 3 of Chinese, 2 of Korean, 0 of digits.
 
-    On FLORES devtest, English has 2.8 times the characters of Chinese, and 2.2 times those of Korean. Digits say nothing: dates
-    and tables are in many texts.
+    On FLORES devtest, English has 2.8 times the characters of Chinese, and 2.2 times those of Korean. Digits say
+    nothing: dates and tables are in many texts.
     """
     weights = np.ones(len(codes), np.int64)
     weights[(codes >= ord("0")) & (codes <= ord("9"))] = 0
