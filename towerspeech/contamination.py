@@ -12,9 +12,9 @@ Measured with FLORES-200 devtest and WMT23 (25,671 sentences): of the former 4 a
 138,981 texts of manuals, books and quotations in the ten languages, none was dropped (with a weight of 24 and 3 words
 3 were, with 16 and 3 words 13). 30-45 ns a character.
 
-How it is found: each 13-gram, and each sentence that has none, has an anchor, which is 24 or 12 of its characters in a
-row. All runs of that length of a text are hashed at once (a polynomial of the characters, by doubling), and looked up
-among the anchors' hashes. Where one is met, the characters around it are compared, so no hit is a hash's alone.
+How it is found: each 13-gram, and each sentence that has none, has an anchor, which is LONG or SHORT of its characters
+in a row. All runs of that length of a text are hashed at once (see folding.py), and looked up among the anchors'
+hashes. Where one is met, the characters around it are compared, so no hit is a hash's alone.
 """
 
 import re
