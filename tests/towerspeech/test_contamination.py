@@ -58,8 +58,8 @@ def plain_patterns(text: str) -> tuple[set[str], bool]:
             if sum(half for _, half in words[first:last]) >= 26:
                 found.add("".join(word for word, _ in words[first:last]))
                 break
-    found = {gram for gram in found if plain_weight(gram) >= 40}
-    if not found and plain_weight(plain(text)) >= 40 and sum(half for _, half in words) >= 10:
+    found = {gram for gram in found if plain_weight(gram) >= 28}
+    if not found and plain_weight(plain(text)) >= 28 and sum(half for _, half in words) >= 10:
         found = {plain(text)}
     return found, not found
 
@@ -158,12 +158,12 @@ def test_200_planted_sentences_are_found(test_data, real):
             path, _, number = hit.where.rpartition(":")
             found = Path(path).read_text(encoding="utf-8").split("\n")[int(number) - 1]
             assert plain(found) in plain(line) and (plain(found) == plain(line) or name != Path(path).name)
-    assert sum(hit.how == "sentence" for hit in hits) > 190
+    assert sum(hit.how == "sentence" for hit in hits) > 170
 
 
 def test_few_real_sentences_are_too_short_to_be_found_inside_a_text(test_data):
-    short = [plain_patterns(line)[1] for _, line in real_lines(test_data) if line.strip()]
-    assert sum(short) < 0.12 * len(short)
+    lines = [line for _, line in random.Random(0).sample(real_lines(test_data), 1500)]
+    assert 0.02 < sum(plain_patterns(line)[1] for line in lines) / len(lines) < 0.12
 
 
 def test_sentences_of_one_set_are_clean_of_the_other(test_data):
@@ -285,7 +285,7 @@ def test_plain_text_is_a_sentence_a_line_whatever_its_ending(tmp_path):
     (tmp_path / "sub/lines.de.zst").write_bytes(pa.compress(b"sieben\n", codec="zstd", asbytes=True))
     (tmp_path / ".hidden").write_text("hidden\n")
     (tmp_path / "README.md").write_text("a note\n")
-    assert read_test_sets({"a": [tmp_path / "deu_Latn.devtest"], "b": [f"{tmp_path}/*.src.{{de,en}}", tmp_path]}) == [
+    assert read_test_sets({"a": [tmp_path / "deu_Latn.devtest"], "b": [f"{tmp_path}/*.src.*", tmp_path]}) == [
         Sentence("a", f"{tmp_path}/deu_Latn.devtest:1", "eins"),
         Sentence("a", f"{tmp_path}/deu_Latn.devtest:4", "zwei"),
         Sentence("b", f"{tmp_path}/generaltest2023.de-en.src.de:1", "drei\u2028vier"),
