@@ -103,7 +103,7 @@ def tokenize(
     if output.finished or output.state.get("finishing"):
         output.finish()
         return output
-    expected = max(1, round(found.tokens if everything else wanted.drawn))
+    expected = max(1, round(found.tokens if everything and found.tokens_known else wanted.drawn))
     validation = min(wanted.validation, round(VALIDATION_SHARE * expected))
     held_out = HELD_OUT * validation / expected, validation
     parts = parts_of(source)
@@ -118,6 +118,8 @@ def tokenize(
                 bar.update(drawn(counts) - bar.n)
                 if output.tasks % NOTE_EVERY == 0:
                     output.check_bad(most, LOOK_AFTER)
+                if not found.tokens_known and drawn(counts) >= wanted.drawn:
+                    break  # of the hub it is not known how much there is: what comes first is taken
         output.check_bad(most)
         output.note_finishing()
     output.finish()

@@ -14,6 +14,8 @@ import numpy as np
 
 FEWEST_PARTS = 16  # are read of a source that has them, and at least
 READ_FOR_ONE = 8  # times as much text is read as is taken, of sources of many parts
+STRATUM = 64  # items, of which the wanted share is taken as nearly as it goes
+MASK = 2**64 - 1
 AIM = 1.02  # times the wanted tokens are aimed at, since a sample tells them only nearly
 
 
@@ -32,6 +34,19 @@ def uniform(key: int, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def evenly(key: int, first: int, count: int) -> np.ndarray:
+    """As ``uniform``, of the numbers first, first + 1, ..., but spread evenly over each STRATUM of them.
+
+    So the share of items below a number is nearly that number, whichever they are (stratified sampling).
+    """
+    begin, end = first // STRATUM, -(-(first + count) // STRATUM)
+    numbers = np.arange(begin * STRATUM, end * STRATUM)
+    order, within = uniform(key, numbers).reshape(-1, STRATUM), uniform(~key & MASK, numbers).reshape(-1, STRATUM)
+    ranks = order.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    skipped = first - begin * STRATUM
+    return ((ranks + within) / STRATUM).ravel()[skipped : skipped + count]
 
 
 class Round(NamedTuple):
@@ -91,7 +106,7 @@ class Draw:
         def wanted(first: int, count: int) -> np.ndarray:
             if (least, last) == (0.0, 1.0):
                 return np.ones(count, bool)
-            drawn = uniform(mine, np.arange(first, first + count))
+            drawn = evenly(mine, first, count)
             return (least <= drawn) & (drawn < last)
 
         return wanted

@@ -115,6 +115,8 @@ class Survey:
 
 def extent(source: Source, part: Part) -> tuple[float, Callable]:
     """How much a part holds, unpacked bytes or rows, and a function that tells how much of it an item is."""
+    if not part.size:  # of the hub
+        return 0, lambda raw: 0
     if source.kind == "speech" or part.group is not None:
         from pyarrow.parquet import ParquetFile
 

@@ -94,22 +94,33 @@ def save_speech(folder: Path, sets: dict[str, dict]) -> None:
                 moved.write_bytes(data)
 
 
+def in_script(code: str, text: str) -> str:
+    """The same, in letters that the language is written in."""
+    first, step = {"ru": (0x430, 1), "zh": (0x4E00, 1), "ko": (0xAC00, 28)}.get(code, (ord("a"), 1))
+    return text.lower().translate({ord("a") + i: chr(first + step * i) for i in range(26)})
+
+
 def save_text(folder: Path) -> None:
-    """Mono and parallel text of all languages; FLORES-200 with both splits, one direction of WMT23."""
-    sentences = make_sentences(40)
+    """Mono and parallel text of all languages; FLORES-200 with both splits, one direction of WMT23.
+
+    In each file of mono text one document holds a sentence of FLORES.
+    """
+    sentences, tested = make_sentences(40), make_sentences(8, seed=1)
     for code, language in LANGUAGES.items():
-        write_jsonl(folder / f"text/mono/{code}.jsonl", ({"text": f"{language.name}: {text}"} for text in sentences))
+        texts = [f"{language.name}: {in_script(code, text)}" for text in sentences]
+        texts.insert(7, f"Before. {in_script(code, tested[2]).upper()} After.")
+        write_jsonl(folder / f"text/mono/{code}.jsonl", ({"text": text} for text in texts))
         for src_lang, tgt_lang in () if code == "en" else ((code, "en"), ("en", code)):
             pair = {"src_lang": src_lang, "tgt_lang": tgt_lang}
             rows = [
-                {"id": str(i), **pair, "source": f"{src_lang} {text}", "target": f"{tgt_lang} {text}"}
+                {"id": str(i), **pair, "source": in_script(src_lang, text), "target": in_script(tgt_lang, text)}
                 for i, text in enumerate(sentences)
             ]
             write_jsonl(folder / f"text/parallel/{src_lang}-{tgt_lang}.jsonl", rows)
-        for split, texts in (("dev", sentences[:6]), ("devtest", sentences[6:8])):
+        for split, texts in (("dev", tested[:6]), ("devtest", tested[6:8])):
             path = folder / f"data/flores200/{split}/{language.flores}.{split}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{language.name} {text}\n" for text in texts), encoding="utf-8")
+            path.write_text("".join(f"{in_script(code, text)}\n" for text in texts), encoding="utf-8")
     (folder / "data/wmt23").mkdir()
     for side in ("src.de", "ref.refA.en"):
         (folder / f"data/wmt23/generaltest2023.de-en.{side}").write_text("".join(f"{side} {i}\n" for i in range(2)))
@@ -197,12 +208,16 @@ def walk(place: Place, name: str, shown: dict[str, list[str]]) -> None:
     [line] = stages["build_mixture"]
     place.run(line, wrong="tokens for a budget of 5,000,000,000")
     sources = [
-        {**source, "budget": 4000 if source["kind"] == "speech" else 200}
+        {**source, "budget": 4000} if source["kind"] == "speech" else source
         for source in system.blocks["build_mixture"]["sources"]
     ]
-    place.run(line, "--sources", json.dumps(sources))
+    small = {name: {"budget": 200 * len(sources)} for name in ("mono", "parallel")}
+    whole = ["--reserve", 100, "--validation_tokens", 0]
+    place.run(line, "--sources", json.dumps(sources), "--groups", json.dumps(small), *whole)
     mixed = read_json(work / "mixture/manifest.json", "")["sources"]
     assert [source["documents"] for source in mixed] == [88] + [40] * (len(sources) - 1)
+    told = [source["left_out"] for source in mixed if source["kind"] == "text"]
+    assert told == [{"with a sentence of a test set": 1}] * len(told)
 
     [line] = stages["continued_pretraining"]
     nodes = 4 if "--nnodes 4" in line else 1

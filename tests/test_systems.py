@@ -15,7 +15,7 @@ import yaml
 
 from towerspeech import chain
 from towerspeech.languages import LANGUAGES
-from towerspeech.mixture import Source
+from towerspeech.mixture import Group, Source, with_budgets
 
 REPO = Path(__file__).resolve().parent.parent
 EVERY = sorted((REPO / "systems").glob("*.yaml"))
@@ -68,13 +68,18 @@ def test_each_block_is_taken_whole_by_its_command(path, block):
 @pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
 def test_budgets_and_steps(path):
     system = read(path)
-    sources = system["build_mixture"]["sources"]
+    mixture = system["build_mixture"]
+    groups = {name: Group(**group) for name, group in mixture["groups"].items()}
+    sources = with_budgets([Source(**source) for source in mixture["sources"]], groups)
     speech, text = BUDGETS[path.stem]
-    assert sum(source["budget"] for source in sources if source["kind"] == "speech") == speech
-    of_text = [source for source in sources if source["kind"] != "speech"]
-    assert sum(source["budget"] for source in of_text) == pytest.approx(text, rel=1e-7)
-    mono = {Path(file).stem for source in of_text if source["kind"] == "text" for file in source["paths"]}
-    pairs = {Path(file).stem for source in of_text if source["kind"] == "parallel" for file in source["paths"]}
+    assert sum(source.budget for source in sources if source.kind == "speech") == speech
+    of_text = [source for source in sources if source.kind != "speech"]
+    assert sum(source.budget for source in of_text) == text
+    mono = {Path(file).stem for source in of_text if source.kind == "text" for file in source.paths}
+    pairs = {Path(file).stem for source in of_text if source.kind == "parallel" for file in source.paths}
+    assert all(source.language == Path(source.paths[0]).stem for source in of_text if source.kind == "text")
+    assert all(source.direction == Path(source.paths[0]).stem for source in of_text if source.kind == "parallel")
+    assert {*mixture["test_sets"]} == {"flores200", "wmt23", *system["system"]["test_sets"]}
     languages = {"en", "de"} if path.stem in ("tinyllama_10b", "llama2_10b") else set(LANGUAGES)
     assert mono == languages
     assert pairs == {pair for code in languages - {"en"} for pair in (f"en-{code}", f"{code}-en")}

@@ -21,7 +21,7 @@ from towerspeech.files import read_json
 from towerspeech.mixture import Group, Source, recorded_budgets, recorded_files, recorded_test_sets, with_budgets
 from towerspeech.stage import RUN_INFO, hash_path, plain
 from towerspeech.system import FORMS, ROOT, command_name, read_system, variant_of
-from towerspeech.texts import expand
+from towerspeech.texts import expand, is_hub
 from towerspeech.units_parquet import shard_name
 
 # Commands that put what is asked for in place of what they wrote before, without an --overwrite (sbatch/job.sh).
@@ -400,7 +400,10 @@ def as_recorded(name: str, flags: dict) -> dict:
         return flags
     groups = {name: Group(**group) for name, group in (flags["groups"] or {}).items()}
     sources = with_budgets([Source(**source) for source in flags["sources"]], groups)
-    files = {source.name: [path for name in source.paths for path in files_of_name(name)] for source in sources}
+    files = {
+        source.name: [path for name in source.paths if not is_hub(name) for path in files_of_name(name)]
+        for source in sources
+    }
     named = (flags["test_sets"] or {}).items()
     tested = {name: [path for each in names for path in files_of_name(each)] for name, names in named}
     recorded = {**recorded_files(sources, files), **recorded_test_sets(tested)}

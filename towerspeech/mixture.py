@@ -9,7 +9,7 @@ from typing import Literal
 
 from towerspeech.errors import UserError
 from towerspeech.languages import find_language
-from towerspeech.texts import expand, parse_direction
+from towerspeech.texts import expand, is_hub, parse_direction
 from towerspeech.units_parquet import check_one_kmeans
 
 # The speech documents there are; towerspeech/prompts.py has their text.
@@ -65,9 +65,9 @@ class Source:
     languages: list[str] = field(default_factory=lambda: ["en"])
 
     def files(self) -> list[str]:
-        """The files and folders that its paths mean."""
+        """The files and folders that its paths mean; not the data sets of the hub, which lie elsewhere."""
         remedy = f"check paths of source {self.name!r}"
-        return [str(path) for name in self.paths for path in expand(name, remedy)]
+        return [str(path) for name in self.paths if not is_hub(name) for path in expand(name, remedy)]
 
 
 @dataclass
@@ -101,7 +101,9 @@ def settings(source: Source) -> dict:
     plain = Source("", source.kind, [])
     apart = ("name", "kind", "paths", "budget", "max_epochs", "group")
     told = {each.name: getattr(source, each.name) for each in fields(source) if each.name not in apart}
-    return {name: value for name, value in told.items() if value != getattr(plain, name)}
+    told = {name: value for name, value in told.items() if value != getattr(plain, name)}
+    hub = [name for name in source.paths if is_hub(name)]  # whose content is not compared
+    return {**told, "hub": hub} if hub else told
 
 
 def with_budgets(sources: list[Source], groups: dict[str, Group] | None) -> list[Source]:
@@ -162,6 +164,8 @@ def check_sources(sources: list[Source]) -> None:
                 raise UserError(f"source {source.name!r} is of kind {source.kind}, which has no {name}", MEND)
         if not source.paths:
             raise UserError(f"source {source.name!r} needs paths", MEND)
+        if source.kind == "speech" and any(map(is_hub, source.paths)):
+            raise UserError(f"source {source.name!r}: units of speech are folders, not of the hub", MEND)
         source.files()
         bounds(source)
         if source.direction:

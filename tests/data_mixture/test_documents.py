@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from data_mixture.build_mixture import build_mixture
 from tests.data_mixture.test_build_mixture import build_whole, write_texts
+from tests.test_stand_ins import in_script
 from towerspeech import prompts, units
 from towerspeech.errors import UserError
 from towerspeech.files import write_json
@@ -157,6 +159,24 @@ def test_the_plan_agrees_with_the_build(tmp_path, tokenizer_dir, many, capsys):
         build_mixture(tokenizer_dir, tmp_path / "mix", [source, greedy], plan=True)
 
 
+def test_of_the_hub_what_comes_first_is_taken(tmp_path, tokenizer_dir):
+    """Until there is enough: nobody knows how much there is. A local folder stands for a data set of the hub."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    texts = sentences(9_000)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "data/train.parquet")
+    source = Source("a", "text", [f"hub:{tmp_path / 'data'}"], 20_000)
+    build_mixture(tokenizer_dir, tmp_path / "mix", [source])
+    [facts] = manifest_of(tmp_path / "mix")["sources"]
+    assert 22_000 <= facts["tokens"] + facts["validation"]["tokens"] < 120_000  # a batch more at most
+    found = texts_of(tmp_path / "mix/a", tokenizer_dir) + texts_of(tmp_path / "mix/validation/a", tokenizer_dir)
+    assert sorted(found) == sorted(texts[: len(found)])
+    info = json.loads((tmp_path / "mix/run_info.json").read_text())
+    assert info["arguments"]["sources"] == [["a", "text", 0, {"hub": source.paths}]]
+
+
 def test_groups_share_their_budget_to_the_token():
     sources = [Source(name, "text", ["x"], group="g") for name in "abcdefg"]
     equal = with_budgets(sources, {"g": Group(1000)})
@@ -173,6 +193,60 @@ def test_groups_share_their_budget_to_the_token():
     ):
         with pytest.raises(UserError, match=message):
             with_budgets(wrong, groups)
+
+
+SYSTEMS = ("towerspeech_6b", "towerspeech_8b", "llamaspeech_6b", "tinyllama_10b", "llama2_10b")
+
+
+def in_small(name: str, folder: Path, make_units) -> tuple[list[Source], dict[str, Group]]:
+    """A system's sources and groups, a ten-thousandth of their size, and corpora that hold a little more; speech twice
+    as much."""
+    block = yaml.safe_load((REPO / f"systems/{name}.yaml").read_text())["build_mixture"]
+    groups = {each: Group(group["budget"] // 10_000) for each, group in block["groups"].items()}
+    sources = [Source(**source) for source in block["sources"]]
+    for source in sources:
+        if source.kind == "speech":
+            source.budget //= 10_000
+            for number, path in enumerate(source.paths):
+                rows = [
+                    {"units": [(i + j * j) % 50 for j in range(400)], "text": f"the dog {i}"} for i in range(1_300)
+                ]
+                make_units(folder / path, rows[number:])
+            source.paths = [str(folder / path) for path in source.paths]
+            continue
+        path = folder / source.paths[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = sum(each.group == source.group for each in sources)
+        texts = sentences(1 + groups[source.group].budget // (11 * number), seed=len(source.name))
+        sides = source.direction.split("-") if source.direction else [source.language]
+        rows = [[f"{in_script(code, text[:-5])}{text[-5:]}" for code in sides] for text in texts]
+        keys = ["source", "target"] if source.direction else ["text"]
+        path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+        source.paths = [str(path)]
+    return sources, groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_five_systems_in_small(tmp_path, tokenizer_dir, make_units, capsys, name):
+    """Each source's share is right to the token, and the plan agrees with the build within 2%."""
+    from continued_pretraining.packing import Mixture
+
+    sources, groups = in_small(name, tmp_path, make_units)
+    build_mixture(tokenizer_dir, tmp_path / "mix", sources, groups, plan=True)
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line[:1].strip()}
+    build_mixture(tokenizer_dir, tmp_path / "mix", sources, groups)
+    data = Mixture(tmp_path / "mix", 64)
+    budgets = {source.name: source.budget for source in with_budgets(sources, groups)}
+    assert data.tokens_seen(data.num_windows) == budgets
+    block = yaml.safe_load((REPO / f"systems/{name}.yaml").read_text())["build_mixture"]
+    whole = sum(each.get("budget", 0) for each in [*block["sources"], *block["groups"].values()])
+    assert sum(budgets.values()) == whole // 10_000
+    for facts in manifest_of(tmp_path / "mix")["sources"]:
+        planned = int(lines[facts["name"]][3].replace(",", ""))
+        few = 3 * facts["tokens"] / facts["documents"]  # documents that the draw may miss by
+        drawn = facts["tokens"] + facts["validation"]["tokens"]
+        assert drawn == pytest.approx(planned, rel=0.02, abs=few), facts["name"]
 
 
 # --- What is left out -----------------------------------------------------------------------------

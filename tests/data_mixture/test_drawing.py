@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_mixture.drawing import FEWEST_PARTS, READ_FOR_ONE, Draw, Round, key, uniform
+from data_mixture.drawing import FEWEST_PARTS, READ_FOR_ONE, Draw, Round, evenly, key, uniform
 
 
 def drawn(draw: Draw, rounds: list[Round], items: list[int]) -> list[list[int]]:
@@ -23,6 +23,18 @@ def test_uniform_numbers_are_uniform_and_known():
     counts, _ = np.histogram(numbers, 100, (0, 1))
     assert abs(counts - 1000).max() < 160  # five standard deviations
     assert 0.49 < numbers.mean() < 0.51 and abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("share", [0.003, 0.2, 0.77])
+def test_items_are_taken_evenly_wherever_one_begins_to_ask(share):
+    """Of 64 in a row the share but for one; all are as likely, and neighbours do not hang together."""
+    taken = evenly(5, 0, 64_000) < share
+    assert abs(taken.reshape(-1, 64).sum(axis=1) - 64 * share).max() <= 1
+    assert taken.mean() == pytest.approx(share, abs=0.002)
+    by_place = np.mean([evenly(seed, 0, 64) < share for seed in range(3000)], axis=0)
+    assert abs(by_place - share).max() < 5 * (share * (1 - share) / 3000) ** 0.5
+    for first, count in ((0, 1), (63, 2), (64, 64), (1000, 8192), (129, 0)):
+        assert np.array_equal(evenly(5, first, count), evenly(5, 0, 64_000)[first : first + count])
 
 
 def test_rounds_take_no_item_twice_and_at_last_all():
@@ -48,7 +60,8 @@ def test_the_first_round_takes_the_share_that_is_wanted(parts, share):
     first = draw.first_round(share)
     count = sum(map(len, drawn(draw, [first], items)))
     wanted = share * sum(items)
-    assert abs(count - 1.02 * wanted) < 6 * wanted**0.5 + 0.01 * wanted
+    strata = 1 + sum(items[part] for part in draw.order[: first.parts]) / 64
+    assert abs(count - 1.02 * wanted) < 4 * (strata * 0.25) ** 0.5 + 0.01 * wanted
     read = sum(items[part] for part in draw.order[: first.parts])
     assert read <= max(READ_FOR_ONE * 1.3 * wanted, 1.5 * FEWEST_PARTS * sum(items) / parts)
 
