@@ -20,6 +20,7 @@ encoding.py does so as the Hugging Face tokenizer would, output.py writes.
 import csv
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -50,14 +51,21 @@ from towerspeech.texts import Part, expand
 from towerspeech.tokenizer import tokenizer_hash
 
 VALIDATION_SHARE = 0.01  # of the tokens that are drawn, at most
+SURE = 1.05  # times a source's tokens as a sample tells them: a budget beyond is refused before anything is written
 HELD_OUT = 1.25  # times the share that should be enough is taken from, until it is
 
 
 class Wanted(NamedTuple):
     """How much is wanted of a source, in tokens."""
 
-    drawn: int  # its budget and the reserve
+    drawn: int  # its budget and the reserve, of which those for validation are taken
     validation: int
+
+
+def wanted_of(source: Source, reserve: float, validation_tokens: int) -> Wanted:
+    """What is wanted of a source; the budget is there even with no reserve."""
+    held_out = min(validation_tokens, round(VALIDATION_SHARE * source.budget))
+    return Wanted(max(round(reserve * source.budget), source.budget + 2 * held_out), validation_tokens)
 
 
 # --- One source -----------------------------------------------------------------------------------
@@ -98,13 +106,15 @@ def tokenize(
     from tqdm import tqdm
 
     everything = not found.tokens_known or wanted.drawn * AIM >= found.tokens
-    of = {"seed": seed, "validation": wanted.validation, "drawn": "all" if everything else wanted.drawn}
+    all_of_it = everything and found.tokens_known
+    of = {"seed": seed, "validation": wanted.validation, "drawn": "all" if all_of_it else wanted.drawn}
     output = Output(work, source.name, encoders.maker.encoder.dtype, of)
     if output.finished or output.state.get("finishing"):
         output.finish()
         return output
-    expected = max(1, round(found.tokens if everything and found.tokens_known else wanted.drawn))
-    validation = min(wanted.validation, round(VALIDATION_SHARE * expected))
+    expected = max(1, round(found.tokens if all_of_it else wanted.drawn))
+    to_spare = expected - source.budget / source.max_epochs
+    validation = max(0, min(wanted.validation, round(VALIDATION_SHARE * expected), round(to_spare)))
     held_out = HELD_OUT * validation / expected, validation
     parts = parts_of(source)
     draw = Draw(source.name, seed, [part.size for part in parts])
@@ -172,13 +182,34 @@ def facts(source: Source, output: Output, found: Survey) -> dict:
 
 def check_budget(source: Source, tokens: int, left_out: dict) -> None:
     """Raise UserError if a source has too few tokens for its budget."""
-    epochs = source.budget / tokens if tokens else float("inf")
-    if epochs > source.max_epochs:
-        told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
+    if source.budget > source.max_epochs * tokens:
+        epochs = source.budget / tokens if tokens else float("inf")
         raise UserError(
-            f"source {source.name!r} has {tokens:,} tokens for a budget of {source.budget:,}{told}",
-            f"add data ({source.budget / source.max_epochs - tokens:,.0f} tokens are missing), or lower its budget or "
-            f"allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and run this again: what is tokenized stays",
+            too_small(source, tokens, left_out),
+            f"add data, or lower its budget or allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and "
+            "run this again: what is tokenized stays",
+        )
+
+
+def too_small(source: Source, tokens: float, left_out: dict) -> str:
+    """What is said of a source that has too few tokens."""
+    told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
+    missing = math.ceil(source.budget / source.max_epochs - tokens)
+    return (
+        f"source {source.name!r} has {tokens:,.0f} tokens for a budget of {source.budget:,}{told}: {missing:,} missing"
+    )
+
+
+def check_sizes(sources: list[Source], surveys: list[Survey]) -> None:
+    """Raise UserError if samples tell that sources have too few tokens for their budgets; it tells all of them."""
+    pairs = [(source, found) for source, found in zip(sources, surveys, strict=True) if found.tokens_known]
+    short = [each for each in pairs if each[0].budget > each[0].max_epochs * each[1].tokens * SURE]
+    if short:
+        told = [too_small(source, found.tokens, found.left_out) for source, found in short]
+        raise UserError(
+            "\n       ".join(told) + f"\n  ({'' if all(f.exact for _, f in short) else 'estimated from samples; '}"
+            f"{len(short)} of {len(sources)} sources are too small)",
+            "add data, or lower their budgets, or allow more max_epochs",
         )
 
 
@@ -221,15 +252,10 @@ def write_lists(work, outputs: list[Output], contamination: bool) -> None:
 
 
 # --- The plan -------------------------------------------------------------------------------------
-def print_plan(sources: list[Source], wanted: dict[str, Wanted], maker: Maker, most: float) -> None:
-    """Print what samples tell of the mixture.
-
-    Raises:
-        UserError: Sources are too small, or cannot be read; it tells all of them.
-    """
-    rows, short = [], []
-    for index, source in enumerate(sources):
-        found = look_at(index, source, maker, most)
+def print_plan(sources: list[Source], surveys: list[Survey], wanted: dict[str, Wanted]) -> None:
+    """Print what samples tell of the mixture."""
+    rows = []
+    for source, found in zip(sources, surveys, strict=True):
         tokens = min(found.tokens, wanted[source.name].drawn * AIM) if found.tokens_known else None
         rows.append(
             {
@@ -241,15 +267,10 @@ def print_plan(sources: list[Source], wanted: dict[str, Wanted], maker: Maker, m
                 "epochs": f"{source.budget / tokens:.2f}" if tokens else None,
                 "tokens/character": round(found.tokens / found.characters, 4) if found.characters else None,
                 "hours": round(found.seconds / 3600, 1) if found.seconds else None,
-                "known": "exactly" if found.exact else "from a sample",
+                "known": "exactly" if found.exact else "from a sample" if found.tokens_known else "not",
             }
         )
-        missing = source.budget / source.max_epochs - found.tokens
-        if found.tokens_known and missing > 0:
-            short.append(f"{source.name} lacks {missing:,.0f} tokens of {source.budget / source.max_epochs:,.0f}")
     print(table(rows))
-    if short:
-        raise UserError(f"{len(short)} sources are too small: {'; '.join(short)}", "add data or lower their budgets")
 
 
 def look_at(index: int, source: Source, maker: Maker, most: float) -> Survey:
@@ -325,9 +346,12 @@ def build_mixture(
         make_maker = functools.partial(Maker, tokenizer, sources, sentences, bos, seed)
         return make_maker(), make_maker
 
-    wanted = {source.name: Wanted(round(reserve * source.budget), validation_tokens) for source in sources}
+    wanted = {source.name: wanted_of(source, reserve, validation_tokens) for source in sources}
     if plan:
-        print_plan(sources, wanted, make()[0], max_bad_share)
+        maker = make()[0]
+        surveys = [look_at(index, source, maker, max_bad_share) for index, source in enumerate(sources)]
+        print_plan(sources, surveys, wanted)
+        check_sizes(sources, surveys)
         return
     # Tokens depend on budgets as far as they decide how many are drawn: what is tokenized stays, if it is the same.
     late = ["budgets", "seed", "reserve", "validation_tokens", "max_bad_share"]
@@ -337,9 +361,10 @@ def build_mixture(
             return
         maker, make_maker = make()
         began, told, outputs = time.perf_counter(), [], []
+        surveys = [remembered(work, index, source, maker, max_bad_share) for index, source in enumerate(sources)]
+        check_sizes(sources, surveys)
         with Encoders(maker, make_maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
-            for index, source in enumerate(sources):
-                found = remembered(work, index, source, maker, max_bad_share)
+            for index, (source, found) in enumerate(zip(sources, surveys, strict=True)):
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)
                 outputs.append(output)
                 told.append(facts(source, output, found))

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +90,7 @@ class Survey:
     Attributes:
         documents, tokens, characters, seconds: Of the whole source, estimated.
         exact: Whether the sample was the whole source.
-        items, bad: Of the sample: items, and those that cannot be read.
+        items, bad, left_out: Of the sample: items, those that cannot be read, and what else is left out, by reason.
         first_bad: The first of them, and why.
         tokens_known: Whether the source's size is known at all.
     """
@@ -102,6 +102,7 @@ class Survey:
     exact: bool = True
     items: int = 0
     bad: int = 0
+    left_out: dict[str, int] = field(default_factory=Counter)
     first_bad: str = ""
     tokens_known: bool = True
 
@@ -174,6 +175,7 @@ def look_at_part(
             times, len(each.sizes), int(each.sizes.sum()), int(each.characters.sum()), float(each.seconds.sum())
         )
         told.bad += len(each.bad)
+        told.left_out = Counter(told.left_out) + each.left_out
         told.first_bad = told.first_bad or next(iter(each.bad), "")
 
 

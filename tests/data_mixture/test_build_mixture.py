@@ -84,9 +84,15 @@ def test_unknown_tokens_do_not_occur(tmp_path, model_dir, sources):
 
 def test_a_budget_beyond_the_data_is_refused_with_both_numbers(tmp_path, model_dir, sources):
     greedy = Source("mono", "text", sources["mono"].paths, 10_000_000)
-    with pytest.raises(UserError, match=r"source 'mono' has [\d,]+ tokens for a budget of 10,000,000"):
+    with pytest.raises(
+        UserError, match=r"source 'mono' has [\d,]+ tokens for a budget of 10,000,000: 9,99\d,\d{3} missing"
+    ):
         build_whole(model_dir, tmp_path / "mix", [greedy])
-    assert not (tmp_path / "mix/run_info.json").exists()
+    assert not (tmp_path / "mix/run_info.json").exists() and not (tmp_path / "mix/mono.bin").exists()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    total = sum(map(len, expected_documents(sources["mono"], tokenizer, bos=False)))
+    with pytest.raises(UserError, match=rf"'mono' has {total} tokens for a budget of {total + 1}: 1 missing"):
+        build_whole(model_dir, tmp_path / "mix", [replace(greedy, budget=total + 1)])
     # The tokens are kept for a smaller one; a finished mixture is not changed.
     tokens = tmp_path / "mix/mono.bin"
     made = tokens.stat()
@@ -249,7 +255,9 @@ def test_a_budget_met_exactly_and_missed_by_one_token(tmp_path, tokenizer_dir, m
     path = write_texts(tmp_path / "a.jsonl", ["the old captain"] * 25)
     source = Source("a", "text", [str(path)], budget, max_epochs, duplicates="keep")
     if epochs is None:
-        wanted = rf"'a' has 100 tokens for a budget of {budget}\n.* {budget / 100:.2f} \(it is {max_epochs}\)"
+        wanted = (
+            rf"'a' has 100 tokens for a budget of {budget}: \d missing\n.* {budget / 100:.2f} \(it is {max_epochs}\)"
+        )
         with pytest.raises(UserError, match=wanted):
             build_whole(tokenizer_dir, tmp_path / "mix", [source])
         assert not (tmp_path / "mix/manifest.json").exists()

@@ -155,7 +155,9 @@ def test_the_plan_agrees_with_the_build(tmp_path, tokenizer_dir, many, capsys):
     [facts] = manifest_of(tmp_path / "mix")["sources"]
     assert facts["tokens"] + facts["validation"]["tokens"] == pytest.approx(planned, rel=0.02)
     greedy = Source("b", "text", [str(many[1])], 10**9)
-    with pytest.raises(UserError, match=r"1 sources are too small: b lacks 999,\d{3},\d{3} tokens"):
+    with pytest.raises(
+        UserError, match=r"'b' has 3\d\d,\d{3} tokens for a budget .*: 999,\d{3},\d{3} missing.*\n.*1 of 2"
+    ):
         build_mixture(tokenizer_dir, tmp_path / "mix", [source, greedy], plan=True)
 
 
