@@ -63,7 +63,9 @@ def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     breaks = np.flatnonzero(is_break)
     codes = codes[~is_break]
     ends = np.flatnonzero(codes == BORDER)
-    breaks = np.concatenate([[0], breaks - np.arange(len(breaks)), ends, ends + 1])
+    breaks -= np.arange(len(breaks))
+    breaks = breaks[np.flatnonzero(np.diff(breaks, prepend=-1))]  # one where several are in a row
+    breaks = np.concatenate([[0], breaks, ends, ends + 1])
     breaks.sort(kind="stable")  # fast, for its parts are in order
     return codes, ends, breaks
 
@@ -116,11 +118,12 @@ def hash_runs(codes: np.ndarray, lengths: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def hash_heads(codes: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
-    """Hash the ``length`` characters that begin at each of some places (in order; the last too near the end are not).
+    """Hash the ``length`` (even) characters from each of some places on, in order, but for those too near the end.
 
     Other hashes than those of ``hash_runs``: for few places it is faster to look at each.
     """
     if len(codes) < length:
         return np.empty(0, np.uint64)
     runs = sliding_window_view(codes, length)
-    return runs[places[: np.searchsorted(places, len(runs))]].astype(np.uint64) @ _powers()[0][:length]
+    runs = runs[places[: np.searchsorted(places, len(runs))]].view(np.uint64)  # two characters a number
+    return runs @ _powers()[0][: length // 2]

@@ -312,6 +312,8 @@ def test_the_breaks_of_a_short_sentence_are_those_of_its_text(short):
     assert how(sentences, f"{bare} and {bare}, {bare} {FILLER} ({bare})") == "short sentence"
     assert how(sentences, f"{many}{bare}. {many}") == how(sentences, f"{many} x. {bare}. x") == "short sentence"
     assert how(sentences, f"{many}x {bare}. {many}") is how(sentences, f"{many}.{bare} ½. x") is None
+    assert how(sentences, short) == "whole text"
+    assert how(index(LONG, bare), f"{bare}. {LONG}") == "sentence"
     hit = Hit("set", "file:1", "short sentence")
     assert sentences.find([f"a. {bare}", "b", f"a {bare}", "b", f"{bare}. b", f"{bare} b"]) == [
         hit,
