@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 BORDER = 0x110000  # a character that is none, behind each text
+BREAK = 1  # what characters become that stand between sentences
+COMMAS = ",،、"
+BREAKS = "P", "S", "Cc", "Zl", "Zp"  # categories of punctuation, symbols, line breaks and tabs
 HEAVY = 0x3005  # the first character that says more than a letter
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
 BLOCK = 1 << 13  # characters hashed at a time
@@ -17,8 +21,9 @@ BLOCK = 1 << 13  # characters hashed at a time
 def folding() -> tuple[np.ndarray, list[list[int]]]:
     """What each character is compared as: [0x110000] of code points, and those that become several (ß, ½).
 
-    0 is nothing; BORDER + 1 + i is number i of those that become several. Beside case and what NFKC does away with
-    (width, ligatures), accents are left out: texts have them as characters of their own, and Russian writes ё as е.
+    0 is nothing, BREAK a line break or punctuation other than a comma; BORDER + 1 + i is number i of those that become
+    several. Beside case and what NFKC does away with (width, ligatures), accents are left out: texts have them as
+    characters of their own, and Russian writes ё as е.
     """
     table, several = np.zeros(0x110000, np.uint32), []
     for code in chain(range(0xD800), range(0xE000, 0x40000)):  # above are no letters; between, halves of characters
@@ -29,14 +34,18 @@ def folding() -> tuple[np.ndarray, list[list[int]]]:
             table[code] = BORDER + len(several)
         elif kept:
             table[code] = kept[0]
+        elif parts not in COMMAS and unicodedata.category(chr(code)).startswith(BREAKS):
+            table[code] = BREAK
     return table, several
 
 
-def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The letters and digits of texts as they are compared, each text with a BORDER behind it, and the borders.
+def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The letters and digits of texts as they are compared, each text with a BORDER behind it, and where they break.
 
     Returns:
-        Code points, uint32, of all texts one after the other; the positions of the borders in it, [number of texts].
+        Code points, uint32, of all texts one after the other; the positions of the borders in it, [number of texts];
+        where a sentence may begin or end, in order, some twice: at each BREAK, which is left out of the codes, and
+        at the beginning and end of each text.
     """
     table, several = folding()
     texts = [unicodedata.normalize("NFC", text) for text in texts]  # for Korean in parts of syllables
@@ -50,7 +59,15 @@ def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         codes[longer] = [part[0] for part in parts]
         behind = np.repeat(longer + 1, [len(part) - 1 for part in parts])
         codes = np.insert(codes, behind, [code for part in parts for code in part[1:]])
-    return codes, np.flatnonzero(codes == BORDER)
+    is_break = codes == BREAK
+    breaks = np.flatnonzero(is_break)
+    codes = codes[~is_break]
+    ends = np.flatnonzero(codes == BORDER)
+    breaks -= np.arange(len(breaks))
+    breaks = breaks[np.flatnonzero(np.diff(breaks, prepend=-1))]  # one where several are in a row
+    breaks = np.concatenate([[0], breaks, ends, ends + 1])
+    breaks.sort(kind="stable")  # fast, for its parts are in order
+    return codes, ends, breaks
 
 
 def is_han(codes: np.ndarray) -> np.ndarray:
@@ -98,3 +115,15 @@ def hash_runs(codes: np.ndarray, lengths: Sequence[int]) -> Iterator[tuple[int, 
         for length in lengths:
             count = max(0, min(BLOCK, len(block) - length + 1))
             yield length, begin, (sums[length : length + count] - sums[:count]) * down[:count]
+
+
+def hash_heads(codes: np.ndarray, places: np.ndarray, length: int) -> np.ndarray:
+    """Hash the ``length`` (even) characters from each of some places on, in order, but for those too near the end.
+
+    Other hashes than those of ``hash_runs``: for few places it is faster to look at each.
+    """
+    if len(codes) < length:
+        return np.empty(0, np.uint64)
+    runs = sliding_window_view(codes, length)
+    runs = runs[places[: np.searchsorted(places, len(runs))]].view(np.uint64)  # two characters a number
+    return runs @ _powers()[0][: length // 2]
