@@ -112,6 +112,7 @@ def bench_encoding(name: str, tokenizer: Path, corpus: Path, units: int, output_
     """build_mixture.py beside the tokenizer called line by line, for one tokenizer; the best of three runs each."""
     source = {"name": "speech", "kind": "speech", "paths": [str(corpus / "units")], "budget": 1}
     our_words = ["--tokenizer", tokenizer, "--sources", json.dumps([source])]
+    our_words += ["--reserve", 1e12, "--validation_tokens", 0]  # all there is, in its order
     ours, theirs = [], []
     for _ in range(TIMES):
         theirs.append(apart(line_by_line, corpus / "units", tokenizer, output_dir / "lines.bin")[1])
