@@ -102,7 +102,7 @@ class Survey:
     exact: bool = True
     items: int = 0
     bad: int = 0
-    left_out: dict[str, int] = field(default_factory=Counter)
+    left_out: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""
     tokens_known: bool = True
 
@@ -175,7 +175,7 @@ def look_at_part(
             times, len(each.sizes), int(each.sizes.sum()), int(each.characters.sum()), float(each.seconds.sum())
         )
         told.bad += len(each.bad)
-        told.left_out = Counter(told.left_out) + each.left_out
+        told.left_out = dict(Counter(told.left_out) + each.left_out)
         told.first_bad = told.first_bad or next(iter(each.bad), "")
 
 

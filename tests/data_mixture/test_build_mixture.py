@@ -27,7 +27,8 @@ from towerspeech.mixture import Source
 from towerspeech.units_parquet import read_units, write_units
 
 ROOT = Path(__file__).parents[2]
-WHOLE = {"reserve": 1e9, "validation_tokens": 0}  # all that there is, for training
+# All that there is, for training; in one process, since others take seconds to start.
+WHOLE = {"reserve": 1e9, "validation_tokens": 0, "num_processes": 1}
 build_whole = functools.partial(build_mixture, **WHOLE)
 
 
@@ -91,7 +92,7 @@ def test_a_budget_beyond_the_data_is_refused_with_both_numbers(tmp_path, model_d
     assert not (tmp_path / "mix/run_info.json").exists() and not (tmp_path / "mix/mono.bin").exists()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     total = sum(map(len, expected_documents(sources["mono"], tokenizer, bos=False)))
-    with pytest.raises(UserError, match=rf"'mono' has {total} tokens for a budget of {total + 1}: 1 missing"):
+    with pytest.raises(UserError, match=rf"'mono' has {total:,} tokens for a budget of {total + 1:,}: 1 missing"):
         build_whole(model_dir, tmp_path / "mix", [replace(greedy, budget=total + 1)])
     # The tokens are kept for a smaller one; a finished mixture is not changed.
     tokens = tmp_path / "mix/mono.bin"
@@ -204,8 +205,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer_dir, make_units):
     left_out = [{"units": [], "text": "a"}, {"units": [1], "text": ""}]
     folder = make_units(tmp_path / "units", [*rows[:100], *left_out, *rows[100:], *left_out])
     source = {"name": "speech", "kind": "speech", "paths": [str(folder)], "budget": 50}
-    options = {**WHOLE, "num_processes": 1}
-    words = (str(tokenizer_dir), source, str(tmp_path), options, *(moment for moment, *_ in MOMENTS.values()))
+    words = (str(tokenizer_dir), source, str(tmp_path), WHOLE, *(moment for moment, *_ in MOMENTS.values()))
     command = [sys.executable, "-c", KILLED, *map(json.dumps, words)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert re.findall(r"^status (.*)$", ran.stdout, re.M) == [str(-signal.SIGKILL)] * len(MOMENTS), ran.stderr
