@@ -18,11 +18,10 @@ encoding.py does so as the Hugging Face tokenizer would, output.py writes.
 """
 
 import csv
-import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -318,14 +317,13 @@ def build_mixture(
     }
     tokenizer_sha256 = tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
 
-    def make() -> tuple[Maker, Callable[[], Maker]]:
+    def make() -> Maker:
         sentences = TestSentences(read_test_sets(tested)) if tested else None
-        make_maker = functools.partial(Maker, tokenizer, sources, sentences, bos, seed)
-        return make_maker(), make_maker
+        return Maker(tokenizer, sources, sentences, bos, seed)
 
     wanted = {source.name: Wanted(round(reserve * source.budget), validation_tokens) for source in sources}
     if plan:
-        print_plan(sources, wanted, make()[0], max_bad_share)
+        print_plan(sources, wanted, make(), max_bad_share)
         return
     # Tokens depend on budgets as far as they decide how many are drawn: what is tokenized stays, if it is the same.
     late = ["budgets", "seed", "reserve", "validation_tokens", "max_bad_share"]
@@ -333,9 +331,9 @@ def build_mixture(
     with stage(__file__, output_dir, arguments, inputs, ignore=["num_processes"], late=late) as work:
         if work.done:
             return
-        maker, make_maker = make()
+        maker = make()
         began, told, outputs = time.perf_counter(), [], []
-        with Encoders(maker, make_maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
+        with Encoders(maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
             for index, source in enumerate(sources):
                 found = remembered(work, index, source, maker, max_bad_share)
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)
