@@ -14,72 +14,16 @@ times SentencePiece's seconds (0.83 times as fast), encoding 5 times as fast, wi
 
 import filecmp
 import json
-import random
 from pathlib import Path
 
-from benchmarks.measure import REPO, apart, comparison, copy_mistral_tokenizer, report, run_script
+from benchmarks.corpora import NUM_UNITS, write_unit_corpus
+from benchmarks.measure import apart, comparison, copy_mistral_tokenizer, report, run_script
 from benchmarks.other_tokenizers import line_by_line, with_sentencepiece, with_tokenizers
-from towerspeech import units as dsu
 from towerspeech.command import run
 from towerspeech.files import publish, read_json
-from towerspeech.units_parquet import shard_name, write_units
 
-NUM_UNITS, VOCAB_SIZE = 5000, 8000
-UNITS_A_WORD = 14  # about 35 units and 2.5 words a second
-NUM_SHARDS = 8
+VOCAB_SIZE = 8000
 TIMES = 3  # the best of so many runs counts, for each side: other work on the machine only ever adds to it
-
-
-# --- The corpus -----------------------------------------------------------------------------------
-def make_utterances(num_units: int, seed: int = 0) -> list:
-    """Random walks over 5000 units, 200-1500 steps each, ``num_units`` in all: each unit has four likely successors.
-
-    Returns:
-        Arrays of unit ids, (length,) uint16, without repeats.
-    """
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(200, 1501, num_units // 200 + 1)
-    lengths = lengths[: int(np.searchsorted(lengths.cumsum(), num_units)) + 1]
-    lengths[-1] -= max(0, int(lengths.sum()) - num_units)
-    lengths = np.sort(lengths)[::-1]  # so that the walks that still go on come first
-    successors = generator.integers(0, NUM_UNITS, (NUM_UNITS, 4))
-    walks = np.empty((lengths[0], len(lengths)), np.uint16)
-    walks[0] = generator.integers(0, NUM_UNITS, len(lengths))
-    for step in range(1, len(walks)):
-        going = int(np.count_nonzero(lengths > step))
-        last = walks[step - 1, :going].astype(np.int64)
-        likely = successors[last, generator.choice(4, going, p=[0.5, 0.25, 0.15, 0.1])]
-        unit = np.where(generator.random(going) < 0.6, likely, generator.integers(0, NUM_UNITS, going))
-        walks[step, :going] = np.where(unit == last, (unit + 1) % NUM_UNITS, unit)
-    order = generator.permutation(len(lengths))
-    return [walks[: lengths[index], index].copy() for index in order]
-
-
-def write_corpus(num_units: int, folder: Path) -> None:
-    """Write corpus.km, corpus.txt and units/, the same utterances in each."""
-    folder.mkdir(parents=True)
-    utterances = [utterance.tolist() for utterance in make_utterances(num_units)]
-    with open(folder / "corpus.km", "w") as km, open(folder / "corpus.txt", "w", encoding="utf-8") as text:
-        for utterance in utterances:
-            km.write(" ".join(map(str, utterance)) + "\n")
-            text.write(dsu.to_text(utterance) + "\n")
-    generator, words = random.Random(0), (REPO / "LICENSE").read_text().split()
-    rows = [
-        {
-            "id": f"utt{index:06d}",
-            "audio": f"utt{index:06d}.wav",
-            "language": "en",
-            "duration_s": len(utterance) / 35,
-            "units": utterance,
-            "text": " ".join(generator.choices(words, k=len(utterance) // UNITS_A_WORD)) + ".",
-        }
-        for index, utterance in enumerate(utterances)
-    ]
-    (folder / "units").mkdir()
-    for shard in range(NUM_SHARDS):
-        write_units(folder / "units" / f"{shard_name(shard, NUM_SHARDS)}.parquet", rows[shard::NUM_SHARDS])
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -137,7 +81,7 @@ def bench_tokenizer(output_dir: Path, units: int = 20_000_000, smollm2: Path | N
     if not corpus.is_dir():
         print(f"making {units:,} units", flush=True)
         with publish(corpus) as folder:
-            apart(write_corpus, units, folder)
+            apart(write_unit_corpus, units, folder)
     lines = bench_training(corpus, units, output_dir / "training")
     copy_mistral_tokenizer(output_dir / "mistral")
     bases = {"mistral-common's SentencePiece": output_dir / "mistral", "SmolLM2": smollm2}

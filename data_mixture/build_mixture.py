@@ -18,12 +18,11 @@ encoding.py does so as the Hugging Face tokenizer would, output.py writes.
 """
 
 import csv
-import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -341,14 +340,13 @@ def build_mixture(
     }
     tokenizer_sha256 = tokenizer_hash(tokenizer)  # refuses a folder that holds no tokenizer
 
-    def make() -> tuple[Maker, Callable[[], Maker]]:
+    def make() -> Maker:
         sentences = TestSentences(read_test_sets(tested)) if tested else None
-        make_maker = functools.partial(Maker, tokenizer, sources, sentences, bos, seed)
-        return make_maker(), make_maker
+        return Maker(tokenizer, sources, sentences, bos, seed)
 
     wanted = {source.name: wanted_of(source, reserve, validation_tokens) for source in sources}
     if plan:
-        maker = make()[0]
+        maker = make()
         surveys = [look_at(index, source, maker, max_bad_share) for index, source in enumerate(sources)]
         print_plan(sources, surveys, wanted)
         check_sizes(sources, surveys)
@@ -359,11 +357,11 @@ def build_mixture(
     with stage(__file__, output_dir, arguments, inputs, ignore=["num_processes"], late=late) as work:
         if work.done:
             return
-        maker, make_maker = make()
+        maker = make()
         began, told, outputs = time.perf_counter(), [], []
         surveys = [remembered(work, index, source, maker, max_bad_share) for index, source in enumerate(sources)]
         check_sizes(sources, surveys)
-        with Encoders(maker, make_maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
+        with Encoders(maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
             for index, (source, found) in enumerate(zip(sources, surveys, strict=True)):
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)
                 outputs.append(output)

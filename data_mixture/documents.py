@@ -175,7 +175,7 @@ def reading(source: Source) -> Reading:
 
 # --- Batches --------------------------------------------------------------------------------------
 class Maker:
-    """Makes token ids of tasks; each process has its own."""
+    """Makes token ids of tasks. Processes have copies, which do that alone: not ``compare``, without ``tokenizer``."""
 
     def __init__(self, tokenizer: Path, sources: list[Source], sentences: TestSentences | None, bos: bool, seed: int):
         """
@@ -199,6 +199,14 @@ class Maker:
         self.before = np.array([self.tokenizer.bos_token_id] if bos else [], self.encoder.dtype)
         self.after = np.array([self.eod], self.encoder.dtype)
         self.readers = [Reader(source, self.encoder, seed) for source in sources]
+
+    def __getstate__(self) -> dict:
+        """What a process is given: without the tokenizer, as of Encoder, and the readers' functions."""
+        return {**self.__dict__, "tokenizer": None, "readers": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.readers = [Reader(source, self.encoder, self.seed) for source in self.sources]
 
     def find(self, task: Task, made: Made) -> Iterator[Found]:
         """The documents of a task's items; what has none is noted in ``made``."""

@@ -4,7 +4,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -12,12 +12,12 @@ from data_mixture.documents import Made, Maker, Task
 from towerspeech.ahead import ahead
 from towerspeech.errors import UserError
 
-HERE = 4  # tasks that are done here before processes are started, which takes some seconds
+HERE = 4  # tasks that are done here before processes are started, which takes a second
 
 _maker: Maker  # of a process
 
 
-def _start(make_maker: Callable[[], Maker]) -> None:
+def _start(maker: Maker) -> None:
     global _maker
 
     def leave_with_parent() -> None:  # else a process whose parent was killed would wait for ever
@@ -26,7 +26,7 @@ def _start(make_maker: Callable[[], Maker]) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
-    _maker = make_maker()
+    _maker = maker
 
 
 def _make(task: Task) -> Made:
@@ -36,8 +36,8 @@ def _make(task: Task) -> Made:
 class Encoders:
     """Some processes, started when there is work for them; one is this process and a thread."""
 
-    def __init__(self, maker: Maker, make_maker: Callable[[], Maker], num_processes: int):
-        self.maker, self.make_maker, self.num_processes = maker, make_maker, num_processes
+    def __init__(self, maker: Maker, num_processes: int):
+        self.maker, self.num_processes = maker, num_processes
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Encoders":
@@ -61,7 +61,7 @@ class Encoders:
             return
         if not self.pool:
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (self.make_maker,))
+            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (self.maker,))
         try:
             yield from ahead(self.pool, _make, itertools.chain([first], rest), limit=2 * self.num_processes)
         except BrokenProcessPool:

@@ -59,6 +59,10 @@ class Encoder:
             self.processor = unit_processor([units.to_text(tokens[index], offset) for index in ids])
             self.lookup = np.array([0, *ids], self.dtype)  # the token of each piece; <unk> does not occur
 
+    def __getstate__(self) -> dict:
+        """What another process needs to encode: the tokenizer's class alone would cost it seconds of imports."""
+        return {**self.__dict__, "tokenizer": None}
+
     def unit_ids(self, tokens: dict[int, list[int]]) -> list[int]:
         """Order the tokens of units alone as SentencePiece wants its pieces: merges, the best first, then units.
 

@@ -7,6 +7,7 @@ What our own templates put around a text is not marked, and stays what it is.
 """
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -31,16 +32,18 @@ def control_tokens(tokenizer) -> list[str]:
 
 
 def marker(tokenizer) -> Callable[[str], str]:
-    """Make a function that marks a text from outside, so that ``text_tokenizer`` takes no control token from it."""
+    """Make a function that marks a text from outside, so that ``text_tokenizer`` takes no control token from it.
+
+    Other processes can be given it.
+    """
     tokens = control_tokens(tokenizer)
-    spelled = re.compile("|".join(map(re.escape, tokens)) or r"\Z(?!\Z)")
+    return functools.partial(_mark, re.compile("|".join(map(re.escape, tokens)) or r"\Z(?!\Z)"))
 
-    def mark(text: str) -> str:
-        while spelled.search(text):  # again: tokens may overlap
-            text = spelled.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
-        return text
 
-    return mark
+def _mark(spelled: re.Pattern, text: str) -> str:
+    while spelled.search(text):  # again: tokens may overlap
+        text = spelled.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+    return text
 
 
 def text_tokenizer(tokenizer):
