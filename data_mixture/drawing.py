@@ -93,7 +93,7 @@ class Draw:
         parts = max(last.parts + 1, int(np.searchsorted(reached, wanted / last.share)) + 1)
         if parts <= len(self.order):
             return Round(parts, last.share)
-        return Round(len(self.order), min(1.0, max(wanted, 1.05 * last.share)))
+        return Round(len(self.order), min(1.0, max(wanted, 1.01 * last.share)))
 
     def takes(self, part: int, rounds: Sequence[Round]) -> Callable[[int, int], np.ndarray] | None:
         """Tell of items by number whether the last of the rounds takes them, and none before did; None: takes none."""

@@ -246,7 +246,7 @@ def test_the_five_systems_in_small(tmp_path, tokenizer_dir, make_units, capsys, 
     assert sum(budgets.values()) == whole // 10_000
     for facts in manifest_of(tmp_path / "mix")["sources"]:
         planned = int(lines[facts["name"]][3].replace(",", ""))
-        few = 3 * facts["tokens"] / facts["documents"]  # documents that the draw may miss by
+        few = 5 * facts["tokens"] / facts["documents"]  # documents that the draw may miss by, of as few as fifty
         drawn = facts["tokens"] + facts["validation"]["tokens"]
         assert drawn == pytest.approx(planned, rel=0.02, abs=few), facts["name"]
 
