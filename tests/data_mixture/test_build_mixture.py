@@ -23,7 +23,7 @@ from tests.towerspeech import test_texts
 from towerspeech import chain, prompts, units
 from towerspeech.errors import UserError
 from towerspeech.indexed import IndexedTokens
-from towerspeech.mixture import Source
+from towerspeech.mixture import Group, Source
 from towerspeech.units_parquet import read_units, write_units
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ from transformers import AutoTokenizer  # once for all processes
 
 from data_mixture import build_mixture as script
 from data_mixture import reading
-from towerspeech.mixture import Source
+from towerspeech.mixture import Group, Source
 
 tokenizer, source, root, options, *moments = map(json.loads, sys.argv[1:])
 reading.BATCH_ITEMS = 5  # a note every 80 items
@@ -381,6 +381,25 @@ def test_the_chain_knows_what_a_pattern_meant(tmp_path, tokenizer_dir):
     info["paths"]["paths"], info["inputs"]["paths"] = [str(tmp_path / "a.jsonl")], info["inputs"]["paths"][:1]
     info["arguments"]["sources"] = [["s", "text", 1]]
     assert told(replace(source, paths=[str(tmp_path / "a.jsonl")])) == []  # a name is enough
+
+
+def test_the_chain_knows_groups_and_test_sets(tmp_path, tokenizer_dir):
+    """Done is a mixture with the same budgets and test sets, in whatever words the budgets are said."""
+    (tmp_path / "tested").mkdir()
+    (tmp_path / "tested/a.devtest").write_text("Nothing of this is in any text, is it?\n")
+    source = Source("s", "text", [str(write_texts(tmp_path / "a.jsonl", ["a", "b"]))], group="g")
+    tested = {"flores": [str(tmp_path / "tested")]}
+    build_whole(tokenizer_dir, tmp_path / "mix", [source], {"g": Group(4)}, tested)
+    info = json.loads((tmp_path / "mix/run_info.json").read_text())
+
+    def told(source: Source, budget: int, test_sets: dict | None) -> list[str]:
+        groups = {"g": {"budget": budget, "split": "equal"}} if source.group else None
+        flags = {"sources": [asdict(source)], "groups": groups, "test_sets": test_sets}
+        return chain.differences("build_mixture", flags, info, tmp_path / "mix")
+
+    assert told(source, 4, tested) == [] and told(replace(source, group=None, budget=4), 0, tested) == []
+    assert told(source, 5, tested) and told(source, 4, None) and told(source, 4, {"wmt": tested["flores"]})
+    assert told(source, 4, {"flores": [str(tmp_path / "tested/a.devtest")]})
 
 
 @pytest.mark.parametrize(
