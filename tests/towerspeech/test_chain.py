@@ -119,6 +119,7 @@ def test_sets_of_speech(tmp_path):
     stages = {stage.name: stage for stage in chain.chain(asked)}
     assert [stages[f"label_{name}"].tasks for name in ("cuts", "own", "hub")] == [2, 1, 3]
     assert stages["label_hub"].after == ["manifest_hub", "fit_kmeans"] and stages["label_own"].after == ["fit_kmeans"]
+    assert "manifest_hub" in stages["build_mixture"].after  # its sentences are kept out of training
     assert chain.parsed(told["label_own"][0])["manifest"] == "o/own.jsonl"
 
 
