@@ -124,8 +124,10 @@ class Reader:
             raise UserError(f"{where}: language {raw.language!r}, but speech must be in {self.languages}", remedy)
         if not raw.speech:
             raise LeftOut("without units")
-        place = uniform(self.key ^ item.part, [item.number])[0]
-        template = self.templates[int(np.searchsorted(self.template_ends, place, side="right"))]
+        template = self.templates[0]
+        if len(self.templates) > 1:
+            place = uniform(self.key ^ item.part, [item.number])[0]
+            template = self.templates[int(np.searchsorted(self.template_ends, place, side="right"))]
         if template != "units" and not text.strip():
             raise LeftOut("without a transcript")
         check_outside_text(text, where)
