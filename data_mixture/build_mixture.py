@@ -50,7 +50,7 @@ from towerspeech.texts import Part, expand
 from towerspeech.tokenizer import tokenizer_hash
 
 VALIDATION_SHARE = 0.01  # of the tokens that are drawn, at most
-SURE = 1.05  # times a source's tokens as a sample tells them: a budget beyond is refused before anything is written
+FEW = 1000  # items of a sample say nothing about the share of bad ones
 HELD_OUT = 1.25  # times the share that should be enough is taken from, until it is
 
 
@@ -106,21 +106,23 @@ def tokenize(
 
     everything = not found.tokens_known or wanted.drawn * AIM >= found.tokens
     all_of_it = everything and found.tokens_known
-    of = {"seed": seed, "validation": wanted.validation, "drawn": "all" if all_of_it else wanted.drawn}
-    output = Output(work, source.name, encoders.maker.encoder.dtype, of)
-    if output.finished or output.state.get("finishing"):
-        output.finish()
-        return output
     expected = max(1, round(found.tokens if all_of_it else wanted.drawn))
     to_spare = expected - source.budget / source.max_epochs
     validation = max(0, min(wanted.validation, round(VALIDATION_SHARE * expected), round(to_spare)))
     held_out = HELD_OUT * validation / expected, validation
+    of = {"seed": seed, "validation": validation, "drawn": "all" if all_of_it else wanted.drawn}
+    output = Output(work, source.name, encoders.maker.encoder.dtype, of)
+    if output.finished or output.state.get("finishing"):
+        output.finish()
+        return output
     parts = parts_of(source)
     draw = Draw(source.name, seed, [part.size for part in parts])
     counts = output.state["counts"]
     bar = tqdm(total=expected, initial=drawn(counts), unit=" tokens", desc=source.name, unit_scale=True, mininterval=1)
     with output, bar:
         for known in rounds(output, draw, 1.0 if everything else wanted.drawn / found.tokens, wanted.drawn):
+            if not found.tokens_known and drawn(counts) >= wanted.drawn:
+                break  # a killed run had come so far
             coming = items(source, parts, known, draw, encoders.maker, output.state["at"])
             for made in encoders.map(batches(index, parts, coming)):
                 output.add(made, held_out)
@@ -140,14 +142,21 @@ def drawn(counts: dict) -> int:
     return counts["tokens"] + counts["validation_tokens"]
 
 
-def remembered(work: Stage, index: int, source: Source, maker: Maker, most: float) -> Survey:
-    """The survey of a source, which a run that goes on need not make again."""
-    path = work.output_dir / f".{source.name}.survey.json"
-    if path.is_file():
-        return Survey(**json.loads(path.read_text()))
-    found = look_at(index, source, maker, most)
-    write_json(path, asdict(found))
-    return found
+def look_at_all(work: Stage, sources: list[Source], maker: Maker, seed: int, most: float) -> list[Survey]:
+    """The surveys of the sources, which a run that goes on need not make again.
+
+    Raises:
+        UserError: A source is too small, as far as that is known.
+    """
+    paths = [work.output_dir / f".{source.name}~{seed}.survey" for source in sources]  # no source's name holds ~
+    surveys = [
+        Survey(**json.loads(path.read_text())) if path.is_file() else look_at(index, source, maker, most)
+        for index, (source, path) in enumerate(zip(sources, paths, strict=True))
+    ]
+    check_sizes(sources, surveys)
+    for path, found in zip(paths, surveys, strict=True):
+        write_json(path, asdict(found))
+    return surveys
 
 
 # --- What the manifest tells ----------------------------------------------------------------------
@@ -157,7 +166,7 @@ def facts(source: Source, output: Output, found: Survey) -> dict:
     left_out = {reason: count for reason, count in sorted(output.state["left_out"].items()) if count}
     if counts["bad"]:
         left_out["that cannot be read"] = counts["bad"]
-    check_budget(source, counts["tokens"], left_out)
+    check_budget(source, counts, left_out)
     tokens = counts["tokens"] + counts["validation_tokens"]
     told = {
         "name": source.name,
@@ -179,14 +188,15 @@ def facts(source: Source, output: Output, found: Survey) -> dict:
     return told
 
 
-def check_budget(source: Source, tokens: int, left_out: dict) -> None:
+def check_budget(source: Source, counts: dict, left_out: dict) -> None:
     """Raise UserError if a source has too few tokens for its budget."""
+    tokens, held_out = counts["tokens"], counts["validation_tokens"]
     if source.budget > source.max_epochs * tokens:
-        epochs = source.budget / tokens if tokens else float("inf")
+        spared = f"; {held_out:,} are held out (--validation_tokens)" if held_out else ""
         raise UserError(
-            too_small(source, tokens, left_out),
-            f"add data, or lower its budget or allow max_epochs: {epochs:.2f} (it is {source.max_epochs}) and "
-            "run this again: what is tokenized stays",
+            too_small(source, tokens, left_out) + spared,
+            "lower its budget or allow more max_epochs, and run this again: the other sources stay; or add data, and "
+            "--overwrite true, which makes all of them anew",
         )
 
 
@@ -194,22 +204,33 @@ def too_small(source: Source, tokens: float, left_out: dict) -> str:
     """What is said of a source that has too few tokens."""
     told = "".join(f", left out {count:,} {reason}" for reason, count in left_out.items())
     missing = math.ceil(source.budget / source.max_epochs - tokens)
+    epochs = f"{source.budget / tokens:.2f} epochs" if tokens else "endless epochs"
     return (
-        f"source {source.name!r} has {tokens:,.0f} tokens for a budget of {source.budget:,}{told}: {missing:,} missing"
+        f"source {source.name!r} has {tokens:,.0f} tokens for a budget of {source.budget:,} ({epochs}, max_epochs is "
+        f"{source.max_epochs}){told}: {missing:,} missing"
     )
 
 
-def check_sizes(sources: list[Source], surveys: list[Survey]) -> None:
-    """Raise UserError if samples tell that sources have too few tokens for their budgets; it tells all of them."""
+def check_sizes(sources: list[Source], surveys: list[Survey], planning: bool = False) -> None:
+    """Raise UserError if sources have too few tokens for their budgets; it tells all of them.
+
+    What only a sample tells is a warning, for it may be wrong (a file's first lines need not be like its others), but
+    an error when one is planning.
+    """
     pairs = [(source, found) for source, found in zip(sources, surveys, strict=True) if found.tokens_known]
-    short = [each for each in pairs if each[0].budget > each[0].max_epochs * each[1].tokens * SURE]
-    if short:
-        told = [too_small(source, found.tokens, found.left_out) for source, found in short]
-        raise UserError(
-            "\n       ".join(told) + f"\n  ({'' if all(f.exact for _, f in short) else 'estimated from samples; '}"
-            f"{len(short)} of {len(sources)} sources are too small)",
-            "add data, or lower their budgets, or allow more max_epochs",
-        )
+    short = [each for each in pairs if each[0].budget > each[0].max_epochs * each[1].tokens]
+    known = [too_small(source, found.tokens, found.left_out) for source, found in short if found.exact]
+    likely = [
+        f"{too_small(source, found.tokens, found.left_out)}, as a sample tells"
+        for source, found in short
+        if not found.exact
+    ]
+    if known or (planning and likely):
+        told = "\n  ".join(known + likely)
+        counted = f"{len(known + likely)} of {len(sources)} sources are too small"
+        raise UserError(f"{told}\n  ({counted})", "add data, or lower their budgets, or allow more max_epochs")
+    for line in likely:
+        print(f"warning: {line}", flush=True)
 
 
 def table(rows: list[dict]) -> str:
@@ -275,7 +296,7 @@ def print_plan(sources: list[Source], surveys: list[Survey], wanted: dict[str, W
 def look_at(index: int, source: Source, maker: Maker, most: float) -> Survey:
     """Survey a source; UserError if more than the share ``most`` of the sample cannot be read."""
     found = survey(index, source, parts_of(source), maker)
-    if found.bad > most * found.items:
+    if found.bad > most * found.items and (found.exact or found.items >= FEW):
         raise too_many_bad(source.name, found.bad, found.items, most, found.first_bad)
     return found
 
@@ -349,7 +370,7 @@ def build_mixture(
         maker = make()
         surveys = [look_at(index, source, maker, max_bad_share) for index, source in enumerate(sources)]
         print_plan(sources, surveys, wanted)
-        check_sizes(sources, surveys)
+        check_sizes(sources, surveys, planning=True)
         return
     # Tokens depend on budgets as far as they decide how many are drawn: what is tokenized stays, if it is the same.
     late = ["budgets", "seed", "reserve", "validation_tokens", "max_bad_share"]
@@ -359,8 +380,7 @@ def build_mixture(
             return
         maker = make()
         began, told, outputs = time.perf_counter(), [], []
-        surveys = [remembered(work, index, source, maker, max_bad_share) for index, source in enumerate(sources)]
-        check_sizes(sources, surveys)
+        surveys = look_at_all(work, sources, maker, seed, max_bad_share)
         with Encoders(maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
             for index, (source, found) in enumerate(zip(sources, surveys, strict=True)):
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)

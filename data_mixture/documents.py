@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ class Reader:
             value = row.get(name)
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 problem = f"{where}: its {name} is {value!r}, but keep wants a number"
                 raise UserError(problem, "name a field that the data carry") from None
             if not within(number):
@@ -268,9 +268,15 @@ class Maker:
         for each in self.find(task, nothing_of(task)):
             yield from ((code, text) for code, text in zip(each.languages, each.texts, strict=True) if code)
 
-    def compare(self, task: Task) -> None:
-        """Raise UserError if the encoder's ids of a task's documents are not the tokenizer's own."""
-        self.encoder.compare([each.document for each in self.find(task, nothing_of(task))])
+    def compare(self, task: Task, most: int) -> int:
+        """Compare the encoder's ids of so many of a task's documents with the tokenizer's own; tell how many it did.
+
+        Raises:
+            UserError: They are not the same.
+        """
+        documents = [each.document for each in islice(self.find(task, nothing_of(task)), most)]
+        self.encoder.compare(documents)
+        return len(documents)
 
 
 def twice(source: Source) -> str:

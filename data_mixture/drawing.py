@@ -66,7 +66,7 @@ class Draw:
     def __init__(self, name: str, seed: int, sizes: Sequence[int]):
         """For a source of parts of these sizes, in bytes."""
         self.of = (seed, name)
-        self.sizes = np.array(sizes, np.float64)
+        self.sizes = np.maximum(np.array(sizes, np.float64), 1.0)
         self.order = np.random.default_rng(key("parts", *self.of)).permutation(len(sizes)).tolist()
         self.rank = {part: rank for rank, part in enumerate(self.order)}
 

@@ -17,6 +17,7 @@ from towerspeech.tokenizer import unit_tokens
 # text is the document.
 Document = tuple[str, str]
 NO_UNITS = ""
+REMAKE = "make it anew with train_bpe_tokenizer/merge_tokenizer.py"
 
 
 # --- Encoding -------------------------------------------------------------------------------------
@@ -72,8 +73,7 @@ class Encoder:
         singles = {spoken[0]: index for index, spoken in tokens.items() if len(spoken) == 1}
         missing = sorted(set(range(self.num_units)) - set(singles))
         if missing:
-            remedy = "make it anew with train_bpe_tokenizer/merge_tokenizer.py"
-            raise UserError(f"the tokenizer has no token for unit {missing[0]}", remedy)
+            raise UserError(f"the tokenizer has no token for unit {missing[0]}", REMAKE)
         ranks = {}  # of merges: their ids may have another order
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
         for rank, (left, right) in enumerate(model.get("merges", ())):
@@ -97,7 +97,9 @@ class Encoder:
             ids = np.array(encoding.ids, self.dtype)
             if speech:
                 run = self.lookup[next(encoded_runs)]
-                place = int((ids == self.stand_in_id).argmax())  # compare() has seen that it is there
+                place = int((ids == self.stand_in_id).argmax())
+                if ids[place] != self.stand_in_id:
+                    raise UserError("the tokenizer has no token of unit 0 alone in a document", REMAKE)
                 ids = np.concatenate([ids[:place], run, ids[place + 1 :]])
             rows.append(ids)
         return rows
@@ -110,5 +112,5 @@ class Encoder:
             if ids.tolist() != self.reference(document):
                 raise UserError(
                     f"the tokenizer's tokens of units depend on the text around them: {document[:80]!r}",
-                    "make it anew with train_bpe_tokenizer/merge_tokenizer.py",
+                    REMAKE,
                 )

@@ -86,10 +86,10 @@ class Output:
         left_out.update(made.left_out)
         kept = self.without_duplicates(made)
         share, wanted = validation
-        chosen = np.flatnonzero(kept & (made.held_out < share))
-        before = counts["validation_tokens"] + np.cumsum(made.sizes[chosen], dtype=np.int64) - made.sizes[chosen]
+        missing = wanted - counts["validation_tokens"]
+        chosen = np.flatnonzero(kept & (made.held_out < share) & (made.sizes <= missing))
         held_out = np.zeros_like(kept)
-        held_out[chosen[before < wanted]] = True
+        held_out[chosen[np.cumsum(made.sizes[chosen], dtype=np.int64) <= missing]] = True
         for mask, start in ((kept & ~held_out, ""), (held_out, "validation_")):
             # write, since tofile hides a full disk
             self.files[f"{start}bin"].write(made.ids[np.repeat(mask, made.sizes)].tobytes())

@@ -1,5 +1,6 @@
 """A source's files as parts of numbered items, read in batches; and what a sample of them tells of the whole."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from towerspeech.errors import UserError
 from towerspeech.files import unpacked_size
 from towerspeech.languages import language
 from towerspeech.mixture import Source
-from towerspeech.texts import Part, parallel_parts, read_raw, text_parts
+from towerspeech.texts import Part, is_hub, parallel_parts, read_raw, text_parts
 from towerspeech.units_parquet import read_unit_arrays, unit_shards
 
 BATCH_ITEMS, BATCH_BYTES = 2048, 1 << 22  # of a task, at most
@@ -32,8 +33,10 @@ def parts_of(source: Source) -> list[Part]:
         shards = [shard for path in source.files() for shard in unit_shards(Path(path))]
         return [Part(shard, None, None, 0, shard.stat().st_size) for shard in shards]
     if source.kind == "text":
-        return [part for name in source.paths for part in text_parts(name)]
-    return [part for name in source.paths for part in parallel_parts(name, source.direction)]
+        parts = [part for name in source.paths for part in text_parts(name)]
+    else:
+        parts = [part for name in source.paths for part in parallel_parts(name, source.direction)]
+    return [part for part in parts if part.size or is_hub(part.path)]  # a folder may hold an empty file
 
 
 def read_items(
@@ -92,6 +95,7 @@ class Survey:
         exact: Whether the sample was the whole source.
         items, bad, left_out: Of the sample: items, those that cannot be read, and what else is left out, by reason.
         first_bad: The first of them, and why.
+        compared: Documents whose ids were compared with the tokenizer's own.
         tokens_known: Whether the source's size is known at all.
     """
 
@@ -104,6 +108,7 @@ class Survey:
     bad: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""
+    compared: int = 0
     tokens_known: bool = True
 
     def add_sizes(self, times: float, documents: float, tokens: float, characters: float, seconds: float) -> None:
@@ -116,7 +121,7 @@ class Survey:
 
 def extent(source: Source, part: Part) -> tuple[float, Callable]:
     """How much a part holds, unpacked bytes or rows, and a function that tells how much of it an item is."""
-    if not part.size:  # of the hub
+    if is_hub(part.path):
         return 0, lambda raw: 0
     if source.kind == "speech" or part.group is not None:
         from pyarrow.parquet import ParquetFile
@@ -128,8 +133,17 @@ def extent(source: Source, part: Part) -> tuple[float, Callable]:
         from datasets import load_from_disk
 
         return len(load_from_disk(str(part.path))), lambda raw: 1
-    files = [part.path, *([part.other] if part.other else [])]
-    return sum(map(unpacked_size, files)), lambda raw: size_of(raw) + len(files)  # and the ends of lines
+    return sum(unpacked_size(path) for path in (part.path, part.other) if path), bytes_of
+
+
+def bytes_of(raw) -> int:
+    """How many bytes of its file an item takes."""
+    if isinstance(raw, bytes):
+        return len(raw)
+    if isinstance(raw, tuple):  # of several lines, of two files, or with the names of columns
+        of_paragraph = len(raw) == 2 and isinstance(raw[0], int)  # which ends with a line, and a blank one
+        return sum(len(each) for each in raw if isinstance(each, bytes)) + 2 * of_paragraph
+    return len(json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace")) + 2  # an item of a list
 
 
 def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Survey:
@@ -143,7 +157,7 @@ def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Surve
     for place in places:
         look_at_part(index, source, parts, place, maker, told, scripts, of=len(places))
     check_scripts(source, scripts)
-    told.tokens_known = all(part.size for part in parts)
+    told.tokens_known = not any(is_hub(part.path) for part in parts)
     if told.tokens_known:
         times = sum(part.size for part in parts) / sum(parts[place].size for place in places)
         told.add_sizes(times - 1, told.documents, told.tokens, told.characters, told.seconds)
@@ -158,8 +172,8 @@ def look_at_part(
     read, size, made = 0.0, 0, []
     items = read_items(source, parts[place], place, maker)
     for task in batches(index, parts, islice(items, SAMPLED_ITEMS // of)):
-        if not told.items:
-            maker.compare(task._replace(items=task.items[:COMPARED]))
+        if told.compared < COMPARED:
+            told.compared += maker.compare(task, COMPARED)
         told.items += len(task.items)
         read += sum(of_item(item.raw) for item in task.items)
         size += sum(size_of(item.raw) for item in task.items)
@@ -191,6 +205,7 @@ SCRIPTS = {
     "Han": Script(re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), 3),
     "Hangul": Script(re.compile("[\u1100-\u11ff\uac00-\ud7af]"), 2),
 }
+LETTER, OTHERS = re.compile(r"[^\W\d_]"), "none of the ten languages'"
 OF_LANGUAGE = {"ru": "Cyrillic", "zh": "Han", "ko": "Hangul"}  # the others are written in Latin letters
 FEWEST_LETTERS, LEAST_SHARE = 200, 0.5
 
@@ -199,15 +214,19 @@ def count_scripts(said: Iterable[tuple[str, str]]) -> Counter:
     """Letters by language and script, of texts that are said to be in a language."""
     counts: Counter = Counter()
     for code, text in said:
+        others = len(LETTER.findall(text))
         for script, (letters, weight) in SCRIPTS.items():
-            counts[code, script] += weight * len(letters.findall(text))
+            found = len(letters.findall(text))
+            counts[code, script] += weight * found
+            others -= found
+        counts[code, OTHERS] += max(0, others)
     return counts
 
 
 def check_scripts(source: Source, counts: Counter) -> None:
     """Raise UserError if most letters are not of the script that their language is written in."""
     for code in sorted({code for code, _ in counts}):
-        found = {script: counts[code, script] for script in SCRIPTS}
+        found = {script: counts[code, script] for script in (*SCRIPTS, OTHERS)}
         letters, most = sum(found.values()), max(found, key=found.get)
         share = found[OF_LANGUAGE.get(code, "Latin")] / max(1, letters)
         if letters >= FEWEST_LETTERS and share < LEAST_SHARE:

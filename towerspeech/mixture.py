@@ -14,7 +14,7 @@ from towerspeech.units_parquet import check_one_kmeans
 
 # The speech documents there are; towerspeech/prompts.py has their text.
 TEMPLATES = ("transcript", "units", "text_to_speech")
-BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)", re.IGNORECASE)
+BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.IGNORECASE)
 MEND = "mend the config"
 
 
@@ -40,8 +40,8 @@ class Source:
         min_characters: Shorter documents are left out; of pairs both sides count together.
         max_characters: Longer documents are left out.
         duplicates: Whether documents that are there twice are kept, or left out but for the first if they are
-            ``exact`` (the same but for case and white space) or also ``near`` (most of their 5-grams are the same).
-            Without it exact ones are left out of text, and none of speech.
+            ``exact`` (the same but for case and white space; the default of text) or also ``near`` (most of their
+            5-grams are the same). Speech is kept.
         templates: Of speech, how often each form of document is made, as weights: ``transcript`` (the units, then the
             text), ``units`` alone, ``text_to_speech`` (the text, then the units).
         languages: Of speech, those that it may be in.
@@ -91,6 +91,7 @@ OF_KIND = {  # the settings that have a meaning for some kinds of sources alone
     "keep": ("text", "parallel"),
     "min_characters": ("text", "parallel"),
     "max_characters": ("text", "parallel"),
+    "duplicates": ("text", "parallel"),
     "templates": ("speech",),
     "languages": ("speech",),
 }
@@ -122,6 +123,8 @@ def with_budgets(sources: list[Source], groups: dict[str, Group] | None) -> list
             problem = f"group {name!r} has a budget of {group.budget:,} for {members}, split: {group.split}"
             raise UserError(problem, "name the group in its sources, give each a weight above 0, and a budget")
         shares |= _split(group.budget, weights)
+        if none := [member for member in members if shares[member] < 1]:
+            raise UserError(f"group {name!r}: its split leaves no token to {none}", "give it more weight or budget")
     for source in sources:
         if source.group is not None and source.group not in groups:
             raise UserError(f"source {source.name!r} is of group {source.group!r}, which is not there", MEND)
@@ -157,13 +160,14 @@ def check_sources(sources: list[Source]) -> None:
     if not names or len({name.casefold() for name in names}) < len(names):  # some file systems tell no case
         raise UserError(f"sources need distinct names, got {names}", MEND)
     for source in sources:
-        if not re.fullmatch(r"\w[\w.+-]*", source.name, re.ASCII):  # it stands in Megatron's data_path, too
+        # It stands in Megatron's data_path, too; .unfinished.json is the stage's own.
+        if not re.fullmatch(r"(?!unfinished$)\w[\w.+-]*", source.name, re.ASCII | re.IGNORECASE):
             raise UserError(f"a source is named {source.name!r}", "use letters, digits, and . _ + - after the first")
         for name in settings(source):
             if source.kind not in OF_KIND.get(name, (source.kind,)):
                 raise UserError(f"source {source.name!r} is of kind {source.kind}, which has no {name}", MEND)
-        if not source.paths:
-            raise UserError(f"source {source.name!r} needs paths", MEND)
+        if not source.paths or source.max_epochs <= 0:
+            raise UserError(f"source {source.name!r} needs paths, and max_epochs above 0", MEND)
         if source.kind == "speech" and any(map(is_hub, source.paths)):
             raise UserError(f"source {source.name!r}: units of speech are folders, not of the hub", MEND)
         source.files()

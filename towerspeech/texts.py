@@ -128,10 +128,11 @@ def expand(name: str | Path, remedy: str = "check the path, or run the stage tha
         return [path for part in parts for path in expand(part, remedy)]
     paths = [Path(name)]
     if not paths[0].exists() and glob.has_magic(name):
-        paths = []
+        found: dict[Path, None] = {}
         for path in map(Path, sorted(glob.glob(name, recursive=True))):
-            if not {*paths}.intersection(path.parents):  # ** meets folders, and what is in them
-                paths.append(path)
+            if found.keys().isdisjoint(path.parents):  # ** meets folders, and what is in them
+                found[path] = None
+        paths = [*found]
         if not paths:
             raise UserError(f"no file is called {name}", remedy)
     for path in paths:

@@ -84,24 +84,33 @@ def test_unknown_tokens_do_not_occur(tmp_path, model_dir, sources):
 
 
 def test_a_budget_beyond_the_data_is_refused_with_both_numbers(tmp_path, model_dir, sources):
-    greedy = Source("mono", "text", sources["mono"].paths, 10_000_000)
-    with pytest.raises(
-        UserError, match=r"source 'mono' has [\d,]+ tokens for a budget of 10,000,000: 9,99\d,\d{3} missing"
-    ):
-        build_whole(model_dir, tmp_path / "mix", [greedy])
-    assert not (tmp_path / "mix/run_info.json").exists() and not (tmp_path / "mix/mono.bin").exists()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     total = sum(map(len, expected_documents(sources["mono"], tokenizer, bos=False)))
-    with pytest.raises(UserError, match=rf"'mono' has {total:,} tokens for a budget of {total + 1:,}: 1 missing"):
-        build_whole(model_dir, tmp_path / "mix", [replace(greedy, budget=total + 1)])
-    # The tokens are kept for a smaller one; a finished mixture is not changed.
-    tokens = tmp_path / "mix/mono.bin"
-    made = tokens.stat()
+    for budget in (10_000_000, total + 1):
+        greedy = Source("mono", "text", sources["mono"].paths, budget)
+        said = (
+            rf"'mono' has {total:,} tokens for a budget of {budget:,} \([\d.]+ epochs, .*: {budget - total:,} missing"
+        )
+        with pytest.raises(UserError, match=said):
+            build_whole(model_dir, tmp_path / "mix", [greedy])
+        assert not (tmp_path / "mix/run_info.json").exists() and not (tmp_path / "mix/mono.bin").exists()
     build_whole(model_dir, tmp_path / "mix", [replace(greedy, budget=30)])
-    assert (tokens.stat().st_ino, tokens.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
     assert json.loads((tmp_path / "mix/manifest.json").read_text())["sources"][0]["budget"] == 30
     with pytest.raises(UserError, match=r"was written by another run: budgets was .*30.*, now .*29"):
         build_whole(model_dir, tmp_path / "mix", [replace(greedy, budget=29)])
+
+
+def test_what_is_tokenized_stays_if_another_source_is_too_small(tmp_path, model_dir):
+    """How much is there twice is known late; then a smaller budget is enough."""
+    one = write_texts(tmp_path / "a.jsonl", [f"the dog sees {i} boats" for i in range(50)])
+    other = write_texts(tmp_path / "b.jsonl", ["the dog sees two boats"] * 50)
+    sources = [Source("a", "text", [str(one)], 100), Source("b", "text", [str(other)], 100)]
+    with pytest.raises(UserError, match=r"'b' has \d+ tokens for a budget of 100 .*, left out 49 twice: \d+ missing"):
+        build_whole(model_dir, tmp_path / "mix", sources)
+    made = (tmp_path / "mix/a.bin").stat()
+    build_whole(model_dir, tmp_path / "mix", [sources[0], replace(sources[1], budget=5)])
+    kept = (tmp_path / "mix/a.bin").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
 
 def test_corpora_of_two_kmeans_are_refused(tmp_path, model_dir, make_units):
@@ -256,7 +265,7 @@ def test_a_budget_met_exactly_and_missed_by_one_token(tmp_path, tokenizer_dir, m
     source = Source("a", "text", [str(path)], budget, max_epochs, duplicates="keep")
     if epochs is None:
         wanted = (
-            rf"'a' has 100 tokens for a budget of {budget}: \d missing\n.* {budget / 100:.2f} \(it is {max_epochs}\)"
+            rf"'a' has 100 tokens for a budget of {budget} \({budget / 100:.2f} epochs, .* {max_epochs}\): \d missing"
         )
         with pytest.raises(UserError, match=wanted):
             build_whole(tokenizer_dir, tmp_path / "mix", [source])
@@ -277,7 +286,7 @@ def test_a_budget_is_positive(tmp_path, tokenizer_dir, sources, budget):
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path, tokenizer_dir):
     source = Source("a", "text", [str(write_texts(tmp_path / "a.jsonl", ["", " \n"]))], 5, 1e9)
-    with pytest.raises(UserError, match="'a' has 0 tokens for a budget of 5, left out 2 without text"):
+    with pytest.raises(UserError, match=r"'a' has 0 tokens for a budget of 5 .*, left out 2 without text"):
         build_whole(tokenizer_dir, tmp_path / "mix", [source])
 
 
