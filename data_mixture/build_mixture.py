@@ -50,7 +50,7 @@ from towerspeech.texts import Part, expand
 from towerspeech.tokenizer import tokenizer_hash
 
 VALIDATION_SHARE = 0.01  # of the tokens that are drawn, at most
-FEW = 1000  # items of a sample say nothing about the share of bad ones
+FEW = 1000  # fewer items of a sample tell nothing of the share of bad ones
 HELD_OUT = 1.25  # times the share that should be enough is taken from, until it is
 
 

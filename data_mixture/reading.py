@@ -17,13 +17,12 @@ from towerspeech.errors import UserError
 from towerspeech.files import unpacked_size
 from towerspeech.languages import language
 from towerspeech.mixture import Source
-from towerspeech.texts import Part, is_hub, parallel_parts, read_raw, text_parts
+from towerspeech.texts import Part, Wanted, is_hub, parallel_parts, read_raw, text_parts
 from towerspeech.units_parquet import read_unit_arrays, unit_shards
 
 BATCH_ITEMS, BATCH_BYTES = 2048, 1 << 22  # of a task, at most
 SAMPLED_PARTS, SAMPLED_ITEMS, SAMPLED_BYTES = 16, 8192, 1 << 25  # at most, together
 COMPARED = 64  # documents of a source, with the tokenizer's own ids
-Wanted = Callable[[int, int], np.ndarray]
 
 
 # --- Items ----------------------------------------------------------------------------------------
@@ -36,7 +35,10 @@ def parts_of(source: Source) -> list[Part]:
         parts = [part for name in source.paths for part in text_parts(name)]
     else:
         parts = [part for name in source.paths for part in parallel_parts(name, source.direction)]
-    return [part for part in parts if part.size or is_hub(part.path)]  # a folder may hold an empty file
+    parts = [part for part in parts if part.size or is_hub(part.path)]  # a folder may hold empty files
+    if not parts:
+        raise UserError(f"source {source.name!r}: all its files are empty", "check its paths, or fetch them again")
+    return parts
 
 
 def read_items(
@@ -60,7 +62,7 @@ def read_items(
 
 
 def size_of(raw) -> int:
-    """About how many bytes an item holds."""
+    """About how many bytes an item holds in memory; see also ``bytes_of``."""
     if isinstance(raw, bytes | str):
         return len(raw)
     if isinstance(raw, dict):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from towerspeech.errors import UserError
 from towerspeech.files import check_exists
+from towerspeech.hub import asking_hub
 from towerspeech.languages import FLORES_PLUS_CODES, LANGUAGES, language, parse_pair
 from towerspeech.outside_text import check_outside_text
 from towerspeech.records import check_texts, iter_jsonl, read_lines
@@ -92,19 +93,13 @@ def is_hub_dataset(root: Path) -> bool:
 def hub(root: Path, function: str, *arguments, **options):
     """Call a function of the datasets library, once; whatever goes wrong becomes one message."""
     import datasets
-    from huggingface_hub.utils import logging
 
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()  # its retries; the message below says it once
-    try:
+    remedy = (
+        "there is no such folder here: check --data_root and the network; a gated dataset such as"
+        " openlanguagedata/flores_plus wants its conditions accepted on its page, and `hf auth login`"
+    )
+    with asking_hub(str(root), remedy):
         return getattr(datasets, function)(str(root), *arguments, **options)
-    except Exception as error:  # offline, no such dataset, gated, malformed: of many classes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{root} is no folder here, and the hub did not give it: {reason}",
-            "check --data_root and the network; a gated dataset such as openlanguagedata/flores_plus wants its"
-            " conditions accepted on its page, and `hf auth login`",
-        ) from None
 
 
 def read_hub(root: Path, code: str, split: str) -> tuple[list, list[str]]:

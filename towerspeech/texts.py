@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 
 from towerspeech.errors import UserError
 from towerspeech.files import PACKED, check_exists, open_plain
+from towerspeech.hub import asking_hub
 from towerspeech.languages import LANGUAGES, find_language, parse_pair
 from towerspeech.outside_text import check_outside_text
 from towerspeech.records import check_object, check_texts, json_lines, parse_json
@@ -213,7 +214,8 @@ def _row_groups(path: Path, as_text: bool) -> list[Part]:
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
         total = sum(group.total_byte_size for group in groups)
         for number, group in enumerate(groups):
-            parts.append(Part(path, None, number, first, size * group.total_byte_size // max(total, 1)))
+            share = max(1, size * group.total_byte_size // max(total, 1))  # 0 is a file that holds nothing
+            parts.append(Part(path, None, number, first, share))
             first += group.num_rows
     return parts
 
@@ -443,7 +445,11 @@ def _read_hub(part: Part, reading: Reading, wanted: Wanted | None, start: int) -
 
     name, config, split = [*str(part.path).removeprefix(HUB).split(":", 2), "", ""][:3]
     first = 0
-    try:
+    remedy = (
+        "check the name (hub:OWNER/NAME:CONFIG:SPLIT), the network and HF_HUB_OFFLINE; a gated data set wants `hf auth"
+        " login`; or fetch it with `hf download` and name its files"
+    )
+    with asking_hub(str(part.path), remedy):
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         for table in rows.with_format("arrow").iter(BATCH_ROWS):
             end = first + table.num_rows
@@ -451,15 +457,6 @@ def _read_hub(part: Part, reading: Reading, wanted: Wanted | None, start: int) -
                 table = table.select(_columns(table.column_names, part.path, reading))
                 yield from _rows(table, first, numbers)
             first = end
-    except UserError:
-        raise
-    except Exception as error:  # offline, no such data set, gated, malformed: of many classes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{part.path}: the hub did not give it ({reason})",
-            "check the name (hub:OWNER/NAME:CONFIG:SPLIT), the network and HF_HUB_OFFLINE; a gated data set wants `hf"
-            " auth login`; or fetch it with `hf download` and name its files",
-        ) from None
 
 
 # --- Parsing --------------------------------------------------------------------------------------
