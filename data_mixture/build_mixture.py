@@ -381,7 +381,7 @@ def build_mixture(
         maker = make()
         began, told, outputs = time.perf_counter(), [], []
         surveys = look_at_all(work, sources, maker, seed, max_bad_share)
-        with Encoders(maker, num_processes or len(os.sched_getaffinity(0))) as encoders:
+        with Encoders(maker, num_processes or len(os.sched_getaffinity(0)), output_dir) as encoders:
             for index, (source, found) in enumerate(zip(sources, surveys, strict=True)):
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)
                 outputs.append(output)

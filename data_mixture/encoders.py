@@ -3,10 +3,12 @@
 import itertools
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from data_mixture.documents import Made, Maker, Task
 from towerspeech.ahead import ahead
@@ -17,7 +19,7 @@ HERE = 4  # tasks that are done here before processes are started, which takes a
 _maker: Maker  # of a process
 
 
-def _start(maker: Maker) -> None:
+def _start(state: Path) -> None:
     global _maker
 
     def leave_with_parent() -> None:  # else a process whose parent was killed would wait for ever
@@ -26,7 +28,8 @@ def _start(maker: Maker) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
-    _maker = maker
+    with open(state, "rb") as file:
+        _maker = pickle.load(file)
 
 
 def _make(task: Task) -> Made:
@@ -34,10 +37,13 @@ def _make(task: Task) -> Made:
 
 
 class Encoders:
-    """Some processes, started when there is work for them; one is this process and a thread."""
+    """Some processes, started when there is work for them; one is this process and a thread.
 
-    def __init__(self, maker: Maker, num_processes: int):
-        self.maker, self.num_processes = maker, num_processes
+    What they need goes through a file of ``folder``: through their pipes, they would start one after another.
+    """
+
+    def __init__(self, maker: Maker, num_processes: int, folder: Path):
+        self.maker, self.num_processes, self.state = maker, num_processes, folder / ".maker"
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Encoders":
@@ -46,6 +52,7 @@ class Encoders:
     def __exit__(self, *error) -> None:
         if self.pool:
             self.pool.shutdown(wait=True, cancel_futures=True)
+        self.state.unlink(missing_ok=True)
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Made]:
         """Make tokens of tasks, in their order.
@@ -61,7 +68,9 @@ class Encoders:
             return
         if not self.pool:
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (self.maker,))
+            with open(self.state, "wb") as file:
+                pickle.dump(self.maker, file)
+            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (self.state,))
         try:
             yield from ahead(self.pool, _make, itertools.chain([first], rest), limit=2 * self.num_processes)
         except BrokenProcessPool:

@@ -16,6 +16,7 @@ from towerspeech.errors import UserError
 from towerspeech.tokenizer import CHAT_TOKENS, SPECIAL_TOKENS
 
 MARK = "\U000ffffe"  # of plane 15, whose characters no text from outside may hold, but never a unit
+UNMARK = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}  # as a normalizer of the tokenizers library
 PLANE_15 = re.compile("[\U000f0000-\U000fffff]")
 SPEECH_TASKS = ("asr", "st")
 
@@ -59,8 +60,7 @@ def text_tokenizer(tokenizer):
     tokens = control_tokens(tokenizer)
     controls = set(tokens)
     saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    unmark = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
-    normalizers = [unmark, *([saved["normalizer"]] if saved["normalizer"] else [])]
+    normalizers = [UNMARK, *([saved["normalizer"]] if saved["normalizer"] else [])]
     saved["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     for token in saved["added_tokens"]:
         if token["content"] in controls:
