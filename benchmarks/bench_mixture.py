@@ -3,9 +3,10 @@
 Usage: python benchmarks/bench_mixture.py --output_dir runs/bench_mixture
 
 Makes synthetic text (JSONL.gz and Parquet) and units, and a 32,000-piece tokenizer with 5000 units, and compares
-  speed   from Parquet, from JSONL.gz and from units to tokens on disk, at two processes and at one: whole runs, their
-          start and imports included, beside (a) load_dataset, a batched map and a file of its ids, and (b) the loop of
-          Megatron-LM's tools/preprocess_data.py with megatron-core's writer. All write the same bytes.
+  speed   from Parquet, from JSONL.gz and from units to tokens on disk, at two processes and at one, beside (a)
+          load_dataset, a batched map and a file of its ids, and (b) the loop of Megatron-LM's tools/preprocess_data.py
+          with megatron-core's writer. All write the same bytes. The time is that of a whole run without its start
+          (imports, the tokenizer), which a run on a few documents tells: a mixture is some hundred times as large.
   memory  of build_mixture.py from JSONL.gz at 10 and at 100 million tokens: of the process that reads, and of all
           together
 and ends with one JSON line a comparison. At two processes ours has to be three times as fast as the faster of the
@@ -31,6 +32,7 @@ VOCAB_SIZE = 8000  # of the units
 TOKENS_A_WORD = 1.44  # of the text
 FASTER = 3.0
 LARGER = 1.2
+FEW = 10_000  # tokens, of which a run is its start
 LOOK_EVERY = 0.05  # seconds
 
 
@@ -65,44 +67,56 @@ def build(kind: str, paths: list[Path], tokenizer: Path, output_dir: Path, num_p
     return run_script("data_mixture/build_mixture.py", output_dir, *words, *whole).seconds
 
 
+def ways_of(kind: str, tokenizer: Path, output_dir: Path, processes: int) -> dict[str, Callable[[list[Path]], float]]:
+    """The ways from files of a source to ``output_dir``, by name; each tells the seconds that it took."""
+    ways = {"ours": lambda files: build(kind, files, tokenizer, output_dir / "ours", processes)}
+    for name, function, *words in (
+        ("megatron", with_megatron, processes),
+        ("processes", with_datasets, processes),
+        ("threads of one process", with_datasets, 1, True),
+    ):
+        if name != "threads of one process" or processes > 1:
+            target = output_dir / f"{name}.bin"
+            ways[name] = lambda files, function=function, target=target, words=tuple(words): apart(
+                function, kind, files, tokenizer, target, *words
+            )[0]
+    return ways
+
+
 def bench_speed(
-    name: str, kind: str, files: list[Path], tokenizer: Path, output_dir: Path, processes: int, rounds: int
-) -> list[dict]:
-    """Run all sides in turns; the best of the rounds counts, for each side."""
+    name: str, kind: str, few: list[Path], files: list[Path], tokenizer: Path, output_dir: Path, processes: int,
+    rounds: int,
+) -> list[dict]:  # fmt: skip
+    """Run all ways in turns, first on a few documents, which tells their start; the best of the rounds counts."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    datasets_ways = {"processes": [processes]}
-    if processes > 1:
-        datasets_ways["threads of one process"] = [1, True]
-    took: dict[str, list[float]] = {}
-    same = []
-
-    def measured(way: str, seconds: float, tokens: Path) -> None:
-        took.setdefault(way, []).append(seconds)
-        if way != "ours":
-            same.append(filecmp.cmp(output_dir / "mixture/source.bin", tokens, shallow=False))
-        print(f"{name}, --num_processes {processes}, {way}: {seconds:.1f} s", flush=True)
-
+    ways = ways_of(kind, tokenizer, output_dir, processes)
+    starts = {way: call(few) for way, call in ways.items()}
+    took, same = {way: [] for way in ways}, []
     for _ in range(rounds):
-        seconds = build(kind, files, tokenizer, output_dir / "mixture", processes)
-        measured("ours", seconds, output_dir / "mixture/source.bin")
-        tokens = output_dir / "megatron.bin"
-        measured("megatron", apart(with_megatron, kind, files, tokenizer, tokens, processes)[0], tokens)
-        tokens = output_dir / "datasets.bin"
-        for way, words in datasets_ways.items():
-            measured(way, apart(with_datasets, kind, files, tokenizer, tokens, *words)[0], tokens)
-        fastest = min(datasets_ways, key=lambda way: min(took[way]))
-        datasets_ways = {fastest: datasets_ways[fastest]}
-    info = read_json(output_dir / "mixture/run_info.json", "run again")
-    num_tokens, best = info["counts"]["source"], {way: min(seconds) for way, seconds in took.items()}
+        for way, call in ways.items():
+            took[way].append(call(files))
+            shown = f"{took[way][-1]:.1f} s, start {starts[way]:.1f} s"
+            print(f"{name}, --num_processes {processes}, {way}: {shown}", flush=True)
+            if way != "ours":
+                same.append(filecmp.cmp(output_dir / "ours/source.bin", output_dir / f"{way}.bin", shallow=False))
+    tokens = read_json(output_dir / "ours/run_info.json", "run again")["counts"]["source"]
+    seconds = {way: min(took[way]) - starts[way] for way in ways}
+    datasets_way = min(seconds.keys() - {"ours", "megatron"}, key=seconds.get)
     lines = []
-    for label, way in (("datasets.map", fastest), ("Megatron's preprocessing", "megatron")):
-        goal = FASTER if processes > 1 and best[way] == min(best[way] for way in (fastest, "megatron")) else None
-        facts = {"our_tokens_per_s": round(num_tokens / best["ours"]), "tokens": num_tokens}
-        facts["their_tokens_per_s"] = round(num_tokens / best[way])
-        if way == fastest:
+    for label, way in (("datasets.map", datasets_way), ("Megatron's preprocessing", "megatron")):
+        faster = seconds[way] == min(seconds[datasets_way], seconds["megatron"])
+        facts = {
+            "tokens": tokens,
+            "our_tokens_per_s": round(tokens / seconds["ours"]),
+            "their_tokens_per_s": round(tokens / seconds[way]),
+            "our_start_s": round(starts["ours"], 1),
+            "their_start_s": round(starts[way], 1),
+        }
+        if way == datasets_way:
             facts["fastest_way"] = way
         shown = f"{name}, --num_processes {processes}, beside {label}"
-        lines.append(comparison(shown, best["ours"], best[way], goal, sum(same) / len(same), **facts))
+        goal = FASTER if processes > 1 and faster else None
+        lines.append(comparison(shown, seconds["ours"], seconds[way], goal, sum(same) / len(same), **facts))
     return lines
 
 
@@ -180,7 +194,7 @@ def bench_memory(corpora: list[Path], tokenizer: Path, output_dir: Path) -> list
 
 def bench_mixture(
     output_dir: Path,
-    tokens: int = 5_000_000,
+    tokens: int = 20_000_000,
     rounds: int = 2,
     small_tokens: int = 10_000_000,
     large_tokens: int = 100_000_000,
@@ -197,19 +211,21 @@ def bench_mixture(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of ours: at one process, too, a process is a core
     output_dir = output_dir.resolve()
     copy_mistral_tokenizer(output_dir / "mistral")
-    units = make(output_dir / f"units_{tokens}", write_unit_corpus, tokens)
-    text = make(output_dir / f"text_{tokens}", write_text, tokens, output_dir / "mistral", True)
+    units, few_units = (make(output_dir / f"units_{n}", write_unit_corpus, n) for n in (tokens, FEW))
+    text, few_text = (
+        make(output_dir / f"text_{n}", write_text, n, output_dir / "mistral", True) for n in (tokens, FEW)
+    )
     tokenizer = make_tokenizer(units / "units", output_dir / "mistral", output_dir)
-    inputs = {
-        "Parquet": ("text", sorted(text.glob("*.parquet"))),
-        "JSONL.gz": ("text", sorted(text.glob("*.jsonl.gz"))),
-        "units": ("speech", sorted((units / "units").glob("*.parquet"))),
-    }
     lines = []
-    for name, (kind, files) in inputs.items():
+    for name, kind, few, many, files in (
+        ("Parquet", "text", few_text, text, "*.parquet"),
+        ("JSONL.gz", "text", few_text, text, "*.jsonl.gz"),
+        ("units", "speech", few_units / "units", units / "units", "*.parquet"),
+    ):
         for processes, times in ((2, rounds), (1, 1)):
+            both = sorted(few.glob(files)), sorted(many.glob(files))
             folder = output_dir / f"speed_{name}"
-            lines += bench_speed(f"from {name}", kind, files, tokenizer, folder, processes, times)
+            lines += bench_speed(f"from {name}", kind, *both, tokenizer, folder, processes, times)
     corpora = [
         make(output_dir / f"text_gz_{size}", write_text, size, output_dir / "mistral", False)
         for size in (small_tokens, large_tokens)

@@ -142,7 +142,7 @@ def drawn(counts: dict) -> int:
     return counts["tokens"] + counts["validation_tokens"]
 
 
-def look_at_all(work: Stage, sources: list[Source], maker: Maker, seed: int, most: float) -> list[Survey]:
+def look_at_all(work: Stage, sources: list[Source], encoders: Encoders, seed: int, most: float) -> list[Survey]:
     """The surveys of the sources, which a run that goes on need not make again.
 
     Raises:
@@ -150,7 +150,7 @@ def look_at_all(work: Stage, sources: list[Source], maker: Maker, seed: int, mos
     """
     paths = [work.output_dir / f".{source.name}~{seed}.survey" for source in sources]  # no source's name holds ~
     surveys = [
-        Survey(**json.loads(path.read_text())) if path.is_file() else look_at(index, source, maker, most)
+        Survey(**json.loads(path.read_text())) if path.is_file() else look_at(index, source, encoders, most)
         for index, (source, path) in enumerate(zip(sources, paths, strict=True))
     ]
     check_sizes(sources, surveys)
@@ -293,9 +293,9 @@ def print_plan(sources: list[Source], surveys: list[Survey], wanted: dict[str, W
     print(table(rows))
 
 
-def look_at(index: int, source: Source, maker: Maker, most: float) -> Survey:
+def look_at(index: int, source: Source, encoders: Encoders, most: float) -> Survey:
     """Survey a source; UserError if more than the share ``most`` of the sample cannot be read."""
-    found = survey(index, source, parts_of(source), maker)
+    found = survey(index, source, parts_of(source), encoders)
     if found.bad > most * found.items and (found.exact or found.items >= FEW):
         raise too_many_bad(source.name, found.bad, found.items, most, found.first_bad)
     return found
@@ -367,8 +367,8 @@ def build_mixture(
 
     wanted = {source.name: wanted_of(source, reserve, validation_tokens) for source in sources}
     if plan:
-        maker = make()
-        surveys = [look_at(index, source, maker, max_bad_share) for index, source in enumerate(sources)]
+        with Encoders(make()) as encoders:
+            surveys = [look_at(index, source, encoders, max_bad_share) for index, source in enumerate(sources)]
         print_plan(sources, surveys, wanted)
         check_sizes(sources, surveys, planning=True)
         return
@@ -380,8 +380,8 @@ def build_mixture(
             return
         maker = make()
         began, told, outputs = time.perf_counter(), [], []
-        surveys = look_at_all(work, sources, maker, seed, max_bad_share)
         with Encoders(maker, num_processes or len(os.sched_getaffinity(0)), output_dir) as encoders:
+            surveys = look_at_all(work, sources, encoders, seed, max_bad_share)
             for index, (source, found) in enumerate(zip(sources, surveys, strict=True)):
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)
                 outputs.append(output)

@@ -42,8 +42,9 @@ class Encoders:
     What they need goes through a file of ``folder``: through their pipes, they would start one after another.
     """
 
-    def __init__(self, maker: Maker, num_processes: int, folder: Path):
-        self.maker, self.num_processes, self.state = maker, num_processes, folder / ".maker"
+    def __init__(self, maker: Maker, num_processes: int = 1, folder: Path | None = None):
+        self.maker, self.num_processes = maker, num_processes
+        self.state = folder and folder / ".maker"
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Encoders":
@@ -52,7 +53,8 @@ class Encoders:
     def __exit__(self, *error) -> None:
         if self.pool:
             self.pool.shutdown(wait=True, cancel_futures=True)
-        self.state.unlink(missing_ok=True)
+        if self.state:
+            self.state.unlink(missing_ok=True)  # a killed run's, too
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Made]:
         """Make tokens of tasks, in their order.

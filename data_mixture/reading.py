@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_mixture.documents import Item, Maker, Task, Utterance, reading
+from data_mixture.documents import Item, Made, Maker, Task, Utterance, reading
+from data_mixture.encoders import Encoders
 from towerspeech import units
 from towerspeech.errors import UserError
 from towerspeech.files import unpacked_size
@@ -148,17 +149,32 @@ def bytes_of(raw) -> int:
     return len(json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace")) + 2  # an item of a list
 
 
-def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Survey:
+@dataclass
+class Look:
+    """What was read of a part for the sample: its first tasks."""
+
+    whole: float  # what the part holds, unpacked bytes or rows
+    read: float = 0.0  # of that
+    size: int = 0  # about how many bytes in memory
+    done: bool = False  # whether that was all of it
+    made: list[Made] = field(default_factory=list)
+
+
+def survey(index: int, source: Source, parts: list[Part], encoders: Encoders) -> Survey:
     """Look at the first items of some parts, spread over a source.
 
     Raises:
         UserError: The encoder's ids are not the tokenizer's; the letters are of another script than the language.
     """
     places = sorted({*np.linspace(0, len(parts) - 1, min(len(parts), SAMPLED_PARTS)).astype(int).tolist()})
-    told, scripts = Survey(exact=len(places) == len(parts)), Counter()
-    for place in places:
-        look_at_part(index, source, parts, place, maker, told, scripts, of=len(places))
+    told, scripts, looks = Survey(), Counter(), {}
+    tasks = first_tasks(index, source, parts, places, encoders.maker, told, scripts, looks)
+    for made in encoders.map(tasks):
+        looks[made.at[0]].made.append(made)
     check_scripts(source, scripts)
+    for look in looks.values():
+        add_part(told, look)
+    told.exact = len(places) == len(parts) and all(look.done for look in looks.values())
     told.tokens_known = not any(is_hub(part.path) for part in parts)
     if told.tokens_known:
         times = sum(part.size for part in parts) / sum(parts[place].size for place in places)
@@ -166,33 +182,44 @@ def survey(index: int, source: Source, parts: list[Part], maker: Maker) -> Surve
     return told
 
 
-def look_at_part(
-    index: int, source: Source, parts: list[Part], place: int, maker: Maker, told: Survey, scripts: Counter, of: int
-) -> None:
-    """Add what the first items of a part tell, which is one ``of`` so many."""
-    whole, of_item = extent(source, parts[place])
-    read, size, made = 0.0, 0, []
-    items = read_items(source, parts[place], place, maker)
-    for task in batches(index, parts, islice(items, SAMPLED_ITEMS // of)):
-        if told.compared < COMPARED:
-            told.compared += maker.compare(task, COMPARED)
-        told.items += len(task.items)
-        read += sum(of_item(item.raw) for item in task.items)
-        size += sum(size_of(item.raw) for item in task.items)
-        scripts.update(count_scripts(maker.said(task)))
-        made.append(maker(task))
-        if size > SAMPLED_BYTES // of:
-            break
-    done = next(items, None) is None
-    told.exact &= done
-    times = 1.0 if done or not read else max(1.0, whole / read)
-    for each in made:
+def first_tasks(
+    index: int,
+    source: Source,
+    parts: list[Part],
+    places: list[int],
+    maker: Maker,
+    told: Survey,
+    scripts: Counter,
+    looks: dict[int, Look],
+) -> Iterator[Task]:
+    """Read the first items of the parts at these places, and note what is seen of them on the way."""
+    for place in places:
+        whole, of_item = extent(source, parts[place])
+        look = looks[place] = Look(whole)
+        items = read_items(source, parts[place], place, maker)
+        for task in batches(index, parts, islice(items, SAMPLED_ITEMS // len(places))):
+            if told.compared < COMPARED:
+                told.compared += maker.compare(task, COMPARED)
+            told.items += len(task.items)
+            look.read += sum(of_item(item.raw) for item in task.items)
+            look.size += sum(size_of(item.raw) for item in task.items)
+            scripts.update(count_scripts(maker.said(task)))
+            yield task
+            if look.size > SAMPLED_BYTES // len(places):
+                break
+        look.done = next(items, None) is None
+
+
+def add_part(told: Survey, look: Look) -> None:
+    """Add what the first items of a part tell of all of it."""
+    times = 1.0 if look.done or not look.read else max(1.0, look.whole / look.read)
+    for made in look.made:
         told.add_sizes(
-            times, len(each.sizes), int(each.sizes.sum()), int(each.characters.sum()), float(each.seconds.sum())
+            times, len(made.sizes), int(made.sizes.sum()), int(made.characters.sum()), float(made.seconds.sum())
         )
-        told.bad += len(each.bad)
-        told.left_out = dict(Counter(told.left_out) + each.left_out)
-        told.first_bad = told.first_bad or next(iter(each.bad), "")
+        told.bad += len(made.bad)
+        told.left_out = dict(Counter(told.left_out) + made.left_out)
+        told.first_bad = told.first_bad or next(iter(made.bad), "")
 
 
 # --- Scripts --------------------------------------------------------------------------------------
