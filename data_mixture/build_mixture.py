@@ -14,7 +14,7 @@ budget to the token, the trainer's seeded shuffle decides. One process reads whi
 the same bytes, whatever their number.
 
 drawing.py decides what is drawn, reading.py reads and samples it, documents.py makes documents and tokens of it,
-encoding.py does so as the Hugging Face tokenizer would, output.py writes.
+encoding.py does so as the Hugging Face tokenizer would (words.py each word once), output.py writes.
 """
 
 import csv
