@@ -23,6 +23,7 @@ from towerspeech.units_parquet import read_unit_arrays, unit_shards
 
 BATCH_ITEMS, BATCH_BYTES = 2048, 1 << 22  # of a task, at most
 SAMPLED_PARTS, SAMPLED_ITEMS, SAMPLED_BYTES = 16, 8192, 1 << 25  # at most, together
+SMALL = 1000  # bytes, beyond which a packed file holds something
 COMPARED = 64  # documents of a source, with the tokenizer's own ids
 
 
@@ -36,10 +37,16 @@ def parts_of(source: Source) -> list[Part]:
         parts = [part for name in source.paths for part in text_parts(name)]
     else:
         parts = [part for name in source.paths for part in parallel_parts(name, source.direction)]
-    parts = [part for part in parts if part.size or is_hub(part.path)]  # a folder may hold empty files
+    parts = [part for part in parts if is_hub(part.path) or not is_empty(part)]
     if not parts:
         raise UserError(f"source {source.name!r}: all its files are empty", "check its paths, or fetch them again")
     return parts
+
+
+def is_empty(part: Part) -> bool:
+    """Tell whether a file holds nothing, plain or packed: a folder may have such shards."""
+    small = part.size <= SMALL and not part.path.is_dir()
+    return small and not any(unpacked_size(path) for path in (part.path, part.other) if path)
 
 
 def read_items(

@@ -73,8 +73,9 @@ class Words:
         self.backend, self.dtype = backend, np.dtype(dtype)
         # What is found in the text before it is cut or changed, or decides whether a space comes before it.
         self.whole = [SPACE, *(token["content"] for token in saved["added_tokens"])]
-        self.begins = np.zeros(backend.get_vocab_size(), bool)  # of each id: whether a word may begin with it
-        self.begins[[index for piece, index in saved["model"]["vocab"].items() if piece[0] == SPACE]] = True
+        vocab = saved["model"]["vocab"]
+        self.begins = np.zeros(1 + max(vocab.values()), bool)  # of each id: whether a word may begin with it
+        self.begins[[index for piece, index in vocab.items() if piece.startswith(SPACE)]] = True
         self.ids: dict[str, bytes] = {}  # of each word that is kept
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:

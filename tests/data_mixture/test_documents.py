@@ -442,11 +442,26 @@ def test_a_number_beyond_all_is_a_bad_row(tmp_path, tokenizer_dir):
 
 
 def test_files_that_are_all_empty_are_one_message(tmp_path, tokenizer_dir):
+    import gzip
+
     (tmp_path / "folder").mkdir()
     for name in ("a.txt", "b.jsonl"):
         (tmp_path / "folder" / name).touch()
+    gzip.open(tmp_path / "folder/c.jsonl.gz", "wb").close()
+    source = Source("a", "text", [str(tmp_path / "folder")], 5)
     with pytest.raises(UserError, match="source 'a': all its files are empty"):
-        build_whole(tokenizer_dir, tmp_path / "mix", [Source("a", "text", [str(tmp_path / "folder")], 5)])
+        build_whole(tokenizer_dir, tmp_path / "mix", [source])
+    write_texts(tmp_path / "folder/d.jsonl", ["the dog sees a boat"])
+    build_whole(tokenizer_dir, tmp_path / "mix", [source])
+    assert manifest_of(tmp_path / "mix")["sources"][0]["documents"] == 1
+
+
+def test_one_empty_side_of_two_is_no_empty_file(tmp_path, tokenizer_dir):
+    (tmp_path / "a.de").touch()
+    (tmp_path / "a.en").write_text("the dog sees a boat\n")
+    source = Source("a", "parallel", [str(tmp_path / "a.{de,en}")], 5, direction="de-en")
+    with pytest.raises(UserError, match="has 0 lines, .* has more|is empty"):
+        build_whole(tokenizer_dir, tmp_path / "mix", [source])
 
 
 def test_no_row_group_is_too_small_to_be_read(tmp_path, tokenizer_dir):
