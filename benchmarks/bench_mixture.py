@@ -194,8 +194,8 @@ def bench_memory(corpora: list[Path], tokenizer: Path, output_dir: Path) -> list
 
 def bench_mixture(
     output_dir: Path,
-    tokens: int = 20_000_000,
-    rounds: int = 2,
+    tokens: int = 60_000_000,
+    rounds: int = 1,
     small_tokens: int = 10_000_000,
     large_tokens: int = 100_000_000,
 ) -> None:

@@ -14,7 +14,7 @@ from data_mixture.documents import Made, Maker, Task
 from towerspeech.ahead import ahead
 from towerspeech.errors import UserError
 
-HERE = 4  # tasks that are done here before processes are started, which takes a second
+HERE = 2048  # items that are done here before processes are started, which takes a second or two
 
 _maker: Maker  # of a process
 
@@ -34,6 +34,14 @@ def _start(state: Path) -> None:
 
 def _make(task: Task) -> Made:
     return _maker(task)
+
+
+def few(tasks: Iterator[Task]) -> Iterator[Task]:
+    """The first tasks, up to HERE items or the task that goes beyond."""
+    items = 0
+    while items < HERE and (task := next(tasks, None)) is not None:
+        items += len(task.items)
+        yield task
 
 
 class Encoders:
@@ -64,7 +72,7 @@ class Encoders:
         """
         rest = iter(tasks)
         with ThreadPoolExecutor(1) as thread:  # works while the next task is read
-            here = rest if self.num_processes == 1 else [] if self.pool else itertools.islice(rest, HERE)
+            here = rest if self.num_processes == 1 else [] if self.pool else few(rest)
             yield from ahead(thread, self.maker, here, limit=1)
         if (first := next(rest, None)) is None:
             return

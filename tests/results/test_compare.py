@@ -187,7 +187,7 @@ def test_transcription_equals_a_plain_loop_over_swaps(tmp_path):
         assert float(row["p"]) == pytest.approx(as_far / 1001, abs=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 10, 20, 40])
+@pytest.mark.parametrize("n", [1, 5, 20])
 @pytest.mark.parametrize("task", ["asr", "mt"])
 def test_one_equally_good_pair_in_twenty_is_marked_at_most(task, n):
     """Both systems make the same kind of errors, in few segments or many."""
