@@ -70,23 +70,28 @@ def build(kind: str, paths: list[Path], tokenizer: Path, output_dir: Path, num_p
 def ways_of(kind: str, tokenizer: Path, output_dir: Path, processes: int) -> dict[str, Callable[[list[Path]], float]]:
     """The ways from files of a source to ``output_dir``, by name; each tells the seconds that it took."""
     ways = {"ours": lambda files: build(kind, files, tokenizer, output_dir / "ours", processes)}
-    for name, function, *words in (
-        ("megatron", with_megatron, processes),
-        ("processes", with_datasets, processes),
-        ("threads of one process", with_datasets, 1, True),
-    ):
-        if name != "threads of one process" or processes > 1:
-            target = output_dir / f"{name}.bin"
-            ways[name] = lambda files, function=function, target=target, words=tuple(words): apart(
-                function, kind, files, tokenizer, target, *words
-            )[0]
+
+    def add(name: str, function: Callable, *words) -> None:
+        target = output_dir / f"{name}.bin"
+        ways[name] = lambda files: apart(function, kind, files, tokenizer, target, *words)[0]
+
+    add("megatron", with_megatron, processes)
+    add("processes", with_datasets, processes)
+    if processes > 1:
+        add("threads of one process", with_datasets, 1, True)
     return ways
 
 
 def bench_speed(
-    name: str, kind: str, few: list[Path], files: list[Path], tokenizer: Path, output_dir: Path, processes: int,
+    name: str,
+    kind: str,
+    few: list[Path],
+    files: list[Path],
+    tokenizer: Path,
+    output_dir: Path,
+    processes: int,
     rounds: int,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Run all ways in turns, first on a few documents, which tells their start; the best of the rounds counts."""
     output_dir.mkdir(parents=True, exist_ok=True)
     ways = ways_of(kind, tokenizer, output_dir, processes)

@@ -366,8 +366,9 @@ def build_mixture(
         return Maker(tokenizer, sources, sentences, bos, seed)
 
     wanted = {source.name: wanted_of(source, reserve, validation_tokens) for source in sources}
+    processes = num_processes or len(os.sched_getaffinity(0))
     if plan:
-        with Encoders(make()) as encoders:
+        with Encoders(make(), processes) as encoders:
             surveys = [look_at(index, source, encoders, max_bad_share) for index, source in enumerate(sources)]
         print_plan(sources, surveys, wanted)
         check_sizes(sources, surveys, planning=True)
@@ -380,7 +381,7 @@ def build_mixture(
             return
         maker = make()
         began, told, outputs = time.perf_counter(), [], []
-        with Encoders(maker, num_processes or len(os.sched_getaffinity(0)), output_dir) as encoders:
+        with Encoders(maker, processes) as encoders:
             surveys = look_at_all(work, sources, encoders, seed, max_bad_share)
             for index, (source, found) in enumerate(zip(sources, surveys, strict=True)):
                 output = tokenize(work, index, source, found, wanted[source.name], seed, encoders, max_bad_share)

@@ -1,14 +1,17 @@
 """Processes that make tokens of tasks, while one reads: results come in the order of the tasks."""
 
 import itertools
+import mmap
 import multiprocessing
 import os
 import pickle
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from multiprocessing import reduction
+from typing import Any
 
 from data_mixture.documents import Made, Maker, Task
 from towerspeech.ahead import ahead
@@ -19,7 +22,28 @@ HERE = 2048  # items that are done here before processes are started, which take
 _maker: Maker  # of a process
 
 
-def _start(state: Path) -> None:
+class Given:
+    """What all processes are given when they start, through one file that has no name.
+
+    Through their pipes, which hold little, each would start only after the last had imported what it needs.
+    """
+
+    def __init__(self, value: Any):
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (processes start as long as this lives)
+        pickle.dump(value, self.file)
+        self.file.flush()
+
+    def __reduce__(self) -> tuple:
+        return _taken, (reduction.DupFd(self.file.fileno()),)
+
+
+def _taken(descriptor) -> Any:
+    """The value of Given, in another process."""
+    with open(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return pickle.loads(mapped)  # not read: processes share the place in the file
+
+
+def _start(maker: Maker) -> None:
     global _maker
 
     def leave_with_parent() -> None:  # else a process whose parent was killed would wait for ever
@@ -28,8 +52,7 @@ def _start(state: Path) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
-    with open(state, "rb") as file:
-        _maker = pickle.load(file)
+    _maker = maker
 
 
 def _make(task: Task) -> Made:
@@ -45,14 +68,10 @@ def few(tasks: Iterator[Task]) -> Iterator[Task]:
 
 
 class Encoders:
-    """Some processes, started when there is work for them; one is this process and a thread.
+    """Some processes, started when there is work for them; one is this process and a thread."""
 
-    What they need goes through a file of ``folder``: through their pipes, they would start one after another.
-    """
-
-    def __init__(self, maker: Maker, num_processes: int = 1, folder: Path | None = None):
+    def __init__(self, maker: Maker, num_processes: int):
         self.maker, self.num_processes = maker, num_processes
-        self.state = folder and folder / ".maker"
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Encoders":
@@ -61,8 +80,6 @@ class Encoders:
     def __exit__(self, *error) -> None:
         if self.pool:
             self.pool.shutdown(wait=True, cancel_futures=True)
-        if self.state:
-            self.state.unlink(missing_ok=True)  # a killed run's, too
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Made]:
         """Make tokens of tasks, in their order.
@@ -78,9 +95,7 @@ class Encoders:
             return
         if not self.pool:
             context = multiprocessing.get_context("spawn")
-            with open(self.state, "wb") as file:
-                pickle.dump(self.maker, file)
-            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (self.state,))
+            self.pool = ProcessPoolExecutor(self.num_processes, context, _start, (Given(self.maker),))
         try:
             yield from ahead(self.pool, _make, itertools.chain([first], rest), limit=2 * self.num_processes)
         except BrokenProcessPool:

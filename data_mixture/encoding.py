@@ -54,7 +54,8 @@ class Encoder:
         self.tokenizer, self.num_units, self.offset = tokenizer, num_units, offset
         self.dtype, self.mark = token_dtype(len(tokenizer)), marker(tokenizer)
         self.backend = text_tokenizer(tokenizer).backend_tokenizer
-        self.words = Words(self.backend, self.dtype) if is_by_words(self.backend) else None
+        saved = json.loads(self.backend.to_str())
+        self.words = Words(self.backend, saved, self.dtype) if is_by_words(saved) else None
         self.stand_in = units.to_text([0], offset)
         if num_units:
             tokens = unit_tokens(tokenizer, num_units, offset)

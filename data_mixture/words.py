@@ -5,7 +5,6 @@ A tokenizer of SentencePiece's kind has no words: it merges the characters of a 
 follows it, and what is between two such places gets the same ids by itself as in the text.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -29,9 +28,8 @@ PREPEND = [  # and the older
 ]
 
 
-def is_by_words(backend) -> bool:
-    """Tell whether a tokenizer of the tokenizers library gives a text the ids of its words, one after another."""
-    saved = json.loads(backend.to_str())
+def is_by_words(saved: dict) -> bool:
+    """Tell of a tokenizer.json whether its tokenizer gives a text the ids of its words, one after another."""
     model, before, steps = saved["model"], saved["pre_tokenizer"], list(steps_of(saved["normalizer"]))
     if (
         model["type"] != "BPE"
@@ -68,8 +66,8 @@ def encode_whole(backend, texts: list[str], dtype: type) -> list[np.ndarray]:
 class Words:
     """Encodes texts as a tokenizer does for which ``is_by_words`` holds, without special tokens."""
 
-    def __init__(self, backend, dtype: type):
-        saved = json.loads(backend.to_str())
+    def __init__(self, backend, saved: dict, dtype: type):
+        """``backend`` is of the tokenizers library, ``saved`` what it saves."""
         self.backend, self.dtype = backend, np.dtype(dtype)
         # What is found in the text before it is cut or changed, or decides whether a space comes before it.
         self.whole = [SPACE, *(token["content"] for token in saved["added_tokens"])]

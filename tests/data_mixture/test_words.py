@@ -18,9 +18,17 @@ PARTS += ["\u3000", "\xa0"]
 PARTS += ["<s>", "<EOD>", " <s> ", f"<{MARK}s>", f" <{MARK}EOD> ", "word" * 11, "a b c", "0", "\U0001f600", "\x00"]
 
 
+def saved_of(backend: Tokenizer) -> dict:
+    return json.loads(backend.to_str())
+
+
+def words_of(backend: Tokenizer) -> Words:
+    return Words(backend, saved_of(backend), np.uint16)
+
+
 def other(backend: Tokenizer, **changed) -> Tokenizer:
     """A tokenizer with other parts, by name; those of its model by theirs."""
-    saved = json.loads(backend.to_str())
+    saved = saved_of(backend)
     for name, part in changed.items():
         (saved if name in saved else saved["model"])[name] = part
     return Tokenizer.from_str(json.dumps(saved))
@@ -28,7 +36,7 @@ def other(backend: Tokenizer, **changed) -> Tokenizer:
 
 def prepending(backend: Tokenizer) -> Tokenizer:
     """The same tokenizer in the older way."""
-    mark = json.loads(backend.to_str())["normalizer"]
+    mark = saved_of(backend)["normalizer"]
     spaces = {"type": "Sequence", "normalizers": words.PREPEND}
     return other(backend, pre_tokenizer=None, normalizer={"type": "Sequence", "normalizers": [mark, spaces]})
 
@@ -41,9 +49,9 @@ def backend(tokenizer_dir) -> Tokenizer:
 @pytest.fixture(scope="module")
 def both(backend) -> dict[str, Words]:
     ways = {"Metaspace": backend, "Prepend": prepending(backend)}
-    assert json.loads(backend.to_str())["pre_tokenizer"]["type"] == "Metaspace"
-    assert all(map(is_by_words, ways.values()))
-    return {name: Words(way, np.uint16) for name, way in ways.items()}
+    assert saved_of(backend)["pre_tokenizer"]["type"] == "Metaspace"
+    assert all(is_by_words(saved_of(way)) for way in ways.values())
+    return {name: words_of(way) for name, way in ways.items()}
 
 
 @pytest.mark.parametrize("way", ["Metaspace", "Prepend"])
@@ -61,7 +69,7 @@ def test_ids_are_those_of_the_whole_text(both, way, texts):
 
 
 def test_nearly_all_texts_go_by_words(both, monkeypatch):
-    mine = Words(both["Metaspace"].backend, np.uint16)
+    mine = words_of(both["Metaspace"].backend)
     texts = ["the old captain sees a dog.\nthe dog", f"sees <{MARK}s> the  dog ", "中文 the"]
     expected = [mine.backend.encode(text, add_special_tokens=False).ids for text in texts]
     mine(texts)
@@ -72,7 +80,7 @@ def test_nearly_all_texts_go_by_words(both, monkeypatch):
 
 def test_memory_is_bounded(both, monkeypatch):
     monkeypatch.setattr(words, "MOST", 50)
-    mine = Words(both["Metaspace"].backend, np.uint16)
+    mine = words_of(both["Metaspace"].backend)
     for start in range(0, 1000, 20):
         texts = [f"dog{number} the {'long' * 10}{number}" for number in range(start, start + 20)]
         expected = [mine.backend.encode(text, add_special_tokens=False).ids for text in texts]
@@ -81,7 +89,7 @@ def test_memory_is_bounded(both, monkeypatch):
 
 
 def test_other_tokenizers_do_not_go_by_words(backend):
-    saved = json.loads(backend.to_str())
+    saved = saved_of(backend)
     vocab, added = saved["model"]["vocab"], saved["added_tokens"]
     metaspace, mark = saved["pre_tokenizer"], saved["normalizer"]
     more = {**added[0], "id": len(vocab)}
@@ -99,6 +107,6 @@ def test_other_tokenizers_do_not_go_by_words(backend):
         {"pre_tokenizer": None},  # and no space before the text
         {"normalizer": lower},
     ):
-        by_words = is_by_words(other(backend, **changed))
+        by_words = is_by_words(saved_of(other(backend, **changed)))
         # Pieces of several spaces and a word are no trouble: where a word begins, there is one space alone.
         assert by_words == (changed.get("vocab", {}).get("▁▁d") is not None), changed
