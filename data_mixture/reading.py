@@ -163,6 +163,9 @@ class Look:
     whole: float  # what the part holds, unpacked bytes or rows
     read: float = 0.0  # of that
     size: int = 0  # about how many bytes in memory
+    items: int = 0
+    compared: int = 0  # documents, with the tokenizer's own ids
+    scripts: Counter = field(default_factory=Counter)
     done: bool = False  # whether that was all of it
     made: list[Made] = field(default_factory=list)
 
@@ -174,14 +177,13 @@ def survey(index: int, source: Source, parts: list[Part], encoders: Encoders) ->
         UserError: The encoder's ids are not the tokenizer's; the letters are of another script than the language.
     """
     places = sorted({*np.linspace(0, len(parts) - 1, min(len(parts), SAMPLED_PARTS)).astype(int).tolist()})
-    told, scripts, looks = Survey(), Counter(), {}
-    tasks = first_tasks(index, source, parts, places, encoders.maker, told, scripts, looks)
-    for made in encoders.map(tasks):
+    looks: dict[int, Look] = {}
+    for made in encoders.map(first_tasks(index, source, parts, places, encoders.maker, looks)):
         looks[made.at[0]].made.append(made)
-    check_scripts(source, scripts)
+    check_scripts(source, sum((look.scripts for look in looks.values()), Counter()))
+    told = Survey(exact=len(places) == len(parts) and all(look.done for look in looks.values()))
     for look in looks.values():
         add_part(told, look)
-    told.exact = len(places) == len(parts) and all(look.done for look in looks.values())
     told.tokens_known = not any(is_hub(part.path) for part in parts)
     if told.tokens_known:
         times = sum(part.size for part in parts) / sum(parts[place].size for place in places)
@@ -190,27 +192,20 @@ def survey(index: int, source: Source, parts: list[Part], encoders: Encoders) ->
 
 
 def first_tasks(
-    index: int,
-    source: Source,
-    parts: list[Part],
-    places: list[int],
-    maker: Maker,
-    told: Survey,
-    scripts: Counter,
-    looks: dict[int, Look],
+    index: int, source: Source, parts: list[Part], places: list[int], maker: Maker, looks: dict[int, Look]
 ) -> Iterator[Task]:
-    """Read the first items of the parts at these places, and note what is seen of them on the way."""
+    """Read the first items of the parts at these places, and note in ``looks`` what is seen of them on the way."""
     for place in places:
         whole, of_item = extent(source, parts[place])
         look = looks[place] = Look(whole)
         items = read_items(source, parts[place], place, maker)
         for task in batches(index, parts, islice(items, SAMPLED_ITEMS // len(places))):
-            if told.compared < COMPARED:
-                told.compared += maker.compare(task, COMPARED)
-            told.items += len(task.items)
+            if sum(each.compared for each in looks.values()) < COMPARED:
+                look.compared += maker.compare(task, COMPARED)
+            look.items += len(task.items)
             look.read += sum(of_item(item.raw) for item in task.items)
             look.size += sum(size_of(item.raw) for item in task.items)
-            scripts.update(count_scripts(maker.said(task)))
+            look.scripts.update(count_scripts(maker.said(task)))
             yield task
             if look.size > SAMPLED_BYTES // len(places):
                 break
@@ -219,6 +214,8 @@ def first_tasks(
 
 def add_part(told: Survey, look: Look) -> None:
     """Add what the first items of a part tell of all of it."""
+    told.items += look.items
+    told.compared += look.compared
     times = 1.0 if look.done or not look.read else max(1.0, look.whole / look.read)
     for made in look.made:
         told.add_sizes(

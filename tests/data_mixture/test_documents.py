@@ -457,10 +457,12 @@ def test_files_that_are_all_empty_are_one_message(tmp_path, tokenizer_dir):
 
 
 def test_one_empty_side_of_two_is_no_empty_file(tmp_path, tokenizer_dir):
-    (tmp_path / "a.de").touch()
-    (tmp_path / "a.en").write_text("the dog sees a boat\n")
-    source = Source("a", "parallel", [str(tmp_path / "a.{de,en}")], 5, direction="de-en")
-    with pytest.raises(UserError, match="a.de has 0 lines, .*a.en has more"):
+    import gzip
+
+    for name, text in (("a.de.gz", b""), ("a.en.gz", b"the dog sees a boat\n")):
+        (tmp_path / name).write_bytes(gzip.compress(text))
+    source = Source("a", "parallel", [str(tmp_path / "a.{de,en}.gz")], 5, direction="de-en")
+    with pytest.raises(UserError, match=r"a.de.gz has 0 lines, .*a.en.gz has more"):
         build_whole(tokenizer_dir, tmp_path / "mix", [source])
 
 
