@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_mixture import duplicates
-from data_mixture.duplicates import BANDS, NearSeen, Seen, exact_key, near_keys
+from data_mixture.duplicates import BANDS, NearSeen, Seen, exact_key, near_keys, normalise
 from towerspeech.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,14 @@ def test_what_is_one_text_and_what_is_not():
         assert exact_key(one) == exact_key(other), (one, other)
     for one, other in TWO_TEXTS:
         assert exact_key(one) != exact_key(other), (one, other)
+
+
+def test_every_character_is_normalised_as_read():
+    """Before and after a letter, one after another, and twice."""
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(characters), 1 << 16):
+        text = "".join(f"{character}x{character}{character}" for character in characters[start : start + (1 << 16)])
+        assert normalise(text).decode() == as_read(text)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
