@@ -39,6 +39,7 @@ class Task(NamedTuple):
     source: int  # its place among the sources
     parts: dict[int, Part]  # those of the items, by number
     items: list[Item]
+    size: int  # about how many bytes these hold
 
 
 class Utterance(NamedTuple):

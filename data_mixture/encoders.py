@@ -17,7 +17,7 @@ from data_mixture.documents import Made, Maker, Task
 from towerspeech.ahead import ahead
 from towerspeech.errors import UserError
 
-HERE = 2048  # items that are done here before processes are started, which takes a second or two
+HERE = 1 << 20  # bytes of text that are done here before processes are started, which takes a second or two
 
 _maker: Maker  # of a process
 
@@ -60,10 +60,10 @@ def _make(task: Task) -> Made:
 
 
 def few(tasks: Iterator[Task]) -> Iterator[Task]:
-    """The first tasks, up to HERE items or the task that goes beyond."""
-    items = 0
-    while items < HERE and (task := next(tasks, None)) is not None:
-        items += len(task.items)
+    """The first tasks, up to HERE bytes or the task that goes beyond."""
+    size = 0
+    while size < HERE and (task := next(tasks, None)) is not None:
+        size += task.size
         yield task
 
 

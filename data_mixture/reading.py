@@ -85,14 +85,14 @@ def batches(source: int, parts: list[Part], items: Iterable[Item]) -> Iterator[T
         held.append(item)
         size += size_of(item.raw)
         if len(held) == BATCH_ITEMS or size >= BATCH_BYTES:
-            yield _task(source, parts, held)
+            yield _task(source, parts, held, size)
             held, size = [], 0
     if held:
-        yield _task(source, parts, held)
+        yield _task(source, parts, held, size)
 
 
-def _task(source: int, parts: list[Part], items: list[Item]) -> Task:
-    return Task(source, {number: parts[number] for number in {item.part for item in items}}, items)
+def _task(source: int, parts: list[Part], items: list[Item], size: int) -> Task:
+    return Task(source, {number: parts[number] for number in {item.part for item in items}}, items, size)
 
 
 # --- A sample -------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def first_tasks(
                 look.compared += maker.compare(task, COMPARED)
             look.items += len(task.items)
             look.read += sum(of_item(item.raw) for item in task.items)
-            look.size += sum(size_of(item.raw) for item in task.items)
+            look.size += task.size
             look.scripts.update(count_scripts(maker.said(task)))
             yield task
             if look.size > SAMPLED_BYTES // len(places):

@@ -69,8 +69,8 @@ class Words:
     def __init__(self, backend, saved: dict, dtype: type):
         """``backend`` is of the tokenizers library, ``saved`` what it saves."""
         self.backend, self.dtype = backend, np.dtype(dtype)
-        # What is found in the text before it is cut or changed, or decides whether a space comes before it.
-        self.whole = [SPACE, *(token["content"] for token in saved["added_tokens"])]
+        added = "|".join(re.escape(token["content"]) for token in saved["added_tokens"])
+        self.added = re.compile(added or r"\Z(?!\Z)")  # looked for in a text before it is cut or changed
         vocab = saved["model"]["vocab"]
         self.begins = np.zeros(1 + max(vocab.values()), bool)  # of each id: whether a word may begin with it
         self.begins[[index for piece, index in vocab.items() if piece.startswith(SPACE)]] = True
@@ -78,7 +78,8 @@ class Words:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids, (num_tokens,), of each text."""
-        apart = [not text or any(map(text.__contains__, self.whole)) for text in texts]
+        # A SPACE that the text itself holds decides whether one comes before it.
+        apart = [not text or SPACE in text or bool(self.added.search(text)) for text in texts]
         by_words = iter(self.join_words([text for text, alone in zip(texts, apart, strict=True) if not alone]))
         encoded = iter(self.encode([text for text, alone in zip(texts, apart, strict=True) if alone]))
         return [next(encoded if alone else by_words) for alone in apart]
