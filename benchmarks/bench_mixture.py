@@ -208,33 +208,30 @@ def bench_mixture(
 
     Args:
         output_dir: Scratch folder.
-        tokens: Size of each source whose encoding is timed, or nearly.
+        tokens: Size of each source whose encoding is timed at two processes, or nearly.
         rounds: How often each side runs at two processes; at one it runs once.
-        small_tokens: Size of the smaller of the sources whose memory is measured.
+        small_tokens: Size of those timed at one process, and of the smaller of those whose memory is measured.
         large_tokens: Size of the larger one.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of ours: at one process, too, a process is a core
     output_dir = output_dir.resolve()
     copy_mistral_tokenizer(output_dir / "mistral")
-    units, few_units = (make(output_dir / f"units_{n}", write_unit_corpus, n) for n in (tokens, FEW))
-    text, few_text = (
-        make(output_dir / f"text_{n}", write_text, n, output_dir / "mistral", True) for n in (tokens, FEW)
-    )
-    tokenizer = make_tokenizer(units / "units", output_dir / "mistral", output_dir)
+    sizes = (FEW, small_tokens, tokens)
+    units = {n: make(output_dir / f"units_{n}", write_unit_corpus, n) / "units" for n in sizes}
+    text = {n: make(output_dir / f"text_{n}", write_text, n, output_dir / "mistral", True) for n in sizes}
+    tokenizer = make_tokenizer(units[tokens], output_dir / "mistral", output_dir)
     lines = []
-    for name, kind, few, many, files in (
-        ("Parquet", "text", few_text, text, "*.parquet"),
-        ("JSONL.gz", "text", few_text, text, "*.jsonl.gz"),
-        ("units", "speech", few_units / "units", units / "units", "*.parquet"),
+    for name, kind, corpora, files in (
+        ("Parquet", "text", text, "*.parquet"),
+        ("JSONL.gz", "text", text, "*.jsonl.gz"),
+        ("units", "speech", units, "*.parquet"),
     ):
-        for processes, times in ((2, rounds), (1, 1)):
-            both = sorted(few.glob(files)), sorted(many.glob(files))
-            folder = output_dir / f"speed_{name}"
-            lines += bench_speed(f"from {name}", kind, *both, tokenizer, folder, processes, times)
-    corpora = [
-        make(output_dir / f"text_gz_{size}", write_text, size, output_dir / "mistral", False)
-        for size in (small_tokens, large_tokens)
-    ]
+        few, small, many = (sorted(corpora[n].glob(files)) for n in sizes)
+        folder = output_dir / f"speed_{name}"
+        lines += bench_speed(f"from {name}", kind, few, many, tokenizer, folder, 2, rounds)
+        lines += bench_speed(f"from {name}", kind, few, small, tokenizer, folder, 1, 1)
+    large = make(output_dir / f"text_gz_{large_tokens}", write_text, large_tokens, output_dir / "mistral", False)
+    corpora = [text[small_tokens], large]
     report(lines + bench_memory(corpora, tokenizer, output_dir / "memory"))
 
 

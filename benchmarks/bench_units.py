@@ -5,19 +5,22 @@ Usage: python benchmarks/bench_units.py --output_dir runs/bench_units
 
 Needs what install.sh installs, and no data. The audio is noise, as long as LibriSpeech's utterances are; the encoder
 has HuBERT-large's shape up to layer 22 and random weights. Compares
-  labelling   label_audio.py, whole, beside loading and encoding alone; beside a plain loop over the utterances; beside
-              batches of 8, padded, in the order of the files
+  labelling   label_audio.py (decoding, encoding, units, writing; without its start, which a run on two seconds of
+              audio tells) beside encoding alone; beside a plain loop over the utterances; beside batches of 8, padded,
+              in the order of the files
   assignment  5,000 centroids of 1,024 numbers, beside the matrix product in it, scikit-learn's predict and torch.cdist
   fitting     1,000 units, 100,000 frames of 1,024 numbers, beside MiniBatchKMeans with the settings of HuBERT's recipe
               (but one start, and early stopping as there)
-  decoding    Ogg Opus of 48 kHz, two processes beside one
+  decoding    Ogg Opus of 48 kHz, two processes beside one, and beside two that share nothing: what the machine gives
 and ends with one JSON line a comparison. ``ours`` and ``theirs`` are seconds, if no other unit is named; ``same`` is
 the share of utterances with the same units.
 """
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.measure import apart, comparison, report, run_script
@@ -30,6 +33,7 @@ NUM_UNITS, DIM = 5000, 1024
 UNSORTED_BATCH = 8  # utterances
 REPEATS = 9
 LABEL_ROUNDS = 3  # in turns, of which the fastest counts: the machine's speed drifts
+SHORT = 2.0  # seconds of audio, of which a run is its start
 CLUSTERS, LATENT = 3000, 40  # of the frames that are fitted
 
 
@@ -112,7 +116,7 @@ def label(manifest: Path, kmeans: Path, device: str) -> tuple[dict, list[list[in
         print(f"{name}: {seconds[name]:.1f} s", flush=True)
         return found
 
-    encoder = timed("loading", lambda: Encoder(config, device))
+    encoder = Encoder(config, device)
     encoder.encode(prepared[:2])  # the first call takes longer
     batches = [[p.prepared for p in batch] for batch in frames.plan(pieces, encoder.batches, BATCH_SECONDS)]
     timed("encoding", lambda: [encoder.encode(batch) for batch in batches])
@@ -162,29 +166,33 @@ def padding_share(hours: float = 100) -> float:
 def bench_labelling(output_dir: Path, device: str, hours: float, layer: int) -> list[dict]:
     lengths = librispeech_lengths(max(UNSORTED_BATCH, round(hours * 3600 / 12.3)))
     manifest = make_audio(output_dir / "audio", lengths, 16000, "flac", min(len(lengths), 200))
+    short = make_audio(output_dir / "short", [SHORT], 16000, "flac", 1)
     apart(make_kmeans, output_dir / "kmeans", output_dir / "encoder", layer)
     kmeans, units = output_dir / "kmeans", output_dir / "units"
-    words = ["--manifest", manifest, "--audio_root", manifest.parent, "--kmeans", kmeans, "--device", device]
     rounds = []
     for _ in range(LABEL_ROUNDS):
         _, (others, plain) = apart(label, manifest, kmeans, device)
-        run_script("speech_units/label_audio.py", units, *words)
-        info = read_json(next(units.glob("*run_info.json")), "run again")
-        rounds.append(others | {"ours": info["seconds"]})  # without start and imports, as the others' are
-        print(f"labelling, seconds: {rounds[-1]}", flush=True)
+        for name, labelled in (("start", short), ("ours", manifest)):
+            words = ["--manifest", labelled, "--audio_root", labelled.parent, "--kmeans", kmeans, "--device", device]
+            run_script("speech_units/label_audio.py", units, *words)
+            info = read_json(next(units.glob("*run_info.json")), "run again")
+            others[name] = info["seconds"]  # without imports
+        rounds.append(others)
+        print(f"labelling, seconds: {others}", flush=True)
     took = {name: min(one[name] for one in rounds) for name in rounds[0]}
-    ours, counts = took["ours"], info["counts"]
+    counts = info["counts"]
     found = [row["units"] for row in read_units(units)]
     same = round(sum(a == b for a, b in zip(found, plain, strict=True)) / len(plain), 4)
-    alone, audio_s = took["loading"] + took["encoding"], counts["seconds_of_audio"]
-    facts = {"audio_s": audio_s, "audio_s_a_second": round(audio_s / ours, 1)}
+    audio_s = counts["seconds_of_audio"]
+    ours = (took["ours"] - took["start"]) / (audio_s - SHORT) * audio_s
+    facts = {"audio_s": audio_s, "audio_s_a_second": round(audio_s / ours, 1), "start_s": round(took["start"], 1)}
     if device == "cuda":
         facts["idle_share"] = counts["encoder_idle_share"]
     name = f"labelling {audio_s / 3600:.2f} h on {device}"
     return [
-        comparison(f"{name}, whole, beside loading and encoding alone", ours, alone, 1 / 1.1, **facts),
-        comparison(f"{name}, beside one at a time", ours - took["loading"], took["one at a time"], 1 / 1.02, same),
-        comparison(f"{name}, beside padded as they come", ours - took["loading"], took["padded, unsorted"], 1.5),
+        comparison(f"{name}, beside encoding alone", ours, took["encoding"], 1 / 1.1, **facts),
+        comparison(f"{name}, beside one at a time", ours, took["one at a time"], 1 / 1.02, same),
+        comparison(f"{name}, beside padded as they come", ours, took["padded, unsorted"], 1.5),
         comparison("padding of batches of LibriSpeech's lengths", padding_share(), 0.05, 1.0, unit="share"),
     ]
 
@@ -287,8 +295,11 @@ def bench_fitting(device: str, num_frames: int = 100_000, num_units: int = 1000)
 
 
 # --- Decoding -------------------------------------------------------------------------------------
-def decode(manifest: Path, num_workers: int) -> float:
-    """Seconds for all parcels but the first, which waits until the processes have started."""
+def decode(manifest: Path, num_workers: int, together=None) -> float:
+    """Seconds for an hour of audio, but for the first parcels, which wait until the processes have started.
+
+    ``together`` is a barrier before which several calls wait for one another.
+    """
     from torch.utils.data import DataLoader
 
     from speech_units.features import FeatureConfig
@@ -296,22 +307,39 @@ def decode(manifest: Path, num_workers: int) -> float:
     from speech_units.sample import lengths_of
 
     decoder = Decoder(manifest, manifest.parent, FeatureConfig("hubert"), None, 0, len(lengths_of(manifest)))
-    ahead = {"prefetch_factor": PARCELS_AHEAD, "multiprocessing_context": "spawn"}
+    ahead = {"prefetch_factor": PARCELS_AHEAD, "multiprocessing_context": "spawn"} if num_workers else {}
     parcels = iter(DataLoader(decoder, batch_size=None, num_workers=num_workers, collate_fn=list, **ahead))
-    for _ in range(num_workers):  # one from each
+    for _ in range(num_workers or 1):  # one from each
         next(parcels)
+    if together:
+        together.wait()
     began = time.perf_counter()
     audio_s = sum(piece.num_samples for parcel in parcels for piece in parcel) / 16000
     return (time.perf_counter() - began) / audio_s * 3600
 
 
+def decode_at_once(manifest: Path) -> float:
+    """Seconds for an hour of audio by two processes that each decode all of it: what the machine gives."""
+    with multiprocessing.Manager() as manager, ThreadPoolExecutor(2) as threads:
+        together = manager.Barrier(2)
+        both = [threads.submit(apart, decode, manifest, 0, together) for _ in range(2)]
+        return max(one.result()[1] for one in both) / 2
+
+
 def bench_decoding(output_dir: Path, hours: float) -> list[dict]:
     lengths = librispeech_lengths(round(hours * 3600 / 12.3))
     manifest = make_audio(output_dir / "opus", lengths, 48000, "opus", 50)
-    rounds = [{number: apart(decode, manifest, number)[1] for number in (2, 1)} for _ in range(3)]
-    print(f"decoding an hour of Opus, seconds by processes: {rounds}", flush=True)
-    took = {number: min(one[number] for one in rounds) for number in (2, 1)}
-    return [comparison("decoding an hour of Opus, two processes beside one", took[2], took[1], 1.8)]
+    rounds = []
+    for _ in range(3):
+        rounds.append({number: apart(decode, manifest, number)[1] for number in (2, 1)})
+        rounds[-1]["at once"] = decode_at_once(manifest)
+        print(f"decoding an hour of Opus, seconds by processes: {rounds[-1]}", flush=True)
+    took = {name: min(one[name] for one in rounds) for name in rounds[0]}
+    name = "decoding an hour of Opus, two processes beside"
+    return [
+        comparison(f"{name} one", took[2], took[1], 1.8),
+        comparison(f"{name} two that share nothing", took[2], took["at once"], 0.9),
+    ]
 
 
 def bench_units(output_dir: Path, device: str = "cpu", hours: float = 0.035, layer: int = 22) -> None:
