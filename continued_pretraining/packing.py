@@ -13,6 +13,7 @@ import numpy as np
 
 from towerspeech.files import read_json
 from towerspeech.indexed import IndexedTokens
+from towerspeech.mixture import VALIDATION
 
 IGNORE = -100  # target that the loss leaves out
 
@@ -48,25 +49,33 @@ class TokenStream:
 
 
 class Mixture:
-    """A mixture folder as batches.
+    """A mixture folder as batches: what is to be trained on, or what is held out, each document once.
 
     Attributes:
-        manifest: What build_mixture.py wrote.
-        budgets: Tokens to be trained on, (num_sources,) int64.
-        num_windows: Windows of the whole run.
+        names: The sources that have such documents.
+        budgets: Tokens of each that are targets, (num_sources,) int64.
+        num_windows: Windows of all.
+        owner: The source of each window, (num_windows,) int32.
         targets: Targets in each window, (num_windows,) int64.
     """
 
-    def __init__(self, folder: Path, sequence_length: int):
+    def __init__(self, folder: Path, sequence_length: int, held_out: bool = False):
         made_by = "run data_mixture/build_mixture.py; it writes the manifest last"
-        self.manifest = read_json(Path(folder) / "manifest.json", made_by)
+        manifest = read_json(Path(folder) / "manifest.json", made_by)
         self.sequence_length = sequence_length
-        seed, sources = self.manifest["seed"], self.manifest["sources"]
+        seed, sources = manifest["seed"], manifest["sources"]
+        if held_out:  # a source's first token is no target
+            folder = Path(folder) / VALIDATION
+            budgets = [source.get("validation", {"tokens": 0})["tokens"] - 1 for source in sources]
+            sources = [source for source, budget in zip(sources, budgets, strict=True) if budget > 0]
+            budgets = [budget for budget in budgets if budget > 0]
+        else:
+            budgets = [source["budget"] for source in sources]
+        self.names = [source["name"] for source in sources]
         self.streams = [
-            TokenStream(IndexedTokens(Path(folder) / source["name"]), (seed, number))
-            for number, source in enumerate(sources)
+            TokenStream(IndexedTokens(Path(folder) / name), (seed, number)) for number, name in enumerate(self.names)
         ]
-        self.budgets = np.array([source["budget"] for source in sources], np.int64)
+        self.budgets = np.array(budgets, np.int64)
         windows = -(-self.budgets // sequence_length)
         self.num_windows = int(windows.sum())
         owner = np.repeat(np.arange(len(sources), dtype=np.int32), windows)
@@ -95,11 +104,11 @@ class Mixture:
         inputs, targets = zip(*(self.window(number) for number in numbers), strict=True)
         return np.stack(inputs), np.stack(targets)
 
-    def num_targets(self, numbers: range) -> int:
-        """Targets in several windows, without reading them."""
-        return int(self.targets[numbers.start : numbers.stop].sum())
+    def num_targets(self, numbers: range) -> np.ndarray:
+        """Targets of each source in several windows, (num_sources,) int64, without reading them."""
+        part = slice(numbers.start, numbers.stop)
+        return np.bincount(self.owner[part], self.targets[part], len(self.names)).astype(np.int64)
 
     def tokens_seen(self, num_windows: int) -> dict[str, int]:
         """Tokens of each source in the first ``num_windows`` windows: what has been trained on by then."""
-        seen, owner = self.targets[:num_windows], self.owner[:num_windows]
-        return {source["name"]: int(seen[owner == i].sum()) for i, source in enumerate(self.manifest["sources"])}
+        return dict(zip(self.names, self.num_targets(range(num_windows)).tolist(), strict=True))

@@ -4,10 +4,11 @@ Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py --config syste
            --model extended_model/ --mixture mixture/towerspeech_6b --output_dir runs/towerspeech_6b
 
 Reads a Hugging Face model folder and a mixture; writes checkpoint-<step>/ (torch.distributed.checkpoint: fp32 weights
-and AdamW states; run_info.json: step, loss, tokens of each source) and train.log (JSON lines). Every step is a pure
-function of the checkpoint before it, so a run that was killed goes on as if nothing had happened. A checkpoint of one
-mesh can be continued on another one. Also runs without torchrun, and on CPU. A file named .stop in the output folder
-asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit).
+and AdamW states; run_info.json: step, losses, tokens of each source), train.log (JSON lines) and losses.png: the
+training loss by source, and that of the documents that the mixture holds out. Every step is a pure function of the
+checkpoint before it, so a run that was killed goes on as if nothing had happened. A checkpoint of one mesh can be
+continued on another one. Also runs without torchrun, and on CPU. A file named .stop in the output folder asks it to
+write a checkpoint and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from typing import Literal
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
+from continued_pretraining.losses import Losses, draw, perplexity, validate, window_losses
 from continued_pretraining.packing import Mixture
 from towerspeech.command import run
 from towerspeech.errors import UserError
@@ -34,6 +36,7 @@ SPEED = (  # settings that change neither the losses nor the checkpoints
     "micro_batch_size",
     "save_every",
     "log_every",
+    "validate_every",
     "replicate",
     "shard",
     "gradient_checkpointing",
@@ -67,6 +70,8 @@ class Settings:
         keep_steps: Steps whose checkpoints are kept, besides the last.
         save_every: Steps between checkpoints to go on from; only the newest of them stays.
         log_every: Steps between lines in train.log.
+        validate_every: Steps between validations on the mixture's held-out documents, if there are any. There is one
+            before the first step, at each of keep_steps and at the end besides.
         replicate: Number of data-parallel copies of the model.
         shard: Number of processes that share one copy; default: all processes / replicate.
         dtype: Number format of the computation; weights, gradients' sums and optimizer states are fp32.
@@ -91,6 +96,7 @@ class Settings:
     keep_steps: list[int] | None = None
     save_every: PositiveInt = 250
     log_every: PositiveInt = 10
+    validate_every: PositiveInt | None = None
     replicate: PositiveInt = 1
     shard: PositiveInt | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -215,22 +221,37 @@ class Run:
         if self.kept_steps[-1] > self.steps or self.kept_steps[0] < 1:
             problem = f"--keep_steps {self.settings.keep_steps} lies outside the run's 1..{self.steps} steps"
             raise UserError(problem, "change --keep_steps")
+        self.held_out = Mixture(self.settings.mixture, self.settings.sequence_length, held_out=True)
+        if self.settings.validate_every and not self.held_out.names:
+            problem = f"--validate_every is given, but mixture {self.settings.mixture} holds no documents out"
+            raise UserError(
+                problem, "leave it out, or build the mixture with --validation_tokens above 0 and more data"
+            )
 
     def go(self) -> None:
         """Train until the mixture's budget is spent, or until asked to stop."""
         self.check_places()
         self.load()
+        if self.step == 0 and self.held_out.names:
+            self.write_log({"step": 0, **self.validate()})
         while self.step < self.steps:
             norm = self.train_step()
             stopping = self.step < self.steps and self.processes.agree(self.first and self.work.asked_to_stop())
             saving = stopping or self.step in self.kept_steps or self.step % self.settings.save_every == 0
-            if saving or self.step % self.settings.log_every == 0:
+            if saving or self.validating or self.step % self.settings.log_every == 0:
                 self.log_losses(norm)
             if saving:
                 self.save()
             if stopping:
                 self.stop()
         self.finish()
+
+    @property
+    def validating(self) -> bool:
+        """Whether this step is one after which held-out documents are looked at."""
+        every = self.settings.validate_every
+        wanted = self.step in self.kept_steps or (every and self.step % every == 0)
+        return bool(self.held_out.names and wanted)
 
     def check_places(self) -> None:
         """Refuse to begin if what is not ours lies where a checkpoint must be written."""
@@ -240,7 +261,6 @@ class Run:
 
     def load(self) -> None:
         """Load the model, and what the newest checkpoint says."""
-        import torch
         from torch.distributed.device_mesh import init_device_mesh
         from tqdm import tqdm
 
@@ -262,10 +282,11 @@ class Run:
             self.step = load(checkpoints[-1], self.network, self.optimizer)["step"]
             if self.first:
                 print(f"going on after step {self.step:,} from {checkpoints[-1]}", flush=True)
-        self.log = open_log(self.output_dir / "train.log", self.step) if self.first else None
+        # Of a run that begins anew not even the line before the first step stays.
+        self.log = open_log(self.output_dir / "train.log", self.step or -1) if self.first else None
         # Since the last line of the log:
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.targets = 0
+        self.losses = Losses(self.data, self.device)
+        self.seconds = dict.fromkeys(("data", "validation", "saving"), 0.0)
         self.since = time.monotonic()
         self.progress = tqdm(
             initial=self.step,
@@ -279,23 +300,22 @@ class Run:
     def train_step(self):
         """Take one optimizer step; returns the gradient's norm before clipping."""
         import torch
-        import torch.nn.functional as F
 
         settings, world, micro = self.settings, self.processes.world, self.settings.micro_batch_size
         share = settings.global_batch_size // world  # windows of this process
-        first = self.step * settings.global_batch_size
-        own = first + self.processes.rank * share
-        inputs, targets = self.data.batch(range(own, own + share))
-        num_targets = self.data.num_targets(range(first, first + settings.global_batch_size))
+        every = range(self.step * settings.global_batch_size, (self.step + 1) * settings.global_batch_size)
+        own = every[self.processes.rank * share :][:share]
+        num_targets = int(self.data.num_targets(every).sum())
+        with self.timed("data"):
+            inputs, targets = self.data.batch(own)
         for start in range(0, share, micro):
             # The copies' gradients are summed once a step; the shards' with every micro-batch, to save memory.
             self.network.set_requires_all_reduce(start + micro == share)
             x = torch.from_numpy(inputs[start : start + micro]).to(self.device)  # (micro batch, length)
             y = torch.from_numpy(targets[start : start + micro]).to(self.device)
-            logits = self.network(input_ids=x, use_cache=False).logits.float()  # (micro batch, length, rows)
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-            (loss * (world / num_targets)).backward()  # FSDP averages over processes; we want the tokens' mean
-            self.loss_sum += loss.detach()
+            losses = window_losses(self.network, x, y)
+            (losses.sum() * (world / num_targets)).backward()  # FSDP averages over processes; we want the tokens' mean
+            self.losses.add(own[start : start + micro], losses.detach())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 self.step,
@@ -308,9 +328,26 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.targets += num_targets
+        self.losses.end_step(self.step, every)
         self.progress.update()
         return norm
+
+    @contextlib.contextmanager
+    def timed(self, name: str):
+        """Add the time that is spent within to that of ``name``."""
+        began = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - began
+
+    def validate(self) -> dict[str, dict[str, float]]:
+        """Loss and perplexity of the held-out documents, by source; UserError if one is not finite."""
+        with self.timed("validation"):
+            micro = self.settings.micro_batch_size
+            found = validate(self.network, self.held_out, micro, self.processes, self.device)
+        if bad := [name for name, loss in found.items() if not math.isfinite(loss)]:
+            problem = f"at step {self.step} the loss of the held-out documents of {', '.join(bad)} is not finite"
+            raise UserError(problem, "look at the model's weights and at these documents")
+        return {"validation": found, "perplexity": {name: perplexity(loss) for name, loss in found.items()}}
 
     def log_losses(self, norm) -> None:
         """Write a line of the log, for the steps since the last one.
@@ -318,33 +355,43 @@ class Run:
         Raises:
             UserError: Loss or norm is not finite; it must never reach a checkpoint.
         """
-        import torch.distributed as dist
-
-        dist.all_reduce(self.loss_sum)
-        mean_loss = self.loss_sum.item() / self.targets
+        mean_loss, by_source, bad = self.losses.means()
         norm = norm.full_tensor().item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+            of = f" (first of {', '.join(bad)})" if bad else ""
             raise UserError(
-                f"at step {self.step} the loss is {mean_loss}, the gradient's norm {norm}",
+                f"at step {self.step} the loss is {mean_loss}{of}, the gradient's norm {norm}",
                 "lower --learning_rate, then run this again with another --output_dir",
             )
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.info = {"step": self.step, "loss": mean_loss, "learning_rate": learning_rate}
+        self.info = {
+            "step": self.step,
+            "loss": mean_loss,
+            "losses": by_source,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **(self.validate() if self.validating else {}),
+        }
+        whole = time.monotonic() - self.since
+        training = whole - self.seconds["validation"] - self.seconds["saving"]
+        speed = round(int(self.losses.targets.sum()) / training)
+        self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
+        seconds = {name: round(spent, 3) for name, spent in {**self.seconds, "all": whole}.items()}
+        self.write_log({**self.info, "gradient_norm": norm, "tokens_per_s": speed, "seconds": seconds})
+        self.losses.clear()
+
+    def write_log(self, row: dict) -> None:
+        """Write a line of the log; what is timed counts from here on."""
         if self.first:
-            now = time.monotonic()
-            speed = round(self.targets / (now - self.since))
-            print(json.dumps({**self.info, "gradient_norm": norm, "tokens_per_s": speed}), file=self.log)
-            self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
-            self.since = now
-        self.loss_sum.zero_()
-        self.targets = 0
+            print(json.dumps(row), file=self.log)
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.since = time.monotonic()
 
     def save(self) -> None:
         """Publish a checkpoint, and remove those that it replaces."""
         facts = {**self.info, "tokens": self.data.tokens_seen(self.step * self.settings.global_batch_size)}
         facts["plan"] = self.work.request if self.first else None
         target = self.output_dir / f"checkpoint-{self.step}"
-        save(target, self.network, self.optimizer, {**facts, "outputs": facts}, self.processes)
+        with self.timed("saving"):
+            save(target, self.network, self.optimizer, {**facts, "outputs": facts}, self.processes)
         if self.first:
             remove_old(self.output_dir, self.kept_steps)
 
@@ -359,6 +406,8 @@ class Run:
         self.progress.close()
         if self.first:
             remove_old(self.output_dir, self.kept_steps)  # also what a kill after the last save left
+            with self.work.publish("losses.png") as path:
+                draw(self.output_dir / "train.log", path)
             self.work.counts.update(steps=self.steps, tokens=self.data.tokens_seen(self.data.num_windows))
             last = f"{self.output_dir}/checkpoint-{self.steps}"
             print(f"trained on {self.data.budgets.sum():,} tokens: {last}", flush=True)

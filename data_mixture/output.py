@@ -16,12 +16,12 @@ from data_mixture.duplicates import NearSeen, Seen
 from towerspeech.errors import UserError
 from towerspeech.files import write_json
 from towerspeech.indexed import write_index
+from towerspeech.mixture import VALIDATION
 from towerspeech.stage import Stage
 
 NOTE_EVERY = 16  # tasks; a killed run repeats no more
 LOOK_AFTER = 10_000  # items: as many must have been read before too many bad ones end the run
 TWICE, NEARLY = "twice", "nearly twice"
-VALIDATION = "validation"
 LISTS = ("bad", "hits")
 FILES = ("bin", "sizes", "validation_bin", "validation_sizes", "keys", "near", *LISTS)
 

@@ -16,6 +16,7 @@ from towerspeech.units_parquet import check_one_kmeans
 TEMPLATES = ("transcript", "units", "text_to_speech")
 BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.IGNORECASE)
 MEND = "mend the config"
+VALIDATION = "validation"  # the folder of a mixture that has its held-out documents
 
 
 @dataclass

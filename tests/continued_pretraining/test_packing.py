@@ -74,9 +74,29 @@ def test_budgets_are_exact_to_the_token(mixture):
         # Windows of one source come in the order of its stream: together they are its tokens 1..budget.
         assert trained[name] == written_out(data.streams[number], sources[name], budget + 1)[1:]
         assert len(trained[name]) == budget
-    assert data.num_targets(range(data.num_windows)) == 1021
+    assert data.num_targets(range(data.num_windows)).sum() == 1021
     inputs, targets = data.batch(range(120, 136))  # beyond the end: filled up
-    assert (targets[8:] == IGNORE).all() and data.num_targets(range(120, 136)) == (targets != IGNORE).sum()
+    assert (targets[8:] == IGNORE).all() and data.num_targets(range(120, 136)).sum() == (targets != IGNORE).sum()
+
+
+def test_held_out_documents_come_once(mixture):
+    """Every token of theirs but each source's first is a target; a source without any is none."""
+    folder, sources = mixture
+    held_out = {"a": sources["a"][:9], "b": [[7]], "c": []}  # of one token nothing can be told
+    write_manifest(folder, 3, a=1000, b=21, c=5)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for source in manifest["sources"]:
+        documents = held_out[source["name"]]
+        write_source(folder / "validation", source["name"], documents)
+        source["validation"] = {"documents": len(documents), "tokens": sum(map(len, documents))}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    data = Mixture(folder, LENGTH, held_out=True)
+    assert data.names == ["a"]
+    windows = [data.window(number) for number in range(data.num_windows)]
+    targets = np.concatenate([targets[targets != IGNORE] for _, targets in windows]).tolist()
+    first = windows[0][0][0]
+    assert sorted([first, *targets]) == sorted(token for document in held_out["a"] for token in document)
+    assert data.num_targets(range(data.num_windows)).tolist() == [len(targets)]
 
 
 def test_tokens_seen_counts_targets(mixture):
@@ -87,8 +107,8 @@ def test_tokens_seen_counts_targets(mixture):
         for number in range(windows):
             expected["ab"[data.owner[number]]] += targets[number]
         assert data.tokens_seen(windows) == expected and sum(expected.values()) == sum(targets[:windows])
-        assert data.num_targets(range(windows)) == sum(targets[:windows])
-        assert data.num_targets(range(windows, 200)) == sum(targets[windows:])
+        assert data.num_targets(range(windows)).sum() == sum(targets[:windows])
+        assert data.num_targets(range(windows, 200)).sum() == sum(targets[windows:])
     assert data.tokens_seen(200) == {"a": 1000, "b": 21}
 
 
@@ -105,7 +125,7 @@ def test_a_budget_met_exactly_or_missed_by_one(tmp_path, budget, windows, last):
     assert inputs[:-1].flatten().tolist() == stream[:-1] and not inputs[-1].any()
     assert targets.flatten().tolist() == stream[1 : budget + 1] + [IGNORE] * (windows * LENGTH + LENGTH - budget)
     assert (targets[windows - 1] != IGNORE).sum() == last
-    assert data.num_targets(range(windows + 1)) == budget and data.tokens_seen(windows) == {"a": budget}
+    assert data.num_targets(range(windows + 1)).sum() == budget and data.tokens_seen(windows) == {"a": budget}
 
 
 def seen_order(folder, seed: int, **budgets: int) -> dict[str, list[int]]:
@@ -150,8 +170,8 @@ def test_numbers_beyond_32_bits(tmp_path):
     data = Mixture(tmp_path, 2**20)
     assert data.num_windows == 9537  # 10**10 / 2**20 = 9536.7
     assert (
-        data.num_targets(range(9537)) == 10**10 + 1
-        and data.num_targets(range(9536, 9600)) == 10**10 + 1 - 9536 * 2**20
+        data.num_targets(range(9537)).sum() == 10**10 + 1
+        and data.num_targets(range(9536, 9600)).sum() == 10**10 + 1 - 9536 * 2**20
     )
     assert data.tokens_seen(9536) == {"a": 9536 * 2**20} and data.tokens_seen(9537) == {"a": 10**10 + 1}
     assert (data.window(9536)[1] != IGNORE).sum() == 10**10 + 1 - 9536 * 2**20

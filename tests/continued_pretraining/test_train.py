@@ -1,6 +1,7 @@
 """train.py and export_checkpoint.py against a plain PyTorch loop over the same windows; SIGKILL, meshes, bad input."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from continued_pretraining import checkpoints
@@ -21,6 +23,7 @@ from continued_pretraining.packing import IGNORE, Mixture
 from data_mixture.build_mixture import Source, build_mixture
 from towerspeech import command as command_line
 from towerspeech.errors import UserError
+from towerspeech.indexed import IndexedTokens
 
 LENGTH, BATCH, STEPS = 64, 4, 12
 SETTINGS = dict(
@@ -32,11 +35,11 @@ SETTINGS = dict(
 def mixture(tmp_path_factory, model_dir, make_units) -> Path:
     folder = tmp_path_factory.mktemp("cpt")
     path = folder / "mono.jsonl"
-    path.write_text("".join(json.dumps({"text": f"the old captain sees {i} boats"}) + "\n" for i in range(80)))
-    units = make_units(folder / "units", 80)
-    # 12 steps of 4 windows of 64 tokens, the last of them not full
+    path.write_text("".join(json.dumps({"text": f"the old captain sees {i} boats"}) + "\n" for i in range(1000)))
+    units = make_units(folder / "units", 600)
+    # 12 steps of 4 windows of 64 tokens, the last of them not full; of all documents a hundredth is held out
     sources = [Source("speech", "speech", [str(units)], 2000), Source("mono", "text", [str(path)], 1000)]
-    build_mixture(model_dir, folder / "mixture", sources)
+    build_mixture(model_dir, folder / "mixture", sources, reserve=100)
     return folder / "mixture"
 
 
@@ -58,10 +61,15 @@ def train(*args, **changes) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args, **changes), capture_output=True, text=True, env=environment)
 
 
-def losses(run: Path) -> dict[int, float]:
+def log(run: Path) -> list[dict]:
+    """The lines of train.log, without what a clock says; the first one is of no step."""
     rows = [json.loads(line) for line in (run / "train.log").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    return {row["step"]: row["loss"] for row in rows}
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "seconds")} for row in rows]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in log(run)[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -100,30 +108,89 @@ def reference_loop(model_dir, mixture) -> tuple[dict[str, list[float]], dict[str
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
-    data, log = Mixture(mixture, LENGTH), {"loss": [], "gradient_norm": [], "learning_rate": schedule()}
+    data, known = Mixture(mixture, LENGTH), {"loss": [], "gradient_norm": [], "learning_rate": schedule()}
     for step in range(STEPS):
         inputs, targets = map(torch.from_numpy, data.batch(range(step * BATCH, (step + 1) * BATCH)))
         logits = model(input_ids=inputs).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         loss.backward()
-        log["gradient_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        known["gradient_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
-            group["lr"] = log["learning_rate"][step]
+            group["lr"] = known["learning_rate"][step]
         optimizer.step()
         optimizer.zero_grad()
-        log["loss"].append(loss.item())
-    return log, model.state_dict()
+        known["loss"].append(loss.item())
+    return known, model.state_dict()
 
 
 def test_equals_a_plain_loop(model_dir, mixture, whole_run, exported):
-    log, weights = reference_loop(model_dir, mixture)
-    rows = [json.loads(line) for line in (whole_run / "train.log").read_text().splitlines()]
-    for name, values in log.items():
+    known, weights = reference_loop(model_dir, mixture)
+    rows = log(whole_run)[1:]
+    for name, values in known.items():
         assert [row[name] for row in rows] == pytest.approx(values, rel=1e-5), name
     ours = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
     assert ours.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-5, rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def held_out(mixture) -> dict[str, list[int]]:
+    """The tokens of each source's held-out documents, in the order in which they are packed."""
+    manifest = json.loads((mixture / "manifest.json").read_text())
+    found = {}
+    for number, source in enumerate(manifest["sources"]):
+        tokens = IndexedTokens(mixture / "validation" / source["name"])
+        order = np.random.default_rng([manifest["seed"], number, 0]).permutation(len(tokens.sizes))
+        documents = np.split(tokens.tokens.astype(np.int64), tokens.offsets[1:])
+        found[source["name"]] = [token for document in order for token in documents[document].tolist()]
+    assert all(len(tokens) > LENGTH + 1 for tokens in found.values())
+    return found
+
+
+def loss_of(model, tokens: list[int]) -> float:
+    """transformers' own loss of each window, weighed by its targets."""
+    total = 0.0
+    for start in range(0, len(tokens) - 1, LENGTH):
+        ids = torch.tensor([tokens[start : start + LENGTH + 1]])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    return total / (len(tokens) - 1)
+
+
+def test_losses_by_source_are_transformers_own(model_dir, mixture, whole_run, exported, held_out):
+    """Of held-out documents before the first step and after the last; of training in the first step."""
+    rows = log(whole_run)
+    for row, folder in ((rows[0], model_dir), (rows[-1], exported)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        expected = {name: loss_of(model, tokens) for name, tokens in held_out.items()}
+        assert row["validation"] == pytest.approx(expected, rel=1e-5)
+        assert row["perplexity"] == pytest.approx({name: math.exp(loss) for name, loss in expected.items()}, rel=1e-4)
+    assert [row["step"] for row in rows if "validation" in row] == [0, 6, 9, 12]
+    model, data = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), Mixture(mixture, LENGTH)
+    sums, counts = {}, {}
+    for number in range(BATCH):
+        inputs, targets = (torch.from_numpy(part)[None] for part in data.window(number))
+        name = ("speech", "mono")[data.owner[number]]
+        loss = torch.nn.functional.cross_entropy(model(input_ids=inputs).logits[0], targets[0], reduction="sum")
+        sums[name] = sums.get(name, 0) + loss.item()
+        counts[name] = counts.get(name, 0) + int((targets != IGNORE).sum())
+    assert rows[1]["losses"] == pytest.approx({name: sums[name] / counts[name] for name in sums}, rel=1e-5)
+    assert (whole_run / "losses.png").read_bytes().startswith(b"\x89PNG")
+    last = json.loads((whole_run / f"checkpoint-{STEPS}/run_info.json").read_text())
+    assert {key: last[key] for key in rows[-1] if key in last} == {
+        key: value for key, value in rows[-1].items() if key != "gradient_norm"
+    }
+
+
+def test_the_log_by_source_adds_up(mixture, whole_run):
+    """Each line's losses, weighed by the tokens that were seen since the last line, are its loss."""
+    data, seen = Mixture(mixture, LENGTH), {"speech": 0, "mono": 0}
+    for row in log(whole_run)[1:]:
+        before, seen = seen, data.tokens_seen(row["step"] * BATCH)
+        new = {name: seen[name] - before[name] for name in seen if seen[name] > before[name]}
+        assert row["losses"].keys() == new.keys()
+        assert row["loss"] * sum(new.values()) == pytest.approx(sum(row["losses"][name] * new[name] for name in new))
 
 
 def test_checkpoints_and_counts(whole_run, mixture):
@@ -193,8 +260,8 @@ def alone(tmp_path_factory, model_dir, mixture) -> Path:
 
 
 def test_micro_batches_of_two_equal_a_plain_loop(tmp_path, model_dir, mixture, alone):
-    log, weights = reference_loop(model_dir, mixture)
-    assert list(losses(alone).values()) == pytest.approx(log["loss"], rel=1e-5)
+    known, weights = reference_loop(model_dir, mixture)
+    assert losses(alone) == pytest.approx(known["loss"], rel=1e-5)
     export_checkpoint(alone / f"checkpoint-{STEPS}", model_dir, tmp_path / "model", dtype="float32")
     for name, weight in load_file(tmp_path / "model/model.safetensors").items():
         torch.testing.assert_close(weight, weights[name], atol=2e-5, rtol=2e-3)
@@ -237,7 +304,7 @@ def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
     assert {path.name for path in run.glob("checkpoint-*")} == ours | others
     assert (run / "checkpoint-7").read_text() == "mine"
     assert (run / "checkpoint-99-backup/run_info.json").is_file()
-    assert losses(run) == losses(alone)
+    assert log(run) == log(alone)
     assert same_weights(run, alone, model_dir, tmp_path)
 
 
@@ -261,10 +328,70 @@ def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
     train_here(model_dir, mixture, run)
     assert f"going on after step 9 from {run}/checkpoint-9\n" in capsys.readouterr().out
-    assert losses(run) == losses(alone)
+    assert log(run) == log(alone)
     assert same_weights(run, alone, model_dir, tmp_path)
     train_here(model_dir, mixture, run)
     assert "already done" in capsys.readouterr().out
+
+
+def test_killed_in_its_first_step_it_begins_anew(tmp_path, model_dir, mixture, alone, monkeypatch):
+    """The line before the first step is there once."""
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "train_step", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(model_dir, mixture, tmp_path / "run")
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/train.log").read_text().splitlines()] == [0]
+    train_here(model_dir, mixture, tmp_path / "run")
+    assert log(tmp_path / "run") == log(alone)
+
+
+def test_validations_between_are_asked_for(tmp_path, model_dir, mixture, alone):
+    """They change nothing else; lines come for them though none would be due."""
+    train_here(model_dir, mixture, tmp_path / "run", validate_every=4, log_every=100, keep_steps=None, save_every=100)
+    rows = [json.loads(line) for line in (tmp_path / "run/train.log").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 4, 8, 12] and all("validation" in row for row in rows)
+    known = {row["step"]: row["validation"] for row in log(alone) if "validation" in row}
+    assert rows[0]["validation"] == known[0] and rows[-1]["validation"] == known[12]
+    assert rows[1]["loss"] == pytest.approx(np.mean(losses(alone)[:4]), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory, mixture) -> Path:
+    """The same mixture without documents held out."""
+    folder = Path(shutil.copytree(mixture, tmp_path_factory.mktemp("bare") / "mixture"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for source in manifest["sources"]:
+        source["validation"] = {"documents": 0, "tokens": 0}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(folder / "validation")
+    return folder
+
+
+def test_without_held_out_documents(tmp_path, model_dir, bare, alone):
+    with pytest.raises(UserError, match="holds no documents out\n.*--validation_tokens above 0"):
+        train_here(model_dir, bare, tmp_path / "run", validate_every=4)
+    assert not (tmp_path / "run").exists()
+    train_here(model_dir, bare, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/train.log").read_text().splitlines()]
+    assert not any("validation" in row for row in rows) and [row["loss"] for row in rows] == losses(alone)
+    assert (tmp_path / "run/losses.png").is_file()
+
+
+def test_the_source_whose_loss_is_not_finite_is_named(tmp_path, model_dir, mixture, bare):
+    """One unit's embedding is no number: of all that comes first the speech is spoiled, then the weights."""
+    config = json.loads((model_dir / "config.json").read_text()) | {"tie_word_embeddings": False}
+    broken = Path(shutil.copytree(model_dir, tmp_path / "broken"))
+    (broken / "config.json").write_text(json.dumps(config))
+    weights = load_file(model_dir / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    unit = Mixture(mixture, LENGTH).streams[0].data.tokens[8]
+    weights["model.embed_tokens.weight"][int(unit)] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    rarely = {"log_every": 100, "save_every": 100, "keep_steps": None}
+    with pytest.raises(UserError, match=r"at step 12 the loss is nan \(first of speech\)"):
+        train_here(broken, bare, tmp_path / "run", **rarely)
+    with pytest.raises(UserError, match="at step 0 the loss of the held-out documents of speech is not finite"):
+        train_here(broken, mixture, tmp_path / "other", **rarely)
 
 
 def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path, model_dir, mixture):
@@ -331,7 +458,7 @@ def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path, model_dir, mixtu
     assert result.returncode == 0, result.stderr
     assert "going on after step" in result.stdout
     assert not list(output_dir.glob(".tmp-*"))
-    assert losses(output_dir) == losses(whole_run)
+    assert log(output_dir) == log(whole_run)
     assert same_weights(output_dir, whole_run, model_dir, tmp_path)
     again = train(model_dir, mixture, output_dir, keep_steps="[6, 9]")
     assert again.returncode == 0 and "already done" in again.stdout
@@ -348,7 +475,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path, model_dir, mixture, 
     assert not (tmp_path / "run/run_info.json").exists() and not (tmp_path / "run/.stop").exists()
     result = train(model_dir, mixture, tmp_path / "run", **settings)
     assert result.returncode == 0 and "going on after step 1 " in result.stdout, result.stderr
-    assert losses(tmp_path / "run") == losses(whole_run)
+    assert log(tmp_path / "run") == log(whole_run)
     assert same_weights(tmp_path / "run", whole_run, model_dir, tmp_path)
 
 
@@ -357,12 +484,12 @@ def test_another_mesh_goes_on_with_a_checkpoint(tmp_path, model_dir, mixture, wh
     """Sharded over two processes up to step 9, then on one: the losses and weights of replicate 2."""
     result = train(model_dir, mixture, tmp_path / "run", processes=2, shard=2, keep_steps="[6, 9]")
     assert result.returncode == 0, result.stderr
-    assert list(losses(tmp_path / "run").values()) == pytest.approx(list(losses(whole_run).values()), rel=2e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=2e-5)
     shutil.rmtree(tmp_path / "run/checkpoint-12")
     (tmp_path / "run/run_info.json").rename(tmp_path / "run/.unfinished.json")
     result = train(model_dir, mixture, tmp_path / "run", keep_steps="[6, 9]")
     assert result.returncode == 0 and "going on after step 9" in result.stdout, result.stderr
-    assert list(losses(tmp_path / "run").values()) == pytest.approx(list(losses(whole_run).values()), rel=2e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=2e-5)
     export_checkpoint(tmp_path / "run/checkpoint-12", model_dir, tmp_path / "model", dtype="float32")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", exported))
     for name, weight in theirs.items():

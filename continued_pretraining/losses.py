@@ -1,0 +1,128 @@
+"""The loss by source: of training, of a mixture's held-out documents, and the curves of both."""
+
+import json
+import math
+from pathlib import Path
+
+from continued_pretraining.packing import Mixture
+from towerspeech.processes import Processes
+
+NEVER = 1 << 62  # a step that does not come
+
+
+def window_losses(network, inputs, targets):
+    """The sum of the loss over each window's targets, (windows,) float32.
+
+    ``inputs`` and ``targets`` are (windows, length) int64; targets that are IGNORE count nothing.
+    """
+    import torch.nn.functional as F
+
+    logits = network(input_ids=inputs, use_cache=False).logits.float()  # (windows, length, rows)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).sum(1)
+
+
+class Losses:
+    """Sums of losses by source, over several steps and all processes.
+
+    Attributes:
+        targets: Tokens of each source whose losses have been added, on all processes, (num_sources,) int64.
+    """
+
+    def __init__(self, data: Mixture, device: str):
+        self.data, self.device = data, device
+        self.clear()
+
+    def clear(self) -> None:
+        import torch
+
+        self.targets = self.data.num_targets(range(0))
+        self.sums = torch.zeros(len(self.data.names), dtype=torch.float64, device=self.device)  # of this process
+        self.first_bad = torch.full_like(self.sums, NEVER)  # the step in which a source's sum ceased to be finite
+
+    def add(self, numbers: range, losses) -> None:
+        """Add the losses of this process's windows of these numbers, (windows,)."""
+        for number, loss in zip(numbers, losses, strict=True):
+            if number < self.data.num_windows:  # others fill a batch up
+                self.sums[self.data.owner[number]] += loss
+
+    def end_step(self, step: int, numbers: range) -> None:
+        """Count the targets of the windows that all processes had in a step."""
+        import torch
+
+        self.targets += self.data.num_targets(numbers)
+        known = self.first_bad < step
+        self.first_bad = torch.where(self.sums.isfinite() | known, self.first_bad, float(step))
+
+    def means(self) -> tuple[float, dict[str, float], list[str]]:
+        """The mean over all targets, that of each source that has some, and the sources that were not finite first.
+
+        All processes call this together.
+        """
+        import torch.distributed as dist
+
+        sums, first_bad = self.sums.clone(), self.first_bad.clone()
+        dist.all_reduce(sums)
+        dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+        first = first_bad.min().item()
+        rows = list(zip(self.data.names, sums.tolist(), self.targets.tolist(), first_bad.tolist(), strict=True))
+        by_source = {name: total / targets for name, total, targets, _ in rows if targets}
+        bad = [name for name, *_, step in rows if step == first < NEVER]
+        return sums.sum().item() / int(self.targets.sum()), by_source, bad
+
+
+def validate(network, held_out: Mixture, micro_batch_size: int, processes: Processes, device: str) -> dict[str, float]:
+    """The mean loss of each source's held-out documents; all processes take their share.
+
+    Documents are packed as in training. Every token is a target, but for each source's first.
+    """
+    import torch
+    from tqdm import tqdm
+
+    losses, share = Losses(held_out, device), micro_batch_size * processes.world
+    network.eval()
+    starts = range(0, held_out.num_windows, share)
+    with torch.no_grad():
+        for start in tqdm(starts, desc="validate", unit=" batches", leave=False, disable=processes.rank > 0):
+            first = start + processes.rank * micro_batch_size
+            own = range(first, first + micro_batch_size)
+            inputs, targets = (torch.from_numpy(part).to(device) for part in held_out.batch(own))
+            losses.add(own, window_losses(network, inputs, targets))
+    losses.end_step(0, range(held_out.num_windows))
+    network.reshard()  # what the last layers gathered
+    network.train()
+    return losses.means()[1]
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; e^700 for those beyond, which no number would hold."""
+    return math.exp(min(loss, 700.0))
+
+
+# --- Curves ---------------------------------------------------------------------------------------
+def draw(log: Path, path: Path) -> None:
+    """Plot what train.log tells of the losses by source; of runs that hold nothing out, of training alone."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    panels = {
+        title: [(row["step"], row[key]) for row in rows if key in row]
+        for title, key in (("training loss", "losses"), ("loss of held-out documents", "validation"))
+    }
+    panels = {title: points for title, points in panels.items() if points}
+    names = list(dict.fromkeys(name for points in panels.values() for _, by_source in points for name in by_source))
+    colors = dict(zip(names, colormaps["turbo"]([(n + 0.5) / len(names) for n in range(len(names))]), strict=True))
+    columns = math.ceil(len(names) / 20)
+    figure = Figure(figsize=(5.5 * len(panels) + 1.6 * columns, 4.5), layout="constrained")
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in names:
+            own = [(step, by_source[name]) for step, by_source in points if name in by_source]
+            if own:
+                mark = "." if len(own) < 50 else None
+                axes.plot(*zip(*own, strict=True), color=colors[name], marker=mark, linewidth=1)
+        axes.set(xlabel="step", ylabel="nats a token", title=title)
+        axes.grid(alpha=0.3)
+    handles = [axes.plot([], [], color=colors[name], label=name)[0] for name in names]
+    figure.legend(handles=handles, loc="outside right center", ncols=columns, fontsize=7, frameon=False)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})  # the same bytes from every version
