@@ -17,7 +17,7 @@ from data_mixture.documents import Made, Maker, Task
 from towerspeech.ahead import ahead
 from towerspeech.errors import UserError
 
-HERE = 1 << 20  # bytes of text that are done here before processes are started, which takes a second or two
+HERE = 1 << 18  # bytes of items that are done here before processes are started, which takes a second or two
 
 _maker: Maker  # of a process
 

@@ -675,7 +675,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, build, built, tokeniz
 @pytest.mark.slow
 def test_killed_at_random_it_goes_on_to_the_same_bytes(tmp_path, build, built, tokenizer_dir):
     """Twice (TOWERSPEECH_KILLS says otherwise); no process is left behind."""
-    rng, kills = random.Random(1), 0
+    rng, kills, helped = random.Random(1), 0, 0
     wanted = int(os.environ.get("TOWERSPEECH_KILLS", "2"))
     for number in range(5 * wanted):  # some may have ended before
         mix = tmp_path / str(number)
@@ -685,6 +685,7 @@ def test_killed_at_random_it_goes_on_to_the_same_bytes(tmp_path, build, built, t
         while not [*mix.glob(".*.bin")] and process.poll() is None:
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 4))
+        helped += bool(children_of(process.pid))
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
@@ -697,6 +698,7 @@ def test_killed_at_random_it_goes_on_to_the_same_bytes(tmp_path, build, built, t
         subprocess.run(command(build, tokenizer_dir, mix, 2), check=True, cwd=REPO)
         assert files_of(mix) == built
         if kills == wanted:
+            assert helped  # there were processes to leave behind
             return
     raise AssertionError(f"only {kills} of {wanted} runs were killed")
 
