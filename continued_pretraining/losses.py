@@ -10,18 +10,6 @@ from towerspeech.processes import Processes
 NEVER = 1 << 62  # a step that does not come
 
 
-def window_losses(network, inputs, targets):
-    """The sum of the loss over each window's targets, (windows,) float32.
-
-    ``inputs`` and ``targets`` are (windows, length) int64; targets that are IGNORE count nothing.
-    """
-    import torch.nn.functional as F
-
-    logits = network(input_ids=inputs, use_cache=False).logits.float()  # (windows, length, rows)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape).sum(1)
-
-
 class Losses:
     """Sums of losses by source, over several steps and all processes.
 
@@ -87,7 +75,7 @@ def validate(network, held_out: Mixture, micro_batch_size: int, processes: Proce
             first = start + processes.rank * micro_batch_size
             own = range(first, first + micro_batch_size)
             inputs, targets = (torch.from_numpy(part).to(device) for part in held_out.batch(own))
-            losses.add(own, window_losses(network, inputs, targets))
+            losses.add(own, network.window_losses(inputs, targets, 1.0)[1])
     losses.end_step(0, range(held_out.num_windows))
     network.reshard()  # what the last layers gathered
     network.train()

@@ -14,7 +14,6 @@ write a checkpoint and end (sbatch/job.sh does so before a time limit).
 import contextlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Literal
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
-from continued_pretraining.losses import Losses, draw, perplexity, validate, window_losses
+from continued_pretraining.losses import Losses, draw, perplexity, validate
 from continued_pretraining.packing import Mixture
 from towerspeech.command import run
 from towerspeech.errors import UserError
@@ -39,7 +38,8 @@ SPEED = (  # settings that change neither the losses nor the checkpoints
     "validate_every",
     "replicate",
     "shard",
-    "gradient_checkpointing",
+    "activation_checkpointing",
+    "compile",
     "device",
 )
 
@@ -75,7 +75,9 @@ class Settings:
         replicate: Number of data-parallel copies of the model.
         shard: Number of processes that share one copy; default: all processes / replicate.
         dtype: Number format of the computation; weights, gradients' sums and optimizer states are fp32.
-        gradient_checkpointing: Recompute activations to save memory.
+        activation_checkpointing: Which activations the backward pass computes again, to save memory: none of them; all
+            of a layer (full); all but those of attention and of every second matrix product (selective).
+        compile: Compile each layer with torch.compile.
         device: Where to train; auto takes CUDA if it is there.
         overwrite: Replace the output of a run with other arguments.
     """
@@ -100,7 +102,8 @@ class Settings:
     replicate: PositiveInt = 1
     shard: PositiveInt | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    compile: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"
     overwrite: bool = False
 
@@ -152,51 +155,6 @@ def mesh_shape(settings: Settings, world: int) -> tuple[int, int]:
             "change --global_batch_size or --micro_batch_size",
         )
     return replicate, shard
-
-
-# --- The parts of a step --------------------------------------------------------------------------
-def load_model(folder: Path, mesh, dtype: str, gradient_checkpointing: bool):
-    """Load in fp32 and shard. The processes of a machine take turns, so that it holds one whole copy at a time."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import AutoModelForCausalLM
-
-    policy = MixedPrecisionPolicy()
-    if dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-        if turn == int(os.environ.get("LOCAL_RANK", "0")):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
-            fully_shard(model, mesh=mesh, mp_policy=policy)
-        dist.barrier()
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model.train()
-
-
-def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int, final_share: float) -> float:
-    """Linear warm-up, then half a cosine to ``final_share`` of the peak; ``step`` counts from 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(network, settings: Settings):
-    """AdamW; vectors (norms, biases) do not decay."""
-    import torch
-
-    matrices = [p for p in network.parameters() if p.dim() > 1]
-    vectors = [p for p in network.parameters() if p.dim() <= 1]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        fused=True,
-    )
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -264,6 +222,9 @@ class Run:
         from torch.distributed.device_mesh import init_device_mesh
         from tqdm import tqdm
 
+        from continued_pretraining.network import allocate, divide, empty_network, fill, recompute
+        from continued_pretraining.optimizer import make_optimizer
+
         settings = self.settings
         replicate, shard = self.mesh
         if self.first:
@@ -274,14 +235,21 @@ class Run:
                 flush=True,
             )
         mesh = init_device_mesh(self.device, self.mesh, mesh_dim_names=("replicate", "shard"))
-        self.network = load_model(settings.model, mesh, settings.dtype, settings.gradient_checkpointing)
-        self.optimizer = make_optimizer(self.network, settings)
+        self.network = empty_network(settings.model)
+        recompute(self.network, settings.activation_checkpointing)
+        divide(self.network, mesh, settings.dtype, settings.compile)
+        allocate(self.network, self.device)
+        self.optimizer = make_optimizer(
+            self.network, settings.learning_rate, (settings.beta1, settings.beta2), settings.weight_decay
+        )
         self.step = 0
         checkpoints = self.processes.agree(finished(self.output_dir))
         if checkpoints:
             self.step = load(checkpoints[-1], self.network, self.optimizer)["step"]
             if self.first:
                 print(f"going on after step {self.step:,} from {checkpoints[-1]}", flush=True)
+        else:
+            fill(self.network, settings.model)
         # Of a run that begins anew not even the line before the first step stays.
         self.log = open_log(self.output_dir / "train.log", self.step or -1) if self.first else None
         # Since the last line of the log:
@@ -301,6 +269,8 @@ class Run:
         """Take one optimizer step; returns the gradient's norm before clipping."""
         import torch
 
+        from continued_pretraining.optimizer import learning_rate_at
+
         settings, world, micro = self.settings, self.processes.world, self.settings.micro_batch_size
         share = settings.global_batch_size // world  # windows of this process
         every = range(self.step * settings.global_batch_size, (self.step + 1) * settings.global_batch_size)
@@ -313,9 +283,10 @@ class Run:
             self.network.set_requires_all_reduce(start + micro == share)
             x = torch.from_numpy(inputs[start : start + micro]).to(self.device)  # (micro batch, length)
             y = torch.from_numpy(targets[start : start + micro]).to(self.device)
-            losses = window_losses(self.network, x, y)
-            (losses.sum() * (world / num_targets)).backward()  # FSDP averages over processes; we want the tokens' mean
-            self.losses.add(own[start : start + micro], losses.detach())
+            # FSDP averages over processes; we want the tokens' mean
+            loss, by_window = self.network.window_losses(x, y, world / num_targets)
+            loss.backward()
+            self.losses.add(own[start : start + micro], by_window)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 self.step,

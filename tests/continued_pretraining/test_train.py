@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from continued_pretraining import checkpoints
+from continued_pretraining import checkpoints, network
 from continued_pretraining import train as script
 from continued_pretraining.export_checkpoint import export_checkpoint
+from continued_pretraining.optimizer import learning_rate_at
 from continued_pretraining.packing import IGNORE, Mixture
 from data_mixture.build_mixture import Source, build_mixture
 from towerspeech import command as command_line
@@ -204,12 +205,12 @@ def test_checkpoints_and_counts(whole_run, mixture):
 
 
 def test_learning_rate_schedule():
-    rates = [script.learning_rate_at(step, 100, 1.0, 10, 0.1) for step in range(100)]
+    rates = [learning_rate_at(step, 100, 1.0, 10, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert [script.learning_rate_at(step, STEPS, 1e-3, 3, 0.1) for step in range(STEPS)] == pytest.approx(schedule())
-    assert script.learning_rate_at(0, 1, 2.0, 0, 0.1) == 2.0  # one step alone is taken at the peak
+    assert [learning_rate_at(step, STEPS, 1e-3, 3, 0.1) for step in range(STEPS)] == pytest.approx(schedule())
+    assert learning_rate_at(0, 1, 2.0, 0, 0.1) == 2.0  # one step alone is taken at the peak
 
 
 def test_export_keeps_the_tokenizer_and_refuses_another_model(
@@ -502,7 +503,7 @@ def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_mode
             train_here(model, mixture, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
 
-    monkeypatch.setattr(script, "load_model", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(network, "empty_network", lambda folder: pytest.fail("the model was made"))
     refused("--sequence_length 4096 exceeds the model's context of 512", sequence_length=4096)
     refused(r"--keep_steps \[13\] lies outside the run's 1..12 steps", keep_steps=[13])
     refused(r"--keep_steps \[0\] lies outside the run's 1..12 steps", keep_steps=[0])

@@ -1,0 +1,126 @@
+"""The network that is trained: made without weights, divided over the processes, and filled with what each needs."""
+
+import types
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from continued_pretraining.cross_entropy import cross_entropy
+from towerspeech.errors import UserError
+
+# transformers makes no masks for an attention that it does not know; to make some it looks at values, which tensors on
+# the meta device do not have. Without a mask this one is causal.
+AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+
+
+def window_losses(network, inputs, targets, scale: float):
+    """The sum of all losses times ``scale``, to be differentiated; and the sum over each window, (windows,) float32.
+
+    ``inputs`` and ``targets`` are (windows, length) int64; targets that are IGNORE count nothing.
+    """
+    hidden = network.model(input_ids=inputs, use_cache=False).last_hidden_state  # (windows, length, width)
+    total, losses = cross_entropy(hidden.flatten(0, 1), network.lm_head.weight, targets.flatten(), scale)
+    return total, losses.view(targets.shape).sum(1)
+
+
+def empty_network(folder: Path):
+    """The model of a folder in float32, without weights: its parameters are on the meta device.
+
+    Raises:
+        UserError: It does more than one matrix product to make logits of what its last layer gives.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        check_head(folder, AutoModelForCausalLM.from_config(config, attn_implementation="sdpa_without_mask"))
+    with init_empty_weights(include_buffers=False):  # buffers, such as those of the positions, are computed
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def check_head(folder: Path, network) -> None:
+    """Refuse a model whose logits are not its last hidden state times lm_head, as ``window_losses`` takes it."""
+    seen = {}
+    network.model.register_forward_hook(lambda module, given, output: seen.update(hidden=output.last_hidden_state))
+    network.lm_head.register_forward_hook(lambda module, given, output: seen.update(given=given[0], logits=output))
+    logits = network(input_ids=torch.zeros((1, 2), dtype=torch.int64, device="meta"), use_cache=False).logits
+    straight = seen["given"] is seen["hidden"] or seen["given"]._base is seen["hidden"]
+    if not (straight and logits is seen["logits"] and network.lm_head.bias is None):
+        problem = f"{folder}: {type(network).__name__} changes its logits after lm_head, or what it is given"
+        raise UserError(problem, "train a model of Llama's form")
+
+
+def recompute(network, what: str) -> None:
+    """Choose what the backward pass computes again, layer by layer: "none", "full" or "selective".
+
+    Selective is torchtitan's choice: what attention and every second matrix product give is kept, as they cost most.
+    """
+    if what == "none":
+        return
+    options: dict = {"use_reentrant": False}
+    if what == "selective":
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_costly())
+    network.gradient_checkpointing_enable(options)
+
+
+def _keep_costly():
+    """A policy for one layer's forward and backward pass."""
+    products = {"forward": 0, "again": 0}
+
+    def policy(context, operation, *given, **options):
+        if "scaled_dot_product" in operation.name():
+            return CheckpointPolicy.MUST_SAVE
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            products["again" if context.is_recompute else "forward"] += 1
+            if products["again" if context.is_recompute else "forward"] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def divide(network, mesh, dtype: str, compiled: bool) -> None:
+    """Divide it over the processes of a mesh (replicate, shard), layer by layer; computation is in ``dtype``."""
+    policy = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in network.model.layers:
+        if compiled:
+            layer.compile()
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+    network.window_losses = types.MethodType(window_losses, network)
+    register_fsdp_forward_method(network, "window_losses")
+
+
+def allocate(network, device: str) -> None:
+    """Give the parameters memory on ``device``, of this process's shards alone; what they hold is undefined."""
+    buffers = dict(network.named_buffers())
+    network.to_empty(device=device)
+    for name, buffer in buffers.items():
+        network.get_buffer(name).copy_(buffer)
+    network.tie_weights()  # to_empty makes two of weights that are one
+
+
+def fill(network, folder: Path) -> None:
+    """Read this process's shards of a folder's safetensors; all processes call it together.
+
+    Raises:
+        UserError: Weights are missing, or of another shape.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    weights = dict(network.named_parameters())  # those that are tied once
+    there = reader.read_metadata().state_dict_metadata
+    for name, weight in weights.items():
+        if name not in there or there[name].size != weight.shape:
+            found = f"of shape {list(there[name].size)}" if name in there else "missing"
+            raise UserError(
+                f"{folder}: weights {name} of shape {list(weight.shape)} are {found}",
+                "make the model with train_bpe_tokenizer/extend_model.py",
+            )
+    dcp.load(weights, storage_reader=reader)
