@@ -14,7 +14,10 @@ write a checkpoint and end (sbatch/job.sh does so before a time limit).
 import contextlib
 import json
 import math
+import resource
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +27,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_numb
 from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
 from continued_pretraining.losses import Losses, draw, perplexity, validate
 from continued_pretraining.packing import Mixture
+from towerspeech.ahead import ahead
 from towerspeech.command import run
 from towerspeech.errors import UserError
 from towerspeech.files import read_json
@@ -252,6 +256,7 @@ class Run:
             fill(self.network, settings.model)
         # Of a run that begins anew not even the line before the first step stays.
         self.log = open_log(self.output_dir / "train.log", self.step or -1) if self.first else None
+        self.batches = self.read_ahead()
         # Since the last line of the log:
         self.losses = Losses(self.data, self.device)
         self.seconds = dict.fromkeys(("data", "validation", "saving"), 0.0)
@@ -265,6 +270,23 @@ class Run:
             disable=not self.first,
         )
 
+    def windows(self, step: int) -> tuple[range, range]:
+        """The numbers of a step's windows, over all processes; and those of this one."""
+        size = self.settings.global_batch_size
+        every, share = range(step * size, (step + 1) * size), size // self.processes.world
+        return every, every[self.processes.rank * share :][:share]
+
+    def read_ahead(self) -> Iterator[list]:
+        """Inputs and targets of each step that is left, read while those before are computed."""
+        import torch
+
+        def read(step: int) -> list:
+            parts = map(torch.from_numpy, self.data.batch(self.windows(step)[1]))  # (windows of this process, length)
+            return [part.pin_memory() if self.device == "cuda" else part for part in parts]
+
+        with ThreadPoolExecutor(1) as pool:
+            yield from ahead(pool, read, range(self.step, self.steps), 1)
+
     def train_step(self):
         """Take one optimizer step; returns the gradient's norm before clipping."""
         import torch
@@ -272,17 +294,15 @@ class Run:
         from continued_pretraining.optimizer import learning_rate_at
 
         settings, world, micro = self.settings, self.processes.world, self.settings.micro_batch_size
-        share = settings.global_batch_size // world  # windows of this process
-        every = range(self.step * settings.global_batch_size, (self.step + 1) * settings.global_batch_size)
-        own = every[self.processes.rank * share :][:share]
+        every, own = self.windows(self.step)
         num_targets = int(self.data.num_targets(every).sum())
         with self.timed("data"):
-            inputs, targets = self.data.batch(own)
-        for start in range(0, share, micro):
+            inputs, targets = next(self.batches)
+        for start in range(0, len(own), micro):
             # The copies' gradients are summed once a step; the shards' with every micro-batch, to save memory.
-            self.network.set_requires_all_reduce(start + micro == share)
-            x = torch.from_numpy(inputs[start : start + micro]).to(self.device)  # (micro batch, length)
-            y = torch.from_numpy(targets[start : start + micro]).to(self.device)
+            self.network.set_requires_all_reduce(start + micro == len(own))
+            part = slice(start, start + micro)
+            x, y = inputs[part].to(self.device, non_blocking=True), targets[part].to(self.device, non_blocking=True)
             # FSDP averages over processes; we want the tokens' mean
             loss, by_window = self.network.window_losses(x, y, world / num_targets)
             loss.backward()
@@ -346,8 +366,22 @@ class Run:
         speed = round(int(self.losses.targets.sum()) / training)
         self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
         seconds = {name: round(spent, 3) for name, spent in {**self.seconds, "all": whole}.items()}
-        self.write_log({**self.info, "gradient_norm": norm, "tokens_per_s": speed, "seconds": seconds})
+        machine = {"tokens_per_s": speed, "memory_gb": self.peak_memory_gb(), "seconds": seconds}
+        self.write_log({**self.info, "gradient_norm": norm, **machine})
         self.losses.clear()
+
+    def peak_memory_gb(self) -> float:
+        """The most that any process has held so far, in 1e9 bytes: of its GPU's memory, or as resident memory."""
+        import torch
+        import torch.distributed as dist
+
+        if self.device == "cuda":
+            peak = torch.cuda.max_memory_reserved()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        box = torch.tensor([peak / 1e9], device=self.device)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return round(box.item(), 3)
 
     def write_log(self, row: dict) -> None:
         """Write a line of the log; what is timed counts from here on."""

@@ -66,7 +66,8 @@ def log(run: Path) -> list[dict]:
     """The lines of train.log, without what a clock says; the first one is of no step."""
     rows = [json.loads(line) for line in (run / "train.log").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "seconds")} for row in rows]
+    measured = ("tokens_per_s", "memory_gb", "seconds")
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
 def losses(run: Path) -> list[float]:
@@ -268,6 +269,12 @@ def test_micro_batches_of_two_equal_a_plain_loop(tmp_path, model_dir, mixture, a
         torch.testing.assert_close(weight, weights[name], atol=2e-5, rtol=2e-3)
 
 
+@pytest.mark.parametrize("what", ["full", "selective"])
+def test_activations_computed_again_change_nothing(tmp_path, model_dir, mixture, alone, what):
+    train_here(model_dir, mixture, tmp_path / "run", activation_checkpointing=what)
+    assert log(tmp_path / "run") == log(alone)
+
+
 def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
     tmp_path, model_dir, mixture, alone, monkeypatch, capsys
 ):
@@ -295,6 +302,8 @@ def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
             with pytest.raises(UserError, match=f"{run}/checkpoint-{step} is no checkpoint.*\n.*move it away"):
                 train_here(model_dir, mixture, run)
             (run / f"checkpoint-{step}").rmdir()  # it is empty, as it was
+        # Going on, the weights of the model that it began with are not read.
+        patch.setattr(network, "fill", lambda *arguments: pytest.fail("the first weights were read again"))
         with pytest.raises(UserError, match="saved .*/checkpoint-10 of 12 steps"):
             train_here(model_dir, mixture, run)
     capsys.readouterr()
@@ -463,6 +472,18 @@ def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path, model_dir, mixtu
     assert same_weights(output_dir, whole_run, model_dir, tmp_path)
     again = train(model_dir, mixture, output_dir, keep_steps="[6, 9]")
     assert again.returncode == 0 and "already done" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "what"), [("replicate", "selective"), ("shard", "full")])
+def test_two_processes_compiled_equal_a_plain_loop(tmp_path, model_dir, mixture, mesh, what):
+    settings = {"processes": 2, mesh: 2, "compile": "true", "activation_checkpointing": what}
+    result = train(model_dir, mixture, tmp_path / "run", **settings)
+    assert result.returncode == 0, result.stderr
+    known, _ = reference_loop(model_dir, mixture)
+    rows = log(tmp_path / "run")[1:]
+    for name, values in known.items():
+        assert [row[name] for row in rows] == pytest.approx(values, rel=1e-4), name
 
 
 @pytest.mark.slow
