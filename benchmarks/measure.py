@@ -26,8 +26,8 @@ class Measured(NamedTuple):
     memory_gb: float  # peak resident memory, in 1e9 bytes
 
 
-def run_script(script: str, output_dir: Path, *words) -> Measured:
-    """Run a script of the repo anew; its output goes to a file beside output_dir.
+def run_script(script: str, output_dir: Path, *words, processes: int | None = None) -> Measured:
+    """Run a script of the repo anew, on so many processes of torchrun if wanted; its output goes beside output_dir.
 
     The kernel counts what the starting process held in at first, so this one must stay small.
 
@@ -36,8 +36,10 @@ def run_script(script: str, output_dir: Path, *words) -> Measured:
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    command = list(map(str, [sys.executable, REPO / script, *words, "--output_dir", output_dir]))
-    print(" ".join(["$ python", script, *command[2:]])[:300], flush=True)
+    launcher = [] if processes is None else ["-m", "torch.distributed.run", "--standalone"]
+    launcher += [] if processes is None else ["--nproc_per_node", processes]
+    command = list(map(str, [sys.executable, *launcher, REPO / script, *words, "--output_dir", output_dir]))
+    print(" ".join(["$ python", *map(str, launcher), script, *command[len(launcher) + 2 :]])[:300], flush=True)
     log = output_dir.with_suffix(".log")
     os.sync()  # not to wait for what an earlier one wrote
     began = time.perf_counter()

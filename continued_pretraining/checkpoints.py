@@ -1,9 +1,8 @@
-"""The checkpoints of a training run, which appear whole or not at all, and its log."""
+"""The checkpoints of a training run, which appear whole or not at all."""
 
 import contextlib
 import json
 from pathlib import Path
-from typing import TextIO
 
 from towerspeech.errors import UserError
 from towerspeech.files import publish, remove, write_json
@@ -55,12 +54,3 @@ def remove_old(run_dir: Path, keep: list[int]) -> None:
     for path in finished(run_dir)[:-1]:
         if checkpoint_step(path) not in keep:
             remove(path)
-
-
-def open_log(path: Path, step: int) -> TextIO:
-    """Open train.log, one JSON object a line, to go on after ``step``; lines of later steps are taken out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with publish(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-    return open(path, "a", encoding="utf-8", buffering=1)  # a line is there when it is written

@@ -1,8 +1,6 @@
-"""The loss by source: of training, of a mixture's held-out documents, and the curves of both."""
+"""The loss by source: of training, and of a mixture's held-out documents."""
 
-import json
 import math
-from pathlib import Path
 
 from continued_pretraining.packing import Mixture
 from towerspeech.processes import Processes
@@ -85,32 +83,3 @@ def validate(network, held_out: Mixture, micro_batch_size: int, processes: Proce
 def perplexity(loss: float) -> float:
     """Of a mean loss in nats; e^700 for those beyond, which no number would hold."""
     return math.exp(min(loss, 700.0))
-
-
-# --- Curves ---------------------------------------------------------------------------------------
-def draw(log: Path, path: Path) -> None:
-    """Plot what train.log tells of the losses by source; of runs that hold nothing out, of training alone."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    panels = {
-        title: [(row["step"], row[key]) for row in rows if key in row]
-        for title, key in (("training loss", "losses"), ("loss of held-out documents", "validation"))
-    }
-    panels = {title: points for title, points in panels.items() if points}
-    names = list(dict.fromkeys(name for points in panels.values() for _, by_source in points for name in by_source))
-    colors = dict(zip(names, colormaps["turbo"]([(n + 0.5) / len(names) for n in range(len(names))]), strict=True))
-    columns = math.ceil(len(names) / 20)
-    figure = Figure(figsize=(5.5 * len(panels) + 1.6 * columns, 4.5), layout="constrained")
-    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name in names:
-            own = [(step, by_source[name]) for step, by_source in points if name in by_source]
-            if own:
-                mark = "." if len(own) < 50 else None
-                axes.plot(*zip(*own, strict=True), color=colors[name], marker=mark, linewidth=1)
-        axes.set(xlabel="step", ylabel="nats a token", title=title)
-        axes.grid(alpha=0.3)
-    handles = [axes.plot([], [], color=colors[name], label=name)[0] for name in names]
-    figure.legend(handles=handles, loc="outside right center", ncols=columns, fontsize=7, frameon=False)
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})  # the same bytes from every version

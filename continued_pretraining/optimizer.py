@@ -1,16 +1,34 @@
 """AdamW, and its learning rate at each step."""
 
 import math
+from typing import Literal
 
 import torch
 
 
-def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int, final_share: float) -> float:
-    """Linear warm-up, then half a cosine to ``final_share`` of the peak; ``step`` counts from 0."""
+def learning_rate_at(
+    step: int,
+    steps: int,
+    peak: float,
+    *,
+    warmup_steps: int,
+    decay: Literal["cosine", "linear"],
+    decay_steps: int,
+    final_share: float,
+) -> float:
+    """The learning rate of a step, which counts from 0.
+
+    It rises linearly to the peak, stays there, and falls in the last ``decay_steps`` (those that the warm-up leaves) in
+    half a cosine or a line to ``final_share`` of it.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+    begin = max(warmup_steps, steps - decay_steps)
+    if step < begin:
+        return peak
+    progress = (step - begin) / max(1, steps - 1 - begin)
+    left = 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (final_share + (1 - final_share) * left)
 
 
 def make_optimizer(network, learning_rate: float, betas: tuple[float, float], weight_decay: float):

@@ -4,15 +4,14 @@ Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py --config syste
            --model extended_model/ --mixture mixture/towerspeech_6b --output_dir runs/towerspeech_6b
 
 Reads a Hugging Face model folder and a mixture; writes checkpoint-<step>/ (torch.distributed.checkpoint: fp32 weights
-and AdamW states; run_info.json: step, losses, tokens of each source), train.log (JSON lines) and losses.png: the
-training loss by source, and that of the documents that the mixture holds out. Every step is a pure function of the
+and AdamW states; run_info.json: step, losses, tokens of each source), train.log (JSON lines), tensorboard/ and
+losses.png: the training loss by source, and that of the documents that the mixture holds out. Every step is a pure function of the
 checkpoint before it, so a run that was killed goes on as if nothing had happened. A checkpoint of one mesh can be
 continued on another one. Also runs without torchrun, and on CPU. A file named .stop in the output folder asks it to
 write a checkpoint and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
-import json
 import math
 import resource
 import time
@@ -24,9 +23,10 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
-from continued_pretraining.checkpoints import check_free, finished, load, open_log, remove_old, save
-from continued_pretraining.losses import Losses, draw, perplexity, validate
+from continued_pretraining.checkpoints import check_free, finished, load, remove_old, save
+from continued_pretraining.losses import Losses, perplexity, validate
 from continued_pretraining.packing import Mixture
+from continued_pretraining.train_log import TrainLog, draw
 from towerspeech.ahead import ahead
 from towerspeech.command import run
 from towerspeech.errors import UserError
@@ -65,8 +65,11 @@ class Settings:
         global_batch_size: Number of windows in an optimizer step, over all processes.
         micro_batch_size: Number of windows that a process computes at once.
         learning_rate: The learning rate at its peak.
-        final_learning_rate_share: Where the cosine ends, as a share of the peak.
+        final_learning_rate_share: Where the learning rate ends, as a share of the peak.
         warmup_share: Share of all steps that warms up.
+        decay: How the learning rate falls: half a cosine, or a line.
+        decay_share: Share of all steps in which it falls, the last ones; before them it stays at the peak. With 1 it
+            falls as soon as it has warmed up.
         beta1: The first beta of AdamW.
         beta2: The second beta of AdamW.
         weight_decay: AdamW's weight decay, on matrices.
@@ -95,6 +98,8 @@ class Settings:
     learning_rate: AboveZero = 2e-5
     final_learning_rate_share: ClosedUnitInterval = 0.1
     warmup_share: ClosedUnitInterval = 0.01
+    decay: Literal["cosine", "linear"] = "cosine"
+    decay_share: ClosedUnitInterval = 1.0
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     weight_decay: ZeroOrMore = 0.1
@@ -255,7 +260,7 @@ class Run:
         else:
             fill(self.network, settings.model)
         # Of a run that begins anew not even the line before the first step stays.
-        self.log = open_log(self.output_dir / "train.log", self.step or -1) if self.first else None
+        self.log = TrainLog(self.output_dir, self.step or -1) if self.first else None
         self.batches = self.read_ahead()
         # Since the last line of the log:
         self.losses = Losses(self.data, self.device)
@@ -291,8 +296,6 @@ class Run:
         """Take one optimizer step; returns the gradient's norm before clipping."""
         import torch
 
-        from continued_pretraining.optimizer import learning_rate_at
-
         settings, world, micro = self.settings, self.processes.world, self.settings.micro_batch_size
         every, own = self.windows(self.step)
         num_targets = int(self.data.num_targets(every).sum())
@@ -308,13 +311,7 @@ class Run:
             loss.backward()
             self.losses.add(own[start : start + micro], by_window)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                self.step,
-                self.steps,
-                settings.learning_rate,
-                round(settings.warmup_share * self.steps),
-                settings.final_learning_rate_share,
-            )
+            group["lr"] = self.learning_rate()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -322,6 +319,21 @@ class Run:
         self.losses.end_step(self.step, every)
         self.progress.update()
         return norm
+
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        from continued_pretraining.optimizer import learning_rate_at
+
+        settings = self.settings
+        return learning_rate_at(
+            self.step,
+            self.steps,
+            settings.learning_rate,
+            warmup_steps=round(settings.warmup_share * self.steps),
+            decay=settings.decay,
+            decay_steps=round(settings.decay_share * self.steps),
+            final_share=settings.final_learning_rate_share,
+        )
 
     @contextlib.contextmanager
     def timed(self, name: str):
@@ -386,7 +398,7 @@ class Run:
     def write_log(self, row: dict) -> None:
         """Write a line of the log; what is timed counts from here on."""
         if self.first:
-            print(json.dumps(row), file=self.log)
+            self.log.write(row)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.since = time.monotonic()
 

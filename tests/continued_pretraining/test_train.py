@@ -205,13 +205,51 @@ def test_checkpoints_and_counts(whole_run, mixture):
     assert last["tokens"] == {"speech": 2000, "mono": 1000}
 
 
+def rates(steps: int, warmup_steps: int, decay: str, decay_steps: int, final: float) -> list[float]:
+    shape = {"warmup_steps": warmup_steps, "decay": decay, "decay_steps": decay_steps, "final_share": final}
+    return [learning_rate_at(step, steps, 1.0, **shape) for step in range(steps)]
+
+
 def test_learning_rate_schedule():
-    rates = [learning_rate_at(step, 100, 1.0, 10, 0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
-    assert rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert [learning_rate_at(step, STEPS, 1e-3, 3, 0.1) for step in range(STEPS)] == pytest.approx(schedule())
-    assert learning_rate_at(0, 1, 2.0, 0, 0.1) == 2.0  # one step alone is taken at the peak
+    cosine = rates(100, 10, "cosine", 100, 0.1)
+    assert cosine[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert cosine[10] == 1.0 and cosine[99] == pytest.approx(0.1)
+    assert cosine[9:] == sorted(cosine[9:], reverse=True)
+    assert [1e-3 * rate for rate in rates(STEPS, 3, "cosine", STEPS, 0.1)] == pytest.approx(schedule())
+    assert rates(1, 0, "cosine", 1, 0.1) == [1.0]  # one step alone is taken at the peak
+    linear = rates(100, 10, "linear", 100, 0.1)
+    assert linear[:10] == cosine[:10] and linear[10:] == pytest.approx(np.linspace(1, 0.1, 90).tolist())
+    late = rates(100, 10, "linear", 20, 0)
+    assert late[:10] == cosine[:10] and late[10:80] == [1.0] * 70
+    assert late[80:] == pytest.approx(np.linspace(1, 0, 20).tolist())
+    assert rates(100, 10, "cosine", 20, 0.1)[80:] == pytest.approx(rates(20, 0, "cosine", 20, 0.1))
+    assert rates(100, 10, "cosine", 0, 0.1)[10:] == [1.0] * 90
+
+
+def test_a_late_line_is_logged(tmp_path, model_dir, mixture):
+    train_here(model_dir, mixture, tmp_path / "run", decay="linear", decay_share=0.25, keep_steps=None)
+    expected = [1 / 3, 2 / 3, *[1] * 7, 1, 0.55, 0.1]
+    assert [row["learning_rate"] for row in log(tmp_path / "run")[1:]] == pytest.approx([1e-3 * x for x in expected])
+
+
+def board(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: steps and values of each curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def board_of_the_log(run: Path) -> dict[str, list[tuple[int, float]]]:
+    known: dict[str, list[tuple[int, float]]] = {}
+    for line in (run / "train.log").read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                known.setdefault(f"{name}/{part}".rstrip("/"), []).append((row["step"], pytest.approx(number)))
+    del known["step"]
+    return known
 
 
 def test_export_keeps_the_tokenizer_and_refuses_another_model(
@@ -339,6 +377,16 @@ def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
     train_here(model_dir, mixture, run)
     assert f"going on after step 9 from {run}/checkpoint-9\n" in capsys.readouterr().out
     assert log(run) == log(alone)
+    shown = board(run)
+    assert shown == board_of_the_log(run)
+    assert {
+        "loss",
+        "losses/speech",
+        "validation/mono",
+        "perplexity/mono",
+        "learning_rate",
+        "memory_gb",
+    } <= shown.keys()
     assert same_weights(run, alone, model_dir, tmp_path)
     train_here(model_dir, mixture, run)
     assert "already done" in capsys.readouterr().out
@@ -411,7 +459,7 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(tmp_path, model_dir, mi
 
 
 COUNTS = ("sequence_length", "global_batch_size", "micro_batch_size", "save_every", "log_every", "replicate", "shard")
-SHARES = ("final_learning_rate_share", "warmup_share")
+SHARES = ("final_learning_rate_share", "warmup_share", "decay_share")
 
 
 @pytest.mark.parametrize(
