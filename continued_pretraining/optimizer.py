@@ -18,8 +18,8 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of a step, which counts from 0.
 
-    It rises linearly to the peak, stays there, and falls in the last ``decay_steps``, or those that the warm-up leaves,
-    to ``final_share`` of it: in half a cosine, or in a line.
+    It rises linearly to the peak, stays there, and falls in the last ``decay_steps`` (or those that the warm-up
+    leaves) to ``final_share`` of it: in half a cosine, or in a line.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
