@@ -14,12 +14,17 @@ import resource
 import time
 from pathlib import Path
 
-from continued_pretraining.packing import Mixture
+import numpy as np
+
+from continued_pretraining.packing import IGNORE, Mixture
 from towerspeech.command import run
 
 
 class Windows:
-    """A mixture's windows in their order, as transformers' models take them, with the targets as they are."""
+    """A mixture's windows in their order, as transformers' models take them: each label is that of the token before.
+
+    So that they have all targets of a window, they are a token longer; the last one's logits are not used.
+    """
 
     def __init__(self, data: Mixture):
         self.data = data
@@ -29,7 +34,7 @@ class Windows:
 
     def __getitem__(self, number: int) -> dict:
         inputs, targets = self.data.window(number)
-        return {"input_ids": inputs, "labels": targets, "shift_labels": targets}
+        return {"input_ids": np.append(inputs, targets[-1]), "labels": np.append(IGNORE, targets)}
 
 
 def train_with_trainer(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -109,18 +110,23 @@ def fill(network, folder: Path) -> None:
     """Read this process's shards of a folder's safetensors; all processes call it together.
 
     Raises:
-        UserError: Weights are missing, or of another shape.
+        UserError: Files cannot be read; weights are missing, there twice, or of another shape.
     """
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     weights = dict(network.named_parameters())  # those that are tied once
-    there = reader.read_metadata().state_dict_metadata
+    made_by = "copy the model again, or make it with train_bpe_tokenizer/extend_model.py"
+    try:
+        there = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise UserError(f"{folder}: its safetensors cannot be read: {error}", made_by) from error
     for name, weight in weights.items():
-        if name not in there or there[name].size != weight.shape:
-            found = f"of shape {list(there[name].size)}" if name in there else "missing"
-            raise UserError(
-                f"{folder}: weights {name} of shape {list(weight.shape)} are {found}",
-                "make the model with train_bpe_tokenizer/extend_model.py",
-            )
+        shape = list(weight.shape)
+        if name not in there:
+            raise UserError(f"{folder}: weights {name} of shape {shape} are missing", made_by)
+        if list(there[name].size) != shape:
+            raise UserError(f"{folder}: weights {name} are of shape {list(there[name].size)}, not {shape}", made_by)
+        if len(there[name].chunks) > 1:
+            raise UserError(f"{folder}: weights {name} are in several files", "leave one set of safetensors there")
     dcp.load(weights, storage_reader=reader)

@@ -13,8 +13,6 @@ asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit
 
 import contextlib
 import math
-import resource
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +22,9 @@ from typing import Literal
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from continued_pretraining.checkpoints import check_free, finished, load, remove_old, save
+from continued_pretraining.flops import flops_a_token
 from continued_pretraining.losses import Losses, perplexity, validate
+from continued_pretraining.meter import Meter
 from continued_pretraining.packing import Mixture
 from continued_pretraining.train_log import TrainLog, draw
 from towerspeech.ahead import ahead
@@ -44,6 +44,8 @@ SPEED = (  # settings that change neither the losses nor the checkpoints
     "shard",
     "activation_checkpointing",
     "compile",
+    "reduce_gradients",
+    "peak_tflops",
     "device",
 )
 
@@ -85,6 +87,10 @@ class Settings:
         activation_checkpointing: Which activations the backward pass computes again, to save memory: none of them; all
             of a layer (full); all but those of attention and of every second matrix product (selective).
         compile: Compile each layer with torch.compile.
+        reduce_gradients: When the gradients are summed over the processes that share a copy of the model: with each
+            micro-batch, or once a step, for which each of them holds all gradients of the copy.
+        peak_tflops: What a device can do at most, in 1e12 floating-point operations a second; default: what flops.py
+            knows of the GPU. The log has the share of it that is used.
         device: Where to train; auto takes CUDA if it is there.
         overwrite: Replace the output of a run with other arguments.
     """
@@ -113,6 +119,8 @@ class Settings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     compile: bool = False
+    reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
+    peak_tflops: AboveZero | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
     overwrite: bool = False
 
@@ -264,8 +272,7 @@ class Run:
         self.batches = self.read_ahead()
         # Since the last line of the log:
         self.losses = Losses(self.data, self.device)
-        self.seconds = dict.fromkeys(("data", "validation", "saving"), 0.0)
-        self.since = time.monotonic()
+        self.meter = Meter(self.device, flops_a_token(self.network, settings.sequence_length), settings.peak_tflops)
         self.progress = tqdm(
             initial=self.step,
             total=self.steps,
@@ -286,8 +293,7 @@ class Run:
         import torch
 
         def read(step: int) -> list:
-            parts = map(torch.from_numpy, self.data.batch(self.windows(step)[1]))  # (windows of this process, length)
-            return [part.pin_memory() if self.device == "cuda" else part for part in parts]
+            return [torch.from_numpy(part) for part in self.data.batch(self.windows(step)[1])]  # (windows, length)
 
         with ThreadPoolExecutor(1) as pool:
             yield from ahead(pool, read, range(self.step, self.steps), 1)
@@ -299,13 +305,16 @@ class Run:
         settings, world, micro = self.settings, self.processes.world, self.settings.micro_batch_size
         every, own = self.windows(self.step)
         num_targets = int(self.data.num_targets(every).sum())
-        with self.timed("data"):
+        with self.meter.timed("data"):
             inputs, targets = next(self.batches)
         for start in range(0, len(own), micro):
-            # The copies' gradients are summed once a step; the shards' with every micro-batch, to save memory.
-            self.network.set_requires_all_reduce(start + micro == len(own))
+            last = start + micro == len(own)
+            if settings.reduce_gradients == "step":
+                self.network.set_requires_gradient_sync(last)
+            else:  # over the copies it is once a step all the same
+                self.network.set_requires_all_reduce(last)
             part = slice(start, start + micro)
-            x, y = inputs[part].to(self.device, non_blocking=True), targets[part].to(self.device, non_blocking=True)
+            x, y = inputs[part].to(self.device), targets[part].to(self.device)
             # FSDP averages over processes; we want the tokens' mean
             loss, by_window = self.network.window_losses(x, y, world / num_targets)
             loss.backward()
@@ -335,16 +344,9 @@ class Run:
             final_share=settings.final_learning_rate_share,
         )
 
-    @contextlib.contextmanager
-    def timed(self, name: str):
-        """Add the time that is spent within to that of ``name``."""
-        began = time.monotonic()
-        yield
-        self.seconds[name] += time.monotonic() - began
-
     def validate(self) -> dict[str, dict[str, float]]:
         """Loss and perplexity of the held-out documents, by source; UserError if one is not finite."""
-        with self.timed("validation"):
+        with self.meter.timed("validation"):
             micro = self.settings.micro_batch_size
             found = validate(self.network, self.held_out, micro, self.processes, self.device)
         if bad := [name for name, loss in found.items() if not math.isfinite(loss)]:
@@ -373,41 +375,23 @@ class Run:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **(self.validate() if self.validating else {}),
         }
-        whole = time.monotonic() - self.since
-        training = whole - self.seconds["validation"] - self.seconds["saving"]
-        speed = round(int(self.losses.targets.sum()) / training)
-        self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{speed:,}")
-        seconds = {name: round(spent, 3) for name, spent in {**self.seconds, "all": whole}.items()}
-        machine = {"tokens_per_s": speed, "memory_gb": self.peak_memory_gb(), "seconds": seconds}
-        self.write_log({**self.info, "gradient_norm": norm, **machine})
+        measured = self.meter.read(int(self.losses.targets.sum()))
+        self.progress.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_s=f"{measured['tokens_per_s']:,}")
+        self.write_log({**self.info, "gradient_norm": norm, **measured})
         self.losses.clear()
 
-    def peak_memory_gb(self) -> float:
-        """The most that any process has held so far, in 1e9 bytes: of its GPU's memory, or as resident memory."""
-        import torch
-        import torch.distributed as dist
-
-        if self.device == "cuda":
-            peak = torch.cuda.max_memory_reserved()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        box = torch.tensor([peak / 1e9], device=self.device)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
-        return round(box.item(), 3)
-
     def write_log(self, row: dict) -> None:
-        """Write a line of the log; what is timed counts from here on."""
+        """Write a line of the log; what is measured counts from here on."""
         if self.first:
             self.log.write(row)
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
-        self.since = time.monotonic()
+        self.meter.restart()
 
     def save(self) -> None:
         """Publish a checkpoint, and remove those that it replaces."""
         facts = {**self.info, "tokens": self.data.tokens_seen(self.step * self.settings.global_batch_size)}
         facts["plan"] = self.work.request if self.first else None
         target = self.output_dir / f"checkpoint-{self.step}"
-        with self.timed("saving"):
+        with self.meter.timed("saving"):
             save(target, self.network, self.optimizer, {**facts, "outputs": facts}, self.processes)
         if self.first:
             remove_old(self.output_dir, self.kept_steps)

@@ -1,6 +1,7 @@
 """The network that is trained, beside transformers' own model of the same folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_compiled_it_is_the_same(tmp_path, mesh, what):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
-def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path, mesh):
+def test_weights_that_do_not_fit_are_refused(tmp_path, mesh):
     folder = save_model(tmp_path / "model", tie_word_embeddings=False)
     config = json.loads((folder / "config.json").read_text())
 
@@ -146,8 +147,15 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(tmp_path, mesh
         with pytest.raises(UserError, match=message):
             make(folder, mesh)
 
-    refused(r"weights model.layers.3.self_attn.q_proj.weight of shape \[32, 32\] are missing", num_hidden_layers=4)
-    refused(r"model.embed_tokens.weight of shape \[320, 32\] are of shape \[300, 32\]", vocab_size=320)
+    refused(r"model.layers.3.self_attn.q_proj.weight of shape \[32, 32\] are missing", num_hidden_layers=4)
+    refused(r"model.embed_tokens.weight are of shape \[300, 32\], not \[320, 32\]", vocab_size=320)
+    first = sorted(folder.glob("*.safetensors"))[0]
+    shutil.copy(first, folder / "copy.safetensors")
+    refused("are in several files\n.*leave one set")
+    (folder / "copy.safetensors").write_bytes(first.read_bytes()[:-10])
+    refused("its safetensors cannot be read: .*\n.*copy the model again")
+    (folder / "copy.safetensors").unlink()
+    make(folder, mesh)
 
 
 @pytest.mark.parametrize(

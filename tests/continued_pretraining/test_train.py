@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from continued_pretraining import checkpoints, network
 from continued_pretraining import train as script
 from continued_pretraining.export_checkpoint import export_checkpoint
+from continued_pretraining.flops import flops_a_token
 from continued_pretraining.optimizer import learning_rate_at
 from continued_pretraining.packing import IGNORE, Mixture
 from data_mixture.build_mixture import Source, build_mixture
@@ -66,7 +67,7 @@ def log(run: Path) -> list[dict]:
     """The lines of train.log, without what a clock says; the first one is of no step."""
     rows = [json.loads(line) for line in (run / "train.log").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
-    measured = ("tokens_per_s", "memory_gb", "seconds")
+    measured = ("tokens_per_s", "mfu", "memory_gb", "seconds")
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
@@ -230,6 +231,17 @@ def test_a_late_line_is_logged(tmp_path, model_dir, mixture):
     train_here(model_dir, mixture, tmp_path / "run", decay="linear", decay_share=0.25, keep_steps=None)
     expected = [1 / 3, 2 / 3, *[1] * 7, 1, 0.55, 0.1]
     assert [row["learning_rate"] for row in log(tmp_path / "run")[1:]] == pytest.approx([1e-3 * x for x in expected])
+
+
+def test_the_share_of_the_peak_is_logged(tmp_path, model_dir, mixture, alone):
+    """If the peak is given, as that of CPUs has to be."""
+    assert not any("mfu" in line for line in (alone / "train.log").read_text().splitlines())
+    train_here(model_dir, mixture, tmp_path / "run", peak_tflops=0.25, keep_steps=None)
+    flops = flops_a_token(AutoModelForCausalLM.from_pretrained(model_dir), LENGTH)
+    rows = [json.loads(line) for line in (tmp_path / "run/train.log").read_text().splitlines()][1:]
+    shares = [row["tokens_per_s"] * flops / 0.25e12 for row in rows]
+    assert [row["mfu"] for row in rows] == pytest.approx(shares, abs=1e-4) and max(shares) > 1e-3
+    assert all(0.1 < row["memory_gb"] < 10 for row in rows)
 
 
 def board(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -468,7 +480,7 @@ SHARES = ("final_learning_rate_share", "warmup_share", "decay_share")
         *((name, value, "v>0") for name in COUNTS for value in ("0", "-1")),
         *(
             (name, value, "v>0 and v<inf")
-            for name in ("learning_rate", "clip_norm")
+            for name in ("learning_rate", "clip_norm", "peak_tflops")
             for value in ("0", "-1", "nan", "inf")
         ),
         *((name, value, "v>=0 and v<=1") for name in SHARES for value in ("-0.1", "1.1", "nan", "inf")),
@@ -537,10 +549,16 @@ def test_killed_at_random_it_gives_the_same_bytes(tmp_path, model_dir, mixture, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "what"), [("replicate", "selective"), ("shard", "full")])
-def test_two_processes_compiled_equal_a_plain_loop(tmp_path, model_dir, mixture, mesh, what):
-    settings = {"processes": 2, mesh: 2, "compile": "true", "activation_checkpointing": what}
-    result = train(model_dir, mixture, tmp_path / "run", **settings)
+@pytest.mark.parametrize(
+    ("mesh", "ways"),
+    [
+        ("replicate", {"activation_checkpointing": "selective", "compile": "true"}),
+        ("shard", {"activation_checkpointing": "full", "compile": "true"}),
+        ("shard", {"reduce_gradients": "step"}),
+    ],
+)
+def test_two_processes_equal_a_plain_loop_in_every_way(tmp_path, model_dir, mixture, mesh, ways):
+    result = train(model_dir, mixture, tmp_path / "run", processes=2, **{mesh: 2}, **ways)
     assert result.returncode == 0, result.stderr
     known, _ = reference_loop(model_dir, mixture)
     rows = log(tmp_path / "run")[1:]
