@@ -131,11 +131,11 @@ class Rehearsal:
     def __init__(self, network, counter: Counter, sequence_length: int):
         self.network, self.counter, self.sequence_length = network, counter, sequence_length
         self.config = network.config
-        self.parameters = sum(weight.numel() for weight in network.parameters())
         network.model.register_forward_hook(self.begin_loss)
         linear = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
         self.in_matrices = sum(module.weight.numel() for module in linear)
         networks.allocate(network, "cpu")
+        self.parameters = sum(weight.numel() for weight in network.parameters())
         counter.kind = OPTIMIZER
         self.optimizer = make_optimizer(network, 1e-5, (0.9, 0.95), 0.1)
         for weight in network.parameters():
