@@ -1,17 +1,33 @@
 """How much a token costs to train on, and how much of it a card can do in a second."""
 
-# Dense bfloat16, in 1e12 floating-point operations a second, by what torch.cuda.get_device_name says; the first that
-# fits counts. From NVIDIA's data sheets, whose larger figures are with sparsity.
-PEAK_TFLOPS = {
-    "A100": 312,
-    "L40S": 362,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200": 989,
-    "GH200": 989,
-    "B200": 2250,
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: GiB of memory, and TFLOP/s of dense matrix products."""
+
+    memory: float
+    bfloat16: float
+    float32: float  # not TF32, which train.py does not switch on
+
+
+# By what torch.cuda.get_device_name says, in lower case; the first that is in it counts. From NVIDIA's data sheets,
+# whose larger figures are with sparsity.
+CARDS = {
+    "a100": Card(80, 312, 19.5),
+    "h100 pcie": Card(80, 756, 51),
+    "h100 nvl": Card(94, 835, 60),
+    "h100": Card(80, 989, 67),
+    "h200 nvl": Card(140, 835, 60),  # 141e9 bytes
+    "h200": Card(140, 989, 67),
 }
+
+
+def peak_tflops(name: str, dtype: str) -> float | None:
+    """The peak of a card in a number format; None if the card is not known."""
+    card = next((card for known, card in CARDS.items() if known in name.lower()), None)
+    return card and getattr(card, dtype)
 
 
 def flops_a_token(network, length: int) -> int:
@@ -21,12 +37,8 @@ def flops_a_token(network, length: int) -> int:
     for attention, of which a causal one does half. The lookup of an embedding costs nothing; what is computed again
     does not count.
     """
-    head, config = network.lm_head.weight, network.config
-    weights = sum(parameter.numel() for parameter in network.model.layers.parameters() if parameter.dim() > 1)
-    width = config.num_attention_heads * network.model.layers[0].self_attn.head_dim
-    return 6 * (weights + head.numel()) + 6 * config.num_hidden_layers * width * length
+    import torch
 
-
-def peak_tflops(card: str) -> float | None:
-    """The peak of a card by its name; None if it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
+    weights = sum(module.weight.numel() for module in network.modules() if isinstance(module, torch.nn.Linear))
+    width = network.config.num_attention_heads * network.model.layers[0].self_attn.head_dim
+    return 6 * weights + 6 * network.config.num_hidden_layers * width * length

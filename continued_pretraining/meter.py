@@ -11,12 +11,12 @@ from continued_pretraining.flops import peak_tflops
 class Meter:
     """The clocks of a process, and what all of them hold."""
 
-    def __init__(self, device: str, flops_a_token: int, peak: float | None):
+    def __init__(self, device: str, dtype: str, flops_a_token: int, peak: float | None):
         """``peak`` of a device is in 1e12 operations a second; if it is not given, that of a GPU may be known."""
         import torch
 
         if peak is None and device == "cuda":
-            peak = peak_tflops(torch.cuda.get_device_name())
+            peak = peak_tflops(torch.cuda.get_device_name(), dtype)
         self.device, self.flops_a_token, self.peak = device, flops_a_token, peak
         self.restart()
 

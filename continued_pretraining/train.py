@@ -272,7 +272,8 @@ class Run:
         self.batches = self.read_ahead()
         # Since the last line of the log:
         self.losses = Losses(self.data, self.device)
-        self.meter = Meter(self.device, flops_a_token(self.network, settings.sequence_length), settings.peak_tflops)
+        flops = flops_a_token(self.network, settings.sequence_length)
+        self.meter = Meter(self.device, settings.dtype, flops, settings.peak_tflops)
         self.progress = tqdm(
             initial=self.step,
             total=self.steps,

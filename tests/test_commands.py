@@ -25,6 +25,7 @@ SCRIPTS = (
     "train_bpe_tokenizer/merge_tokenizer.py",
     "train_bpe_tokenizer/extend_model.py",
     "data_mixture/build_mixture.py",
+    "continued_pretraining/plan.py",
     "continued_pretraining/train.py",
     "continued_pretraining/export_checkpoint.py",
     "continued_pretraining/megatron_arguments.py",

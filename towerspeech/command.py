@@ -1,6 +1,7 @@
 """A command's line: a typed function's flags, a system's block, errors as one message; others' output goes to logs."""
 
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -12,15 +13,19 @@ from pathlib import Path
 from towerspeech.errors import UserError, space_needed
 
 
-def run(function: Callable, settings: type | None = None) -> None:
+def run(function: Callable, settings: type | None = None, read: Callable[[str], dict | None] | None = None) -> None:
     """Make a typed function the script's command line; what the user can mend becomes one message, exit status 1.
 
     With ``settings``, a dataclass, its fields are the flags, and the function takes one such object. Values of a list
     argument follow its flag, as a shell's glob leaves them: ``--prompts a.jsonl b.jsonl``. ``--config`` takes a YAML
-    of flags, or a system's (systems/<name>.yaml), of which the command takes its own block.
+    of flags, or a system's (systems/<name>.yaml), of which the command takes its own block, or what ``read`` makes of
+    the file; None means that it is no system's.
     """
     from jsonargparse import auto_cli
 
+    from towerspeech.system import command_name, read_block
+
+    read = read or functools.partial(read_block, name=command_name(Path(inspect.getfile(function))))
     flags = settings or function
     lists = {f"--{name}" for name, kind in inspect.get_annotations(flags).items() if "list[" in str(kind)}
     description = inspect.getdoc(sys.modules[function.__module__])
@@ -31,7 +36,7 @@ def run(function: Callable, settings: type | None = None) -> None:
                 as_positional=False,
                 allow_abbrev=False,
                 description=description,
-                args=_gather(_own_block(sys.argv[1:], Path(inspect.getfile(function))), lists),
+                args=_gather(_own_block(sys.argv[1:], read), lists),
             )
             if settings:
                 function(filled)
@@ -52,10 +57,8 @@ def _gather(words: list[str], lists: set[str]) -> list[str]:
     return gathered
 
 
-def _own_block(words: list[str], script: Path) -> list[str]:
+def _own_block(words: list[str], read: Callable[[str], dict | None]) -> list[str]:
     """Put a command's own block in place of each ``--config`` that names a system's YAML."""
-    from towerspeech.system import command_name, read_block
-
     given = []
     for number, word in enumerate(words):
         if word.startswith("--config="):
@@ -65,7 +68,7 @@ def _own_block(words: list[str], script: Path) -> list[str]:
         else:
             given.append(word)
             continue
-        block = read_block(config, command_name(script))
+        block = read(config)
         given.append(word if block is None else f"{word.removesuffix(config)}{json.dumps(block)}")
     return given
 

@@ -34,6 +34,13 @@ def test_flops_are_those_that_torch_counts(tied):
     assert 2 * attention * tokens.numel() == pytest.approx(counted[torch.ops.aten.bmm], rel=1e-3)
 
 
+def test_llama_2_7b_has_the_operations_that_are_known():
+    """6 x 6.607e9 for matrices (without the embeddings), and 6 x 32 x 4096 x 4096 for attention at 4,096 tokens."""
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, vocab_size=32_000))
+    assert flops_a_token(network, 4096) / 1e9 == pytest.approx(39.64 + 3.22, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("card", "peak"),
     [
@@ -41,9 +48,11 @@ def test_flops_are_those_that_torch_counts(tied):
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
         ("NVIDIA RTX A4000", None),
         ("Tesla V100-SXM2-32GB", None),
     ],
 )
 def test_cards(card, peak):
-    assert peak_tflops(card) == peak
+    assert peak_tflops(card, "bfloat16") == peak
+    assert peak is None or peak_tflops(card, "float32") < peak / 10
