@@ -39,7 +39,9 @@ def empty_network(folder: Path):
     with torch.device("meta"):
         check_head(folder, AutoModelForCausalLM.from_config(config, attn_implementation="sdpa_without_mask"))
     with init_empty_weights(include_buffers=False):  # buffers, such as those of the positions, are computed
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    network.tie_weights()  # without memory each got its own
+    return network
 
 
 def check_head(folder: Path, network) -> None:
@@ -103,7 +105,7 @@ def allocate(network, device: str) -> None:
     network.to_empty(device=device)
     for name, buffer in buffers.items():
         network.get_buffer(name).copy_(buffer)
-    network.tie_weights()  # to_empty makes two of weights that are one
+    network.tie_weights()  # to_empty made two of them again
 
 
 def fill(network, folder: Path) -> None:

@@ -43,6 +43,7 @@ def mesh():
 def make(folder: Path, mesh, what: str = "none", compiled: bool = False):
     network = module.empty_network(folder)
     assert all(parameter.is_meta for parameter in network.parameters())
+    assert (network.lm_head.weight is network.model.embed_tokens.weight) == network.config.tie_word_embeddings
     module.recompute(network, what)
     module.divide(network, mesh, "float32", compiled)
     module.allocate(network, "cpu")
