@@ -43,12 +43,14 @@ class _Mean(torch.autograd.Function):
             by_logits = log_probs.exp_()
             by_logits[torch.arange(len(by_logits), device=hidden.device), targets[part].clamp(min=0)] -= 1
             by_logits = by_logits.to(hidden.dtype)
-            weights = ((targets[part] != IGNORE) * scale).to(hidden.dtype)[:, None]  # cheaper here than on all rows
-            torch.mul(by_logits @ head, weights, out=hidden_grad[part])
+            wanted = (targets[part] != IGNORE).to(hidden.dtype)[:, None]  # cheaper here than on all rows
+            torch.mul(by_logits @ head, wanted, out=hidden_grad[part])
             if hidden.dtype == torch.float32:
-                head_grad.addmm_(by_logits.T, hidden[part] * weights)
+                head_grad.addmm_(by_logits.T, hidden[part] * wanted)
             else:
-                head_grad += by_logits.T @ (hidden[part] * weights)
+                head_grad += by_logits.T @ (hidden[part] * wanted)
+        hidden_grad *= scale  # a Python number, which bfloat16 does not round before it multiplies
+        head_grad *= scale
         ctx.grads, ctx.head_dtype = (hidden_grad, head_grad), head.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() * scale, losses

@@ -127,8 +127,9 @@ class Rehearsal:
         parameters: Numbers that the model has, of which those that are tied count once.
     """
 
-    def __init__(self, network, counter: Counter, sequence_length: int):
+    def __init__(self, network, counter: Counter, sequence_length: int, reduce_gradients: str):
         self.network, self.counter, self.sequence_length = network, counter, sequence_length
+        self.reduce_gradients = reduce_gradients
         network.model.register_forward_hook(self.begin_loss)
         networks.allocate(network, "cpu")
         self.parameters = sum(weight.numel() for weight in network.parameters())
@@ -147,8 +148,11 @@ class Rehearsal:
         self.counter.kind = LOSS
 
     def micro_batch(self, size: int, last: bool) -> None:
-        """As in train.py's step; without the copies' sum before the last one."""
-        self.network.set_requires_all_reduce(last)
+        """As in train.py's step."""
+        if self.reduce_gradients == "step":
+            self.network.set_requires_gradient_sync(last)
+        else:
+            self.network.set_requires_all_reduce(last)
         tokens = torch.zeros((size, self.sequence_length), dtype=torch.int64)
         self.counter.kind = ACTIVATIONS
         loss = self.network.window_losses(tokens, tokens, 1.0)[0]
@@ -191,6 +195,7 @@ class Kind:
         sequence_length: Tokens in a window.
         dtype: Number format of the computation.
         activation_checkpointing: What the backward pass computes again.
+        reduce_gradients: When gradients are summed over the processes that share a copy.
     """
 
     model: Path
@@ -198,6 +203,7 @@ class Kind:
     sequence_length: int
     dtype: str
     activation_checkpointing: str
+    reduce_gradients: str = "micro_batch"
 
 
 @contextlib.contextmanager
@@ -207,12 +213,13 @@ def rehearse(kind: Kind) -> Iterator[Rehearsal]:
     Raises:
         UserError: The model is not of Llama's form.
     """
+    networks.check_head(kind.model)
     with fake_mesh(*kind.mesh) as device_mesh, FakeTensorMode():
         network = networks.empty_network(kind.model)
         networks.recompute(network, kind.activation_checkpointing)
         networks.divide(network, device_mesh, kind.dtype, compiled=False)
         with counting() as counter:  # what is on the meta device takes no memory: it is made before
-            yield Rehearsal(network, counter, kind.sequence_length)
+            yield Rehearsal(network, counter, kind.sequence_length, kind.reduce_gradients)
 
 
 # --- What a plan asks -----------------------------------------------------------------------------
@@ -253,7 +260,9 @@ def find_needs(kind: Kind, sizes: list[int], micro_batch_size: int | None, usabl
                 progress.update()
             return sum(peaks[size].values())
 
-        largest = largest_fitting(sizes, lambda size: needed(size) <= usable)
+        largest = largest_fitting(sizes[:-1], lambda size: needed(size) <= usable)
+        if needed(sizes[-1]) <= usable:  # all at once: no gradients wait, so it may fit where less does not
+            largest = sizes[-1]
         micro = micro_batch_size or largest or 1
         needed(micro)
         flops = flops_a_token(process.network, kind.sequence_length)

@@ -8,15 +8,14 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from continued_pretraining.cross_entropy import cross_entropy
 from towerspeech.errors import UserError
 
-# transformers makes no masks for an attention that it does not know; to make some it looks at values, which tensors on
-# the meta device do not have. Without a mask this one is causal.
-AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MADE_BY = "copy the model again, or make it with train_bpe_tokenizer/extend_model.py"
 
 
 def window_losses(network, inputs, targets, scale: float):
@@ -30,30 +29,65 @@ def window_losses(network, inputs, targets, scale: float):
 
 
 def empty_network(folder: Path):
-    """The model of a folder in float32, without weights: its parameters are on the meta device.
-
-    Raises:
-        UserError: It does more than one matrix product to make logits of what its last layer gives.
-    """
+    """The model of a folder in float32, without weights: its parameters are on the meta device."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        check_head(folder, AutoModelForCausalLM.from_config(config, attn_implementation="sdpa_without_mask"))
     with init_empty_weights(include_buffers=False):  # buffers, such as those of the positions, are computed
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     network.tie_weights()  # without memory each got its own
     return network
 
 
-def check_head(folder: Path, network) -> None:
+# --- Checks, before any memory is taken -----------------------------------------------------------
+def check_head(folder: Path) -> None:
     """Refuse a model whose logits are not its last hidden state times lm_head, as ``window_losses`` takes it."""
-    seen = {}
-    network.model.register_forward_hook(lambda module, given, output: seen.update(hidden=output.last_hidden_state))
-    network.lm_head.register_forward_hook(lambda module, given, output: seen.update(given=given[0], logits=output))
-    logits = network(input_ids=torch.zeros((1, 2), dtype=torch.int64, device="meta"), use_cache=False).logits
-    straight = seen["given"] is seen["hidden"] or seen["given"]._base is seen["hidden"]
-    if not (straight and logits is seen["logits"] and network.lm_head.bias is None):
-        problem = f"{folder}: {type(network).__name__} changes its logits after lm_head, or what it is given"
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        hidden = torch.zeros(1, 2, network.config.get_text_config().hidden_size)
+        tokens = torch.zeros((1, 2), dtype=torch.int64)
+    layers = getattr(getattr(network, "model", None), "layers", None)
+    head = getattr(network, "lm_head", None)
+    straight = layers is not None and isinstance(head, torch.nn.Linear) and head.bias is None
+    if straight:
+        seen = {}
+        head.register_forward_hook(lambda module, given, output: seen.update(given=given[0], logits=output))
+        network.model.forward = lambda *args, **options: BaseModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            logits = network(input_ids=tokens, use_cache=False).logits
+            straight = logits is seen["logits"] and (seen["given"] is hidden or seen["given"]._base is hidden)
+        except (AttributeError, RuntimeError, TypeError):  # it wants more than a hidden state, as mixtures of experts
+            straight = False
+    if not straight:
+        problem = f"{folder}: logits of {type(network).__name__} are not its last hidden state times lm_head"
         raise UserError(problem, "train a model of Llama's form")
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse safetensors that are not exactly the network's weights, by their headers.
+
+    Raises:
+        UserError: Files cannot be read; weights are missing, too many, there twice, of another shape, or not floats.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        there = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise UserError(f"{folder}: its safetensors cannot be read: {error}", MADE_BY) from error
+    wanted = dict(empty_network(folder).named_parameters())  # those that are tied once
+    for name, weight in wanted.items():
+        shape = list(weight.shape)
+        if name not in there:
+            raise UserError(f"{folder}: weights {name} of shape {shape} are missing", MADE_BY)
+        if list(there[name].size) != shape:
+            raise UserError(f"{folder}: weights {name} are of shape {list(there[name].size)}, not {shape}", MADE_BY)
+        if len(there[name].chunks) > 1:
+            raise UserError(f"{folder}: weights {name} are in several files", "leave one set of safetensors there")
+        if there[name].properties.dtype not in FLOATS:
+            kind = str(there[name].properties.dtype).removeprefix("torch.")
+            raise UserError(f"{folder}: weights {name} are {kind}", "name a model that is not quantized")
+    if more := [name for name in there if name not in wanted and not name.endswith("rotary_emb.inv_freq")]:
+        problem = f"{folder}: its model has no place for weights {more[0]}"
+        raise UserError(problem, f"look at its config.json (layers, biases, tied embeddings), or {MADE_BY}")
 
 
 def recompute(network, what: str) -> None:
@@ -101,7 +135,7 @@ def divide(network, mesh, dtype: str, compiled: bool) -> None:
 
 def allocate(network, device: str) -> None:
     """Give the parameters memory on ``device``, of this process's shards alone; what they hold is undefined."""
-    buffers = dict(network.named_buffers())
+    buffers = dict(network.named_buffers(remove_duplicate=False))
     network.to_empty(device=device)
     for name, buffer in buffers.items():
         network.get_buffer(name).copy_(buffer)
@@ -109,26 +143,7 @@ def allocate(network, device: str) -> None:
 
 
 def fill(network, folder: Path) -> None:
-    """Read this process's shards of a folder's safetensors; all processes call it together.
-
-    Raises:
-        UserError: Files cannot be read; weights are missing, there twice, or of another shape.
-    """
+    """Read this process's shards of a folder's safetensors; all processes call it together."""
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    weights = dict(network.named_parameters())  # those that are tied once
-    made_by = "copy the model again, or make it with train_bpe_tokenizer/extend_model.py"
-    try:
-        there = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise UserError(f"{folder}: its safetensors cannot be read: {error}", made_by) from error
-    for name, weight in weights.items():
-        shape = list(weight.shape)
-        if name not in there:
-            raise UserError(f"{folder}: weights {name} of shape {shape} are missing", made_by)
-        if list(there[name].size) != shape:
-            raise UserError(f"{folder}: weights {name} are of shape {list(there[name].size)}, not {shape}", made_by)
-        if len(there[name].chunks) > 1:
-            raise UserError(f"{folder}: weights {name} are in several files", "leave one set of safetensors there")
-    dcp.load(weights, storage_reader=reader)
+    dcp.load(dict(network.named_parameters()), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))

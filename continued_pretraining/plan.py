@@ -60,6 +60,7 @@ class Settings:
         shard: As train.py's; default: num_gpus / replicate.
         dtype: As train.py's.
         activation_checkpointing: As train.py's.
+        reduce_gradients: As train.py's.
         system: A system's YAML, for the command that is printed; --config systems/<name>.yaml says it, too.
     """
 
@@ -77,6 +78,7 @@ class Settings:
     shard: PositiveInt | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
     system: str | None = None
 
 
@@ -138,7 +140,7 @@ def train_command(settings: Settings, micro: int, replicate: int, shard: int) ->
     several = f" --nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint FIRST_NODE:29500" if nodes > 1 else ""
     same = {name: getattr(settings, name) for name in ("sequence_length", "global_batch_size")}
     same |= {"micro_batch_size": micro, "replicate": replicate, "shard": shard, "dtype": settings.dtype}
-    same["activation_checkpointing"] = settings.activation_checkpointing
+    same |= {name: getattr(settings, name) for name in ("activation_checkpointing", "reduce_gradients")}
     lines = [
         f"torchrun --nproc_per_node {per_node}{several} continued_pretraining/train.py",
         f"{f'--config {settings.system} ' if settings.system else ''}--model {settings.model}",
@@ -155,6 +157,8 @@ def remedies(settings: Settings, needs: "Needs", shard: int) -> str:
         ways.append(f"--micro_batch_size {needs.largest or 1}")
     if settings.activation_checkpointing != "full":
         ways.append("--activation_checkpointing full")
+    if settings.reduce_gradients == "step":
+        ways.append("--reduce_gradients micro_batch")
     if settings.dtype == "float32":
         ways.append("--dtype bfloat16")
     if shard < settings.num_gpus:
@@ -196,7 +200,8 @@ def plan(settings: Settings) -> None:
     peak_tflops = settings.peak_tflops or getattr(card, settings.dtype)
     usable = (1 - HEADROOM) * of_card * GIB
     batch, length, tokens = settings.global_batch_size, settings.sequence_length, settings.tokens
-    kind = Kind(settings.model, (replicate, shard), length, settings.dtype, settings.activation_checkpointing)
+    recomputed, reduced = settings.activation_checkpointing, settings.reduce_gradients
+    kind = Kind(settings.model, (replicate, shard), length, settings.dtype, recomputed, reduced)
     needs = find_needs(kind, divisors(batch // settings.num_gpus), settings.micro_batch_size, usable)
     hours = tokens * needs.flops / (peak_tflops * 1e12 * settings.mfu) / 3600
     print(

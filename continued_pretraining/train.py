@@ -4,14 +4,15 @@ Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py --config syste
            --model extended_model/ --mixture mixture/towerspeech_6b --output_dir runs/towerspeech_6b
 
 Reads a Hugging Face model folder and a mixture; writes checkpoint-<step>/ (torch.distributed.checkpoint: fp32 weights
-and AdamW states; run_info.json: step, losses, tokens of each source), train.log (JSON lines), tensorboard/ and
-losses.png: the training loss by source, and that of the documents that the mixture holds out. Every step is a pure
+and AdamW states; run_info.json: step, losses, tokens of each source), train.log (JSON lines), the same for TensorBoard,
+and losses.png: the training loss by source, and that of the documents that the mixture holds out. Every step is a pure
 function of the checkpoint before it, so a run that was killed goes on as if nothing had happened. A checkpoint of one
 mesh can be continued on another one. Also runs without torchrun, and on CPU. A file named .stop in the output folder
 asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from towerspeech.model_folder import check_tokenizer_fits
 from towerspeech.processes import Processes
 from towerspeech.stage import RUN_INFO, stage
 
-SPEED = (  # settings that change neither the losses nor the checkpoints
+SPEED = (  # settings that change losses and checkpoints by rounding at most
     "micro_batch_size",
     "save_every",
     "log_every",
@@ -130,6 +131,8 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     """Refuse a model without weights, a mixture of another tokenizer, and windows beyond the model's context."""
     from towerspeech.tokenizer import tokenizer_hash
 
+    if not importlib.util.find_spec("tensorboard"):
+        raise UserError("the package tensorboard is not installed", "run bash install.sh")
     made_by = "make the model with train_bpe_tokenizer/extend_model.py"
     config = read_json(model / "config.json", made_by, ["vocab_size", "max_position_embeddings"])
     if not list(model.glob("*.safetensors")):
@@ -234,6 +237,14 @@ class Run:
         for step in sorted({*self.kept_steps, *regular}):
             check_free(self.output_dir / f"checkpoint-{step}")
 
+    def check_model(self, going_on: bool) -> None:
+        """Refuse a model that cannot be trained, and weights that are not its own, unless they will not be read."""
+        from continued_pretraining.network import check_head, check_weights
+
+        check_head(self.settings.model)
+        if not going_on:
+            check_weights(self.settings.model)
+
     def load(self) -> None:
         """Load the model, and what the newest checkpoint says."""
         from torch.distributed.device_mesh import init_device_mesh
@@ -243,6 +254,8 @@ class Run:
         from continued_pretraining.optimizer import make_optimizer
 
         settings = self.settings
+        checkpoints = self.processes.agree(finished(self.output_dir))
+        self.processes.on_first(lambda: self.check_model(going_on=bool(checkpoints)))
         replicate, shard = self.mesh
         if self.first:
             print(
@@ -260,7 +273,6 @@ class Run:
             self.network, settings.learning_rate, (settings.beta1, settings.beta2), settings.weight_decay
         )
         self.step = 0
-        checkpoints = self.processes.agree(finished(self.output_dir))
         if checkpoints:
             self.step = load(checkpoints[-1], self.network, self.optimizer)["step"]
             if self.first:

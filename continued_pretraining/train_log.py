@@ -8,7 +8,7 @@ from towerspeech.files import publish
 
 
 class TrainLog:
-    """train.log and tensorboard/ of a run, to go on after a step: what they have of later steps is taken out."""
+    """train.log of a run and TensorBoard's events, to go on after a step: nothing of later steps is left."""
 
     def __init__(self, output_dir: Path, step: int):
         """``step`` is the last one that counts; -1 if nothing does."""
@@ -20,7 +20,8 @@ class TrainLog:
         with publish(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - a line is there when it is written
-        self.board = SummaryWriter(output_dir / "tensorboard", purge_step=step + 1)
+        # By their ending stages know what are logs: they are no outputs, and nothing to go on from.
+        self.board = SummaryWriter(output_dir, purge_step=step + 1, filename_suffix=".log")
 
     def write(self, row: dict) -> None:
         """Write a line; what is by source, or otherwise in parts, is a chart with a curve for each."""

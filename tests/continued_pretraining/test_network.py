@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,12 +41,14 @@ def mesh():
     dist.destroy_process_group()
 
 
-def make(folder: Path, mesh, what: str = "none", compiled: bool = False):
+def make(folder: Path, mesh, what: str = "none", compiled: bool = False, dtype: str = "float32"):
+    module.check_head(folder)
+    module.check_weights(folder)
     network = module.empty_network(folder)
     assert all(parameter.is_meta for parameter in network.parameters())
     assert (network.lm_head.weight is network.model.embed_tokens.weight) == network.config.tie_word_embeddings
     module.recompute(network, what)
-    module.divide(network, mesh, "float32", compiled)
+    module.divide(network, mesh, dtype, compiled)
     module.allocate(network, "cpu")
     module.fill(network, folder)
     return network.train()
@@ -139,32 +142,84 @@ def test_compiled_it_is_the_same(tmp_path, mesh, what):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path, mesh):
-    folder = save_model(tmp_path / "model", tie_word_embeddings=False)
+@pytest.mark.parametrize("reduced", ["micro_batch", "step"])
+def test_gradients_of_bfloat16_are_summed_in_float32(tmp_path, mesh, reduced):
+    """Those of four micro-batches are the float32 sum of the four alone: none is rounded to bfloat16 on the way."""
+    network = make(save_model(tmp_path / "model", tie_word_embeddings=False), mesh, dtype="bfloat16")
+    tokens = torch.randint(0, SMALL["vocab_size"], (4, 1, 17), generator=torch.Generator().manual_seed(2))
+    sync = network.set_requires_gradient_sync if reduced == "step" else network.set_requires_all_reduce
+
+    def gradients(numbers: range) -> list[torch.Tensor]:
+        for number in numbers:
+            sync(number == numbers[-1])
+            network.window_losses(tokens[number, :, :-1], tokens[number, :, 1:], 0.3)[0].backward()
+        found = [parameter.grad.full_tensor() for parameter in network.parameters()]
+        for parameter in network.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+            parameter.grad = None
+        return found
+
+    alone = [gradients(range(number, number + 1)) for number in range(4)]
+    for whole, *parts in zip(gradients(range(4)), *alone, strict=True):
+        torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=1e-6 * whole.abs().max().item())
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    """Too few and too many of them, before any memory is taken."""
+    folder = save_model(tmp_path / "model", "qwen2", tie_word_embeddings=False)
     config = json.loads((folder / "config.json").read_text())
 
     def refused(message: str, **changes) -> None:
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(UserError, match=message):
-            make(folder, mesh)
+            module.check_weights(folder)
 
-    refused(r"model.layers.3.self_attn.q_proj.weight of shape \[32, 32\] are missing", num_hidden_layers=4)
+    layers = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    refused(r"model.layers.3.self_attn.q_proj.weight of shape \[32, 32\] are missing", **layers)
     refused(r"model.embed_tokens.weight are of shape \[300, 32\], not \[320, 32\]", vocab_size=320)
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    refused(r"its model has no place for weights model.layers.2.*\n.*look at its config.json", **layers)
+    refused("no place for weights model.layers.*_proj.bias", model_type="llama", attention_bias=False)
+    refused("no place for weights lm_head.weight", tie_word_embeddings=True)
+    (folder / "config.json").write_text(json.dumps(config))
     first = sorted(folder.glob("*.safetensors"))[0]
     shutil.copy(first, folder / "copy.safetensors")
     refused("are in several files\n.*leave one set")
     (folder / "copy.safetensors").write_bytes(first.read_bytes()[:-10])
     refused("its safetensors cannot be read: .*\n.*copy the model again")
     (folder / "copy.safetensors").unlink()
-    make(folder, mesh)
+    module.check_weights(folder)
+    weights = load_file(first)
+    name = sorted(weights)[0]
+    save_file({**weights, name: weights[name].to(torch.int8)}, first)
+    refused(f"weights {name} are int8\n.*not quantized")
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "yarn", "linear"])
+def test_models_whose_positions_are_scaled_are_taken(tmp_path, mesh, rope):
+    scaled = {"rope_type": rope, "factor": 2.0, "rope_theta": 10_000.0}
+    folder = save_model(tmp_path / "model", rope_parameters=scaled)
+    ours, theirs = make(folder, mesh), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs, targets = batch()
+    losses = torch.nn.functional.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten())
+    total, _ = ours.window_losses(inputs, targets, 1 / (targets != IGNORE).sum().item())
+    assert total.item() == pytest.approx(losses.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("gemma2", {}), ("granite", {"logits_scaling": 2.0}), ("cohere", {}), ("phi", {})],
+    [
+        ("gemma2", {}),
+        ("granite", {"logits_scaling": 2.0}),
+        ("cohere", {}),
+        ("phi", {}),
+        ("mixtral", {"num_local_experts": 2}),
+        ("gpt2", {}),
+    ],
 )
-def test_models_that_change_their_logits_are_refused(tmp_path, kind, changes):
+def test_models_of_another_form_are_refused(tmp_path, kind, changes):
     folder = tmp_path / kind
-    AutoConfig.for_model(kind, **SMALL, **changes).save_pretrained(folder)
-    with pytest.raises(UserError, match="changes its logits after lm_head.*\n.*Llama's form"):
-        module.empty_network(folder)
+    sizes = {"n_embd": 32, "n_head": 4} if kind == "gpt2" else SMALL
+    AutoConfig.for_model(kind, **sizes, **changes).save_pretrained(folder)
+    with pytest.raises(UserError, match="are not its last hidden state times lm_head\n.*Llama's form"):
+        module.check_head(folder)

@@ -155,6 +155,13 @@ def test_activations_are_fewer_if_more_is_computed_again_and_in_bfloat16(tmp_pat
     assert half[WEIGHTS] == found["none"][WEIGHTS] and half["activations"] < 0.8 * found["none"]["activations"]
 
 
+def test_gradients_that_wait_for_the_end_of_a_step_are_those_of_the_whole_copy(tmp_path):
+    model = make_config(tmp_path / "model", 128, 2, 1000)
+    often, once = (peak(model, mesh=(1, 4), reduce_gradients=how) for how in ("micro_batch", "step"))
+    whole = 4 * often[GRADIENTS]  # which are of a quarter
+    assert sum(once.values()) - sum(often.values()) > 0.5 * whole
+
+
 def test_one_process_is_asked_again_and_says_the_same(tmp_path):
     """In any order: whether gradients wait is not left over from the question before."""
     model = make_config(tmp_path / "model", 128, 1, 1000)

@@ -248,7 +248,7 @@ def board(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: steps and values of each curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -400,16 +400,18 @@ def test_killed_inside_a_checkpoint_it_goes_on_from_the_one_before(
         "memory_gb",
     } <= shown.keys()
     assert same_weights(run, alone, model_dir, tmp_path)
+    for path in run.glob("events.*"):  # logs, as train.log: the run is as finished without them
+        path.unlink()
     train_here(model_dir, mixture, run)
     assert "already done" in capsys.readouterr().out
 
 
 def test_killed_in_its_first_step_it_begins_anew(tmp_path, model_dir, mixture, alone, monkeypatch):
-    """The line before the first step is there once."""
+    """Also with another learning rate than before; the line before the first step is there once."""
     with monkeypatch.context() as patch:
         patch.setattr(script.Run, "train_step", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            train_here(model_dir, mixture, tmp_path / "run")
+            train_here(model_dir, mixture, tmp_path / "run", learning_rate=1.0)
     assert [json.loads(line)["step"] for line in (tmp_path / "run/train.log").read_text().splitlines()] == [0]
     train_here(model_dir, mixture, tmp_path / "run")
     assert log(tmp_path / "run") == log(alone)
@@ -606,7 +608,7 @@ def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_mode
             train_here(model, mixture, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
 
-    monkeypatch.setattr(network, "empty_network", lambda folder: pytest.fail("the model was made"))
+    monkeypatch.setattr(network, "allocate", lambda *arguments: pytest.fail("memory was taken"))
     refused("--sequence_length 4096 exceeds the model's context of 512", sequence_length=4096)
     refused(r"--keep_steps \[13\] lies outside the run's 1..12 steps", keep_steps=[13])
     refused(r"--keep_steps \[0\] lies outside the run's 1..12 steps", keep_steps=[0])
@@ -621,6 +623,10 @@ def test_bad_input_stops_before_a_model_is_loaded(tmp_path, model_dir, base_mode
     refused("narrow: its tokenizer has 487 tokens, its model only 400 embedding rows", model=narrow)
     (narrow / "model.safetensors").unlink()
     refused("holds no safetensors weights", model=narrow)
+    deeper = Path(shutil.copytree(model_dir, tmp_path / "deeper"))
+    (deeper / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    with pytest.raises(UserError, match="deeper: weights model.layers.* are missing"):
+        train_here(deeper, mixture, tmp_path / "deep")
     result = train(model_dir, tmp_path / "nothing", tmp_path / "run")
     assert result.returncode == 1 and f"{tmp_path}/nothing/manifest.json does not exist" in result.stderr
     assert "make the mixture with data_mixture/build_mixture.py" in result.stderr
