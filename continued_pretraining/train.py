@@ -6,9 +6,9 @@ Usage: torchrun --nproc_per_node 8 continued_pretraining/train.py --config syste
 Reads a Hugging Face model folder and a mixture; writes checkpoint-<step>/ (torch.distributed.checkpoint: fp32 weights
 and AdamW states; run_info.json: step, losses, tokens of each source), train.log (JSON lines), its curves for
 TensorBoard, and losses.png: the training loss by source, and that of the documents that the mixture holds out. Every
-step is a pure function of the checkpoint before it, so a run that was killed goes on as if nothing had happened. A checkpoint of one
-mesh can be continued on another one. Also runs without torchrun, and on CPU. A file named .stop in the output folder
-asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit).
+step is a pure function of the checkpoint before it, so a run that was killed goes on as if nothing had happened. A
+checkpoint of one mesh can be continued on another one. Also runs without torchrun, and on CPU. A file named .stop in
+the output folder asks it to write a checkpoint and end (sbatch/job.sh does so before a time limit).
 """
 
 import contextlib
