@@ -23,13 +23,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.hubert import DIM, librispeech_lengths, write_encoder
 from benchmarks.measure import apart, comparison, report, run_script
 from speech_units.features import BATCH_SECONDS
 from towerspeech.command import run
 from towerspeech.files import read_json
 from towerspeech.units_parquet import read_units
 
-NUM_UNITS, DIM = 5000, 1024
+NUM_UNITS = 5000
 UNSORTED_BATCH = 8  # utterances
 REPEATS = 9
 LABEL_ROUNDS = 3  # in turns, of which the fastest counts: the machine's speed drifts
@@ -38,16 +39,6 @@ CLUSTERS, LATENT = 3000, 40  # of the frames that are fitted
 
 
 # --- What is measured on --------------------------------------------------------------------------
-def librispeech_lengths(count: int, seed: int = 0) -> list[float]:
-    """Seconds like train-clean-360's: most between 12 and 16, the others spread from 1 to 12, few up to 35."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    kinds = rng.random(count)
-    most, short, long = rng.uniform(12, 16.5, count), rng.uniform(1.3, 12, count), rng.uniform(16.5, 35, count)
-    return np.where(kinds < 0.68, most, np.where(kinds < 0.99, short, long)).tolist()
-
-
 def make_audio(folder: Path, lengths: list[float], rate: int, suffix: str, files: int) -> Path:
     """Write noise as so many files, and a manifest that names them again and again, an utterance a row."""
     import numpy as np
@@ -68,17 +59,11 @@ def make_audio(folder: Path, lengths: list[float], rate: int, suffix: str, files
 def make_kmeans(folder: Path, encoder: Path, layer: int) -> None:
     """An encoder with HuBERT-large's shape and random weights, and random centroids for it."""
     import numpy as np
-    import torch
     from safetensors.numpy import save_file
-    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
     from speech_units.features import encoder_config, features_json
 
-    torch.manual_seed(0)
-    shape = {"hidden_size": DIM, "num_hidden_layers": layer, "num_attention_heads": 16, "intermediate_size": 4096}
-    large = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-    HubertModel(HubertConfig(**shape, **large)).save_pretrained(encoder)
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(encoder)
+    write_encoder(encoder, layer)
     folder.mkdir(parents=True, exist_ok=True)
     centroids = np.random.default_rng(0).standard_normal((NUM_UNITS, DIM)).astype("f4")
     save_file({"centroids": centroids}, folder / "kmeans.safetensors")
