@@ -7,10 +7,10 @@ Needs PyTorch, transformers and accelerate, and no data; towerspeech need not be
   training   whole steps (forward, backward, AdamW) of TinyLlama-1.1B's shape with 37,056 rows and random weights, by
              train.py's own functions: 4 windows of 2,048 tokens at once, bfloat16; eager and compiled, with each kind
              of activation checkpointing, beside the plain way: eager, nothing computed again, logits that stand whole
-  labelling  an encoder of HuBERT-large's shape up to layer 22, and 5,000 centroids: batches by length as label_audio.py
-             makes them, beside one utterance at a time
-and ends with one JSON line a comparison: seconds, tokens/s or times real time, MFU, and the largest memory that
-PyTorch has reserved, in 1e9 bytes. Each way of training runs in a process of its own; one may be out of memory.
+  labelling  an encoder of HuBERT-large's shape up to layer 22, and 5,000 centroids: batches by length as those of
+             label_audio.py, beside one utterance at a time
+and ends with one JSON line a comparison: seconds, tokens/s or times real time, MFU, and the most memory that PyTorch
+has reserved, in 1e9 bytes. Each way of training runs in a process of its own; one may be out of memory.
 """
 
 import argparse
