@@ -33,7 +33,7 @@ def empty_network(folder: Path):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):  # buffers, such as those of the positions, are computed
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    network.tie_weights()  # without memory each got its own
+    network.tie_weights()  # without memory each got its own; from here on FSDP keeps them one
     return network
 
 
@@ -139,7 +139,6 @@ def allocate(network, device: str) -> None:
     network.to_empty(device=device)
     for name, buffer in buffers.items():
         network.get_buffer(name).copy_(buffer)
-    network.tie_weights()  # to_empty made two of them again
 
 
 def fill(network, folder: Path) -> None:

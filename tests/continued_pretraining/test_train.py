@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from continued_pretraining import checkpoints, network
@@ -323,6 +324,20 @@ def test_micro_batches_of_two_equal_a_plain_loop(tmp_path, model_dir, mixture, a
 def test_activations_computed_again_change_nothing(tmp_path, model_dir, mixture, alone, what):
     train_here(model_dir, mixture, tmp_path / "run", activation_checkpointing=what)
     assert log(tmp_path / "run") == log(alone)
+
+
+def test_gradients_are_reduced_once_a_step_if_asked(tmp_path, model_dir, mixture, alone, monkeypatch):
+    """A step has two micro-batches here."""
+    asked, original = [], FSDPModule.set_requires_gradient_sync
+
+    def note(network, wanted):
+        asked.append(wanted)
+        original(network, wanted)
+
+    monkeypatch.setattr(FSDPModule, "set_requires_gradient_sync", note)
+    train_here(model_dir, mixture, tmp_path / "run", reduce_gradients="step")
+    assert asked == [False, True] * STEPS
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_asked_to_stop_after_a_checkpoint_it_goes_on_with_the_same_bytes(
