@@ -20,18 +20,28 @@ class TrainLog:
         with publish(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 - a line is there when it is written
-        # By their ending stages know what are logs: they are no outputs, and nothing to go on from.
-        self.board = SummaryWriter(output_dir, purge_step=step + 1, filename_suffix=".log")
+        # TensorBoard is told anew what train.log says. By the ending stages know that its files are logs: no outputs,
+        # and nothing to go on from.
+        for old in output_dir.glob("events.out.tfevents.*.log"):
+            old.unlink()
+        self.board = SummaryWriter(output_dir, filename_suffix=".log")
+        for line in kept:
+            self.show(json.loads(line))
+        self.board.flush()
 
     def write(self, row: dict) -> None:
-        """Write a line; what is by source, or otherwise in parts, is a chart with a curve for each."""
+        """Write a line."""
         print(json.dumps(row), file=self.file)
+        self.show(row)
+        self.board.flush()
+
+    def show(self, row: dict) -> None:
+        """Add a line to TensorBoard's charts; what is in parts is several curves."""
         for name, value in row.items():
             parts = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {}
             for tag, number in (parts or {name: value}).items():
                 if tag != "step":
                     self.board.add_scalar(tag, number, row["step"])
-        self.board.flush()
 
 
 def draw(log: Path, path: Path) -> None:
