@@ -20,17 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.hubert import DIM, librispeech_lengths, write_encoder
 from benchmarks.measure import apart, comparison, report
+from benchmarks.shapes import DIM, TINYLLAMA, librispeech_lengths, write_encoder
 
-TINYLLAMA = dict(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    vocab_size=37_056,
-)
 SMALL = TINYLLAMA | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 LENGTH, WINDOWS, WARM_UP, STEPS = 2048, 4, 3, 10
 LAYER, NUM_UNITS, UTTERANCES, SAMPLE_RATE = 22, 5000, 400, 16_000

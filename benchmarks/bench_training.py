@@ -21,19 +21,12 @@ from pathlib import Path
 
 from benchmarks.corpora import write_text_corpus
 from benchmarks.measure import apart, comparison, copy_mistral_tokenizer, report, run_script
+from benchmarks.shapes import TINYLLAMA
 from towerspeech.command import run
 from towerspeech.files import publish
 
 LENGTH, BATCH, STEPS, ROUNDS = 512, 8, 4, 3
 SHAPE = dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10, vocab_size=32_768)
-TINYLLAMA = dict(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    vocab_size=37_056,
-)
 LESS_MEMORY = 1 / 0.7
 GOALS = {"one process": 1.02, "replicate 2": 1.0, "shard 2": 0.9}
 
@@ -114,10 +107,15 @@ def matmul_peak(threads: int) -> float:
 
 
 def flops_a_step() -> float:
-    """Of forward and backward pass: 6 for each weight of a matrix and token; attention's half of 12 layers width."""
-    width, inner, layers = (SHAPE[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    weights = layers * (4 * width * width + 3 * width * inner) + width * SHAPE["vocab_size"]
-    return LENGTH * BATCH * (6 * weights + 6 * layers * width * LENGTH)
+    """Floating-point operations of forward and backward pass."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from continued_pretraining.flops import flops_a_token
+
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **SHAPE))
+    return LENGTH * BATCH * flops_a_token(network, LENGTH)
 
 
 def speed(folder: Path, cores: int) -> list[dict]:
@@ -140,12 +138,13 @@ def speed(folder: Path, cores: int) -> list[dict]:
 
     step = {name: statistics.median(statistics.median(one["seconds"]) for one in runs) for name, runs in found.items()}
     _, peak = apart(matmul_peak, cores)
+    _, flops = apart(flops_a_step)
     lines = []
     for name, goal in GOALS.items():
         other = "Trainer, one process" if name == "one process" else "Trainer, DDP 2"
         facts = {
             "tokens_per_s": round(LENGTH * BATCH / step[name]),
-            "share_of_matmul_peak": round(flops_a_step() / step[name] / peak, 2),
+            "share_of_matmul_peak": round(flops / step[name] / peak, 2),
         }
         same = same_losses([*found[name], *found[other]])
         lines.append(comparison(f"training: {name}", step[name], step[other], goal, same, "s a step", **facts))

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.hubert import DIM, librispeech_lengths, write_encoder
 from benchmarks.measure import apart, comparison, report, run_script
+from benchmarks.shapes import DIM, librispeech_lengths, write_encoder
 from speech_units.features import BATCH_SECONDS
 from towerspeech.command import run
 from towerspeech.files import read_json

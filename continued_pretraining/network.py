@@ -34,7 +34,7 @@ def empty_network(folder: Path):
     with init_empty_weights(include_buffers=False):  # buffers, such as those of the positions, are computed
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     network.tie_weights()  # without memory each got its own; from here on FSDP keeps them one
-    return network
+    return network.train()
 
 
 # --- Checks, before any memory is taken -----------------------------------------------------------

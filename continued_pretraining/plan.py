@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 
+from continued_pretraining.checks import mesh_shape, read_config
 from continued_pretraining.flops import CARDS
 from towerspeech.command import run
 from towerspeech.errors import UserError
-from towerspeech.files import read_json
 
 if TYPE_CHECKING:
     from continued_pretraining.memory import Needs
@@ -36,8 +36,6 @@ LINES = {  # of the table, by memory.py's names
     "gathered weights": "weights that FSDP has gathered",
     "backward pass": "backward pass: what is computed again, gradients on their way",
 }
-
-
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 
 
@@ -102,29 +100,6 @@ def from_system(config: str) -> dict | None:
             ) from None
         flags["tokens"] = sum(source.budget for source in with_budgets(sources, groups))
     return flags | read_block(config, "plan")
-
-
-# --- Checks ---------------------------------------------------------------------------------------
-def check(settings: Settings) -> tuple[int, int]:
-    """Copies of the model, and GPUs that share each; UserError for what train.py would refuse."""
-    made_by = "make the model with train_bpe_tokenizer/extend_model.py"
-    config = read_json(settings.model / "config.json", made_by, ["vocab_size", "max_position_embeddings"])
-    length, context, num_gpus = settings.sequence_length, config["max_position_embeddings"], settings.num_gpus
-    if length > context:
-        raise UserError(f"--sequence_length {length} exceeds the model's context of {context}", "lower it")
-    if settings.tokens is None:
-        raise UserError("it is not said how many tokens there are", "give --tokens, or --config with a system's YAML")
-    replicate = settings.replicate or max(1, num_gpus // (settings.shard or num_gpus))
-    shard = settings.shard or max(1, num_gpus // replicate)
-    if replicate * shard != num_gpus:
-        raise UserError(f"replicate {replicate} x shard {shard} is not {num_gpus} GPUs", "set --replicate, --shard")
-    micro, batch = settings.micro_batch_size or 1, settings.global_batch_size
-    if batch % (num_gpus * micro):
-        raise UserError(
-            f"--global_batch_size {batch} is no multiple of {num_gpus} GPUs x {micro}",
-            "change --num_gpus, --global_batch_size or --micro_batch_size",
-        )
-    return replicate, shard
 
 
 # --- The parts of a plan --------------------------------------------------------------------------
@@ -192,14 +167,18 @@ def plan(settings: Settings) -> None:
     Raises:
         UserError: What train.py would refuse, or a run that does not fit the GPUs' memory.
     """
-    replicate, shard = check(settings)
+    batch, length, tokens = settings.global_batch_size, settings.sequence_length, settings.tokens
+    read_config(settings.model, length)
+    if tokens is None:
+        raise UserError("it is not said how many tokens there are", "give --tokens, or --config with a system's YAML")
+    given = settings.replicate, settings.shard
+    replicate, shard = mesh_shape(*given, settings.num_gpus, batch, settings.micro_batch_size or 1)
     from continued_pretraining.memory import Kind, find_needs
 
     card = CARDS[settings.card]
     of_card = settings.gpu_memory or card.memory
     peak_tflops = settings.peak_tflops or getattr(card, settings.dtype)
     usable = (1 - HEADROOM) * of_card * GIB
-    batch, length, tokens = settings.global_batch_size, settings.sequence_length, settings.tokens
     recomputed, reduced = settings.activation_checkpointing, settings.reduce_gradients
     kind = Kind(settings.model, (replicate, shard), length, settings.dtype, recomputed, reduced)
     needs = find_needs(kind, divisors(batch // settings.num_gpus), settings.micro_batch_size, usable)

@@ -23,6 +23,7 @@ from typing import Literal
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from continued_pretraining.checkpoints import check_free, finished, load, remove_old, save
+from continued_pretraining.checks import mesh_shape, read_config
 from continued_pretraining.flops import flops_a_token
 from continued_pretraining.losses import Losses, perplexity, validate
 from continued_pretraining.meter import Meter
@@ -134,7 +135,7 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
     if not importlib.util.find_spec("tensorboard"):
         raise UserError("the package tensorboard is not installed", "run bash install.sh")
     made_by = "make the model with train_bpe_tokenizer/extend_model.py"
-    config = read_json(model / "config.json", made_by, ["vocab_size", "max_position_embeddings"])
+    config = read_config(model, sequence_length)
     if not list(model.glob("*.safetensors")):
         raise UserError(f"{model} holds no safetensors weights", made_by)
     made_by = "make the mixture with data_mixture/build_mixture.py"
@@ -145,11 +146,6 @@ def check_inputs(model: Path, mixture: Path, sequence_length: int) -> None:
             f"run data_mixture/build_mixture.py with --tokenizer {model}",
         )
     check_tokenizer_fits(model, manifest["vocab_size"], config["vocab_size"])
-    if sequence_length > config["max_position_embeddings"]:
-        raise UserError(
-            f"--sequence_length {sequence_length} exceeds the model's context of {config['max_position_embeddings']}",
-            "lower it",
-        )
 
 
 def choose_device(device: str) -> str:
@@ -161,20 +157,6 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
-
-
-def mesh_shape(settings: Settings, world: int) -> tuple[int, int]:
-    """Copies of the model, and processes that share each; UserError if the processes or the batch do not divide so."""
-    replicate, shard, batch = settings.replicate, settings.shard, settings.global_batch_size
-    shard = shard or max(1, world // replicate)
-    if replicate * shard != world:
-        raise UserError(f"replicate {replicate} x shard {shard} is not {world} processes", "set --replicate, --shard")
-    if batch % (world * settings.micro_batch_size):
-        raise UserError(
-            f"--global_batch_size {batch} is no multiple of {world} processes x {settings.micro_batch_size}",
-            "change --global_batch_size or --micro_batch_size",
-        )
-    return replicate, shard
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -189,7 +171,8 @@ class Run:
         self.first = processes.rank == 0
         self.work = None  # the first process's stage
         self.device = choose_device(settings.device)
-        self.mesh = mesh_shape(settings, processes.world)
+        sizes = settings.global_batch_size, settings.micro_batch_size
+        self.mesh = mesh_shape(settings.replicate, settings.shard, processes.world, *sizes)
 
     def read_mixture(self) -> None:
         """Read what is to be trained on; UserError if it is not whole, or a step to keep lies outside the run."""

@@ -1,8 +1,16 @@
-"""What labelling is measured on: utterances as long as LibriSpeech's, and an encoder of HuBERT-large's shape."""
+"""What several benchmarks measure on: TinyLlama's shape and HuBERT-large's, utterances as long as LibriSpeech's."""
 
 from pathlib import Path
 
-DIM = 1024
+DIM = 1024  # of HuBERT-large
+TINYLLAMA = dict(  # of TinyLlama-1.1B, with 5,000 units and the padding
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=37_056,
+)
 
 
 def librispeech_lengths(count: int, seed: int = 0) -> list[float]:
